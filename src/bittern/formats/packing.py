@@ -1,0 +1,136 @@
+"""Codes to bytes and back: two, four or five codes a byte, the lowest k in the lowest place.
+
+Every packing takes any number of codes: what the last byte has left over is filled with code 0 and ignored
+when it is read. Packed codes are uint8 because neither torch nor safetensors has a smaller integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int8, UInt8
+from torch import Tensor
+
+from bittern.errors import UserError, did_you_mean
+
+Codes = Int8[Tensor, "*rows k"]
+Bytes = UInt8[Tensor, "*rows bytes"]
+
+
+def pack_nibbles(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
+    """Codes -8..7 as two's complement nibbles, even k low."""
+    low, high = _columns(codes, 2)
+    return ((low & 0xF) | (high << 4)).view(torch.uint8)
+
+
+def unpack_nibbles(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor, "*rows k"]:
+    """The inverse of `pack_nibbles` for rows of k codes."""
+    signed = packed.view(torch.int8)
+    # An arithmetic shift of a signed byte copies the sign bit, which is the sign of the nibble.
+    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten(-2)[..., :k].contiguous()
+
+
+def pack_crumbs(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
+    """Codes -1..1, each plus one, in two bits: k ascending from the low bits."""
+    a, b, c, d = (column + 1 for column in _columns(codes, 4))
+    return (a | (b << 2) | (c << 4) | (d << 6)).view(torch.uint8)
+
+
+def unpack_crumbs(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor, "*rows k"]:
+    """The inverse of `pack_crumbs` for rows of k codes; the invalid bit pattern 3 reads as code 2."""
+    crumbs = [((packed >> shift) & 3).view(torch.int8) - 1 for shift in (0, 2, 4, 6)]
+    return torch.stack(crumbs, dim=-1).flatten(-2)[..., :k].contiguous()
+
+
+def pack_trits(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
+    """Codes -1..1, each plus one, as five digits of base 3: the lowest k least significant."""
+    total: Tensor | None = None
+    for column in reversed(_columns(codes, 5)):
+        digit = (column + 1).view(torch.uint8)
+        total = digit if total is None else total * 3 + digit
+    assert total is not None
+    return total
+
+
+def unpack_trits(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor, "*rows k"]:
+    """The inverse of `pack_trits` for rows of k codes; bytes 243..255 read as a last code of 2."""
+    digits: list[Tensor] = []
+    rest = packed
+    for _ in range(4):
+        quotient = rest // 3
+        digits.append((rest - quotient * 3).view(torch.int8) - 1)
+        rest = quotient
+    digits.append(rest.view(torch.int8) - 1)
+    return torch.stack(digits, dim=-1).flatten(-2)[..., :k].contiguous()
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One way to lay codes into bytes."""
+
+    name: str
+    codes_per_byte: int
+    code_max: int
+    """The largest valid code: unpacking shows an invalid bit pattern as a larger one."""
+    pack: Callable[[Codes], Bytes]
+    unpack: Callable[[Bytes, int], Codes]
+
+    def bytes_per_row(self, k: int) -> int:
+        """Bytes of a row of k codes."""
+        return -(-k // self.codes_per_byte)
+
+    def check(self, packed: Bytes, k: int) -> None:
+        """Refuses packed codes of a wrong dtype or width, or with codes outside the grid.
+
+        Raises:
+            UserError: naming what is wrong and how many codes are out of range.
+        """
+        if packed.dtype != torch.uint8:
+            raise UserError(f"packed codes have dtype {packed.dtype}: expected torch.uint8")
+        if packed.shape[-1] != self.bytes_per_row(k):
+            raise UserError(
+                f"packed codes have {packed.shape[-1]} bytes a row: "
+                f"expected {self.bytes_per_row(k)} for {k} codes as {self.name}"
+            )
+        # Row by row in blocks: unpacked codes of a whole FLUX layer would be five times the packed bytes.
+        rows = packed.flatten(0, -2) if packed.ndim > 1 else packed[None]
+        blocks = torch.split(rows, 1024)
+        bad = sum(int((self.unpack(block, k) > self.code_max).sum()) for block in blocks)
+        if bad:
+            raise UserError(
+                f"{bad} of {rows.shape[0] * k} codes are out of range: expected -1, 0 or 1; "
+                "the file is damaged or was not packed as " + self.name
+            )
+
+
+PACKINGS: dict[str, Packing] = {
+    packing.name: packing
+    for packing in (
+        Packing("nibbles", 2, 7, pack_nibbles, unpack_nibbles),
+        Packing("crumbs", 4, 1, pack_crumbs, unpack_crumbs),
+        Packing("trits", 5, 1, pack_trits, unpack_trits),
+    )
+}
+
+
+def get_packing(name: str) -> Packing:
+    """The packing of that name: "nibbles", "crumbs" or "trits".
+
+    Raises:
+        UserError: for any other name.
+    """
+    if name not in PACKINGS:
+        raise UserError(f"unknown packing {name!r}: {did_you_mean(name, PACKINGS)}")
+    return PACKINGS[name]
+
+
+def _columns(codes: Tensor, per_byte: int) -> tuple[Tensor, ...]:
+    """The codes of each place in a byte, zero-filled to whole bytes."""
+    if codes.dtype != torch.int8:
+        raise UserError(f"codes have dtype {codes.dtype}: expected torch.int8")
+    short = -codes.shape[-1] % per_byte
+    whole = torch.nn.functional.pad(codes, (0, short)) if short else codes
+    places = whole.reshape(*whole.shape[:-1], whole.shape[-1] // per_byte, per_byte)
+    return torch.unbind(places, dim=-1)
