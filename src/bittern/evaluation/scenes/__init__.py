@@ -1,0 +1,40 @@
+"""The scenes world: prompts, drawings and a detector, so that a small model's obedience is measured offline."""
+
+from bittern.evaluation.scenes.detect import Detection, detect
+from bittern.evaluation.scenes.draw import MAX_OBJECTS, PALETTE, SceneBatch, SceneTable, draw, sample
+from bittern.evaluation.scenes.judge import judge, satisfies
+from bittern.evaluation.scenes.prompts import (
+    COLORS,
+    GROUNDS,
+    SHAPES,
+    TASKS,
+    SceneObject,
+    ScenePrompt,
+    every_prompt,
+    held_out,
+    refuse_held_out,
+    training_prompts,
+)
+
+__all__ = [
+    "COLORS",
+    "GROUNDS",
+    "MAX_OBJECTS",
+    "PALETTE",
+    "SHAPES",
+    "TASKS",
+    "Detection",
+    "SceneBatch",
+    "SceneObject",
+    "ScenePrompt",
+    "SceneTable",
+    "detect",
+    "draw",
+    "every_prompt",
+    "held_out",
+    "judge",
+    "refuse_held_out",
+    "sample",
+    "satisfies",
+    "training_prompts",
+]
