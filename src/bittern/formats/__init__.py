@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bittern.formats.coding import Rule, decode, encode
 from bittern.formats.dtypes import DTYPES, DtypeName, dtype_of, round_to
 from bittern.formats.layout import KLayout, Segment
 from bittern.formats.packing import PACKINGS, Packing, get_packing
@@ -15,8 +16,11 @@ __all__ = [
     "Format",
     "KLayout",
     "Packing",
+    "Rule",
     "Segment",
+    "decode",
     "dtype_of",
+    "encode",
     "get",
     "get_packing",
     "round_to",

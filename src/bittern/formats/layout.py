@@ -28,6 +28,13 @@ class Segment:
     """Scales, on the axis of length `KLayout.num_groups`."""
     size: int
     """Codes under one scale."""
+    padding: int
+    """How many of the last codes are padding."""
+
+    @property
+    def unpadded(self) -> slice:
+        """Codes that are not padding."""
+        return slice(self.padded.start, self.padded.stop - self.padding)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class KLayout:
                 slice(padded, padded + wide),
                 slice(group, group + groups),
                 wide // groups,
+                wide - length,
             )
             logical, padded, group = logical + length, padded + wide, group + groups
 
@@ -103,9 +111,8 @@ class KLayout:
         if not self.is_padded:
             return weight
         out = weight.new_zeros(*weight.shape[:-1], self.padded_k)
-        for segment, length in zip(self, self.segments, strict=True):
-            start = segment.padded.start
-            out[..., start : start + length] = weight[..., segment.logical]
+        for segment in self:
+            out[..., segment.unpadded] = weight[..., segment.logical]
         return out
 
     def unpad(self, weight: Shaped[Tensor, "*rows padded_k"]) -> Shaped[Tensor, "*rows k"]:
@@ -113,10 +120,7 @@ class KLayout:
         self._expect("padded weight", weight.shape[-1], self.padded_k)
         if not self.is_padded:
             return weight
-        parts = [
-            weight[..., segment.padded.start : segment.padded.start + length]
-            for segment, length in zip(self, self.segments, strict=True)
-        ]
+        parts = [weight[..., segment.unpadded] for segment in self]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def expand_scales(self, scales: Shaped[Tensor, "*rows groups"]) -> Shaped[Tensor, "*rows padded_k"]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
+from bittern.formats import coding
 from bittern.formats.layout import KLayout
 from bittern.formats.packing import PACKINGS, Bytes, Codes, Packing
 
@@ -72,7 +73,7 @@ class Format:
             layout: Segments and groups of K.
         """
         unpacked = self.unpack(codes, layout.padded_k) if codes.dtype == torch.uint8 else codes
-        return layout.unpad(unpacked.float() * layout.expand_scales(scales.float()))
+        return coding.decode(unpacked, scales, layout)
 
 
 FORMATS: dict[str, Format] = {
