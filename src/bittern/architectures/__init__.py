@@ -1,0 +1,9 @@
+"""What we know of model families, and the plan that a recipe makes of one model."""
+
+from __future__ import annotations
+
+from bittern.architectures.base import Architecture, Block, Site
+from bittern.architectures.known import ARCHITECTURES, of, of_class
+from bittern.architectures.plan import Job, Plan, plan
+
+__all__ = ["ARCHITECTURES", "Architecture", "Block", "Job", "Plan", "Site", "of", "of_class", "plan"]

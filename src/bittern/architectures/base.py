@@ -1,0 +1,78 @@
+"""The words in which a model family is described: a few frozen facts, no code of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of repeated block. All its linears are targets; what lies outside blocks stays as it is.
+
+    Attributes:
+        prefix: Path of the blocks, with `*` for the index.
+        modulation: Linears that compute the adaLN shifts, scales and gates: one input row per image.
+        groups: Linears that read one and the same tensor.
+        segments: Linears whose input is a concatenation, with the siblings whose outputs it joins, in order.
+    """
+
+    prefix: str
+    modulation: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    segments: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("(" + re.escape(self.prefix).replace(r"\*", r"\d+") + r")\.(.+)")
+
+    def site(self, path: str) -> Site | None:
+        """Where `path` lies in a block of this kind; None if it does not."""
+        match = self._pattern.fullmatch(path)
+        return Site(self, match[1], match[2]) if match else None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module's place: which kind of block, which block, and its name within."""
+
+    block: Block
+    parent: str
+    name: str
+
+    @property
+    def is_modulation(self) -> bool:
+        """Whether this is an adaLN linear."""
+        return self.name in self.block.modulation
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """Paths of all linears that read the tensor that this one reads, itself included."""
+        mates = next((group for group in self.block.groups if self.name in group), (self.name,))
+        return tuple(f"{self.parent}.{mate}" for mate in mates)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Paths of the linears whose outputs this one's input joins; empty for a plain input."""
+        return tuple(f"{self.parent}.{source}" for source in self.block.segments.get(self.name, ()))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family.
+
+    Attributes:
+        name: Short name.
+        class_names: The diffusers classes it describes.
+        blocks: The kinds of blocks whose linears are quantized.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    blocks: tuple[Block, ...]
+
+    def site(self, path: str) -> Site | None:
+        """Where a module lies; None for everything outside the blocks."""
+        return next((site for block in self.blocks if (site := block.site(path))), None)

@@ -1,0 +1,9 @@
+"""Recipes: which layers get which scheme, and how they are solved. A name, a YAML file, or Python."""
+
+from __future__ import annotations
+
+from bittern.recipes.library import load, names
+from bittern.recipes.model import LayerSpec, Recipe, resolve_rank
+from bittern.recipes.validation import validated
+
+__all__ = ["LayerSpec", "Recipe", "load", "names", "resolve_rank", "validated"]

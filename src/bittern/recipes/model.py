@@ -1,0 +1,184 @@
+"""The recipe: a scheme and solver settings for every kind of layer, and the exceptions by path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from bittern.errors import UserError
+from bittern.recipes.validation import validated
+
+if TYPE_CHECKING:
+    from bittern.scheme import Scheme
+
+SOLVER_FIELDS = (
+    "scales",
+    "codes",
+    "smoothing",
+    "smoothing_exponent",
+    "rounds",
+    "svd_oversample",
+    "svd_iterations",
+)
+"""The keys that say how a layer is solved; the others say what it is."""
+
+StoredType = Literal["bf16", "fp16", "fp32"]
+
+
+def _check_rank(rank: object) -> object:
+    try:
+        whole = isinstance(rank, int) and not isinstance(rank, bool)
+        valid = rank >= 0 if whole else not isinstance(rank, bool) and 0 < Fraction(rank) < 1
+    except (TypeError, ValueError, ArithmeticError):
+        valid = False
+    if not valid:
+        raise UserError("expected a whole number of 0 or more, or a fraction between 0 and 1 such as 1/96")
+    return rank
+
+
+Rank = Annotated[int | float | str, BeforeValidator(_check_rank)]
+
+
+def resolve_rank(rank: int | float | str, n: int, k: int) -> int:
+    """The rank of an [n, k] layer.
+
+    A whole number is taken as it is; a fraction (0.0104, "1/96") is of min(n, k), rounded to the nearest
+    whole number and to at least 1. 1/96 is FLUX's proportion: 32 of 3072.
+
+    Raises:
+        UserError: if the rank exceeds min(n, k).
+    """
+    limit = min(n, k)
+    if isinstance(rank, int):
+        if rank > limit:
+            raise UserError(f"rank {rank} for a {n} x {k} layer: expected at most {limit}; try a fraction")
+        return rank
+    return max(1, round(Fraction(rank) * limit))
+
+
+class LayerSpec(BaseModel):
+    """What one layer becomes (see `Scheme`) and how it is solved (see `SolverOptions`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    weight: Literal["int4", "ternary"]
+    group_size: int | None = 64
+    scale_dtype: StoredType = "bf16"
+    activations: Literal[4, 8, 16] = 16
+    rank: Rank = 0
+    branch_dtype: StoredType = "bf16"
+    packing: Literal["nibbles", "crumbs", "trits"] | None = None
+
+    scales: Literal["absmax", "search"] = "search"
+    codes: Literal["nearest", "absmean", "least-squares"] = "least-squares"
+    smoothing: Literal["none", "span"] = "none"
+    smoothing_exponent: float = Field(default=0.5, ge=0, le=1)
+    rounds: int = Field(default=8, ge=1)
+    svd_oversample: int = Field(default=10, ge=0)
+    svd_iterations: int = Field(default=4, ge=0)
+
+    def scheme(self, n: int, k: int) -> Scheme:
+        """The scheme of an [n, k] layer, its rank resolved to a whole number."""
+        from bittern.scheme import Scheme
+
+        return Scheme(
+            weight=self.weight,
+            group_size=self.group_size,
+            scale_dtype=self.scale_dtype,
+            activations=self.activations,
+            rank=resolve_rank(self.rank, n, k),
+            branch_dtype=self.branch_dtype,
+            smooth=self.smoothing != "none",
+            packing=self.packing,
+        )
+
+    def solver(self) -> dict[str, Any]:
+        """The solver settings, as keyword arguments of `SolverOptions`."""
+        return {name: getattr(self, name) for name in SOLVER_FIELDS}
+
+
+class Recipe(BaseModel):
+    """A named description of a whole model's quantization.
+
+    Attributes:
+        name: What reports and checkpoints call it.
+        summary: One line for people.
+        default: The layers inside the blocks.
+        modulation: What is different for the adaLN linears, which see one row per image.
+        overrides: What is different for the targets that a glob matches (`*` matches dots too); later
+            globs win over earlier ones.
+        keep: Globs of targets to leave in 16 bits.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    summary: str = ""
+    default: LayerSpec
+    modulation: dict[str, Any] = {}
+    overrides: dict[str, dict[str, Any]] = {}
+    keep: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        self.default.scheme(1 << 20, 1 << 20)
+        _patched(self.default, self.modulation, "modulation").scheme(1 << 20, 1 << 20)
+        for glob, patch in self.overrides.items():
+            _patched(self.default, patch, f"overrides[{glob!r}]").scheme(1 << 20, 1 << 20)
+        return self
+
+    def spec(self, path: str, *, modulation: bool = False) -> LayerSpec:
+        """The spec of the target at `path`: default, then modulation, then every override that matches."""
+        spec = _patched(self.default, self.modulation, "modulation") if modulation else self.default
+        for glob, patch in self.overrides.items():
+            if fnmatchcase(path, glob):
+                spec = _patched(spec, patch, f"overrides[{glob!r}]")
+        return spec
+
+    def keeps(self, path: str) -> bool:
+        """Whether a `keep` glob matches `path`."""
+        return any(fnmatchcase(path, glob) for glob in self.keep)
+
+    def override(self, **changes: Any) -> Recipe:
+        """A copy with some values changed, validated anew; mappings are merged, everything else replaced.
+
+        >>> load("svdquant-fast").override(default={"rank": "1/96"}).name
+        'svdquant-fast[default.rank=1/96]'
+
+        Raises:
+            UserError: for an unknown key or a value that does not fit.
+        """
+        label = ", ".join(_labels(changes))
+        changes = {"name": f"{self.name}[{label}]" if label else self.name, **changes}
+        return validated(Recipe, _merged(self.dump(), changes), f"recipe {self.name}")
+
+    def dump(self) -> dict[str, Any]:
+        """The whole recipe, defaults included, as JSON values."""
+        return self.model_dump(mode="json")
+
+
+def _patched(spec: LayerSpec, patch: Mapping[str, Any], where: str) -> LayerSpec:
+    return validated(LayerSpec, {**spec.model_dump(), **patch}, where)
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    out = copy.deepcopy(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _labels(changes: Mapping[str, Any], prefix: str = "") -> list[str]:
+    labels: list[str] = []
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            labels += _labels(value, f"{prefix}{key}.")
+        elif prefix or key != "name":
+            labels.append(f"{prefix}{key}={value}")
+    return labels
