@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bittern.evaluation import stats
+
+OUTCOMES = st.lists(st.booleans(), min_size=1, max_size=60)
+
+
+def test_mean_and_error_agree_with_numpy() -> None:
+    values = np.random.default_rng().normal(size=37)
+    estimate = stats.mean_estimate(values.tolist())
+    assert estimate.mean == pytest.approx(values.mean(), abs=1e-12)
+    assert estimate.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(37), abs=1e-12)
+    assert stats.mean_estimate([4.0]) == stats.Estimate(4.0, 0.0, 1)
+
+
+@given(OUTCOMES)
+def test_a_proportion_is_never_certain(outcomes: list[bool]) -> None:
+    estimate = stats.proportion(outcomes)
+    n, p = len(outcomes), sum(outcomes) / len(outcomes)
+    assert estimate.mean == p
+    assert estimate.stderr >= math.sqrt(p * (1 - p) / n) - 1e-12
+    assert estimate.stderr > 0
+
+
+def test_error_of_a_proportion_approaches_the_binomial_one() -> None:
+    assert stats.proportion([True] * 7000 + [False] * 3000).stderr == pytest.approx(math.sqrt(0.21 / 10000), rel=1e-3)
+
+
+def test_overall_counts_tasks_alike_whatever_their_size() -> None:
+    tasks = {"a": stats.proportion([True] * 10), "b": stats.proportion([False] * 1000)}
+    overall = stats.unweighted_mean(tasks)
+    assert overall.mean == 0.5
+    assert overall.stderr == pytest.approx(math.hypot(tasks["a"].stderr, tasks["b"].stderr) / 2)
+    assert overall.n == 1010
+
+
+@pytest.mark.parametrize(("better", "worse", "p"), [(0, 0, 1.0), (0, 5, 0.0625), (0, 6, 0.03125), (1, 8, 0.0390625)])
+def test_sign_test_against_hand_computed_tails(better: int, worse: int, p: float) -> None:
+    assert stats.sign_test(better, worse) == pytest.approx(p)
+    assert stats.sign_test(worse, better) == pytest.approx(p)
+
+
+def test_a_clear_loss_is_claimed_and_a_faint_one_is_not() -> None:
+    reference = {"a": [True] * 20, "b": [True] * 20}
+    clear = stats.paired_difference({"a": [False] * 12 + [True] * 8, "b": [True] * 20}, reference)
+    assert clear.mean == pytest.approx(-0.3) and clear.significant and clear.high < 0
+    assert clear.claim.startswith("lower than the reference's (difference -0.300")
+    # Four losses and no win: the bootstrap interval excludes zero, the sign test (p = .125) does not.
+    faint = stats.paired_difference({"a": [False] * 4 + [True] * 16, "b": [True] * 20}, reference)
+    assert faint.high < 0 and not faint.significant
+    assert faint.claim.startswith("cannot be told apart")
+
+
+def test_agreement_everywhere_still_has_an_interval() -> None:
+    same = {"a": [True, False] * 30}
+    difference = stats.paired_difference(same, same)
+    assert (difference.mean, difference.low, difference.high) == (0.0, -0.05, 0.05)
+    assert not difference.significant
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(11)
+    hits = 0
+    for trial in range(200):
+        draws = rng.random((2, 6, 20))
+        reference = {str(t): list(draws[0, t] < 0.9) for t in range(6)}
+        model = {str(t): list(draws[1, t] < 0.7) for t in range(6)}
+        found = stats.paired_difference(model, reference, seed=trial)
+        hits += found.low <= -0.2 <= found.high
+    assert 180 <= hits <= 200
+
+
+def test_two_equal_models_are_rarely_told_apart() -> None:
+    rng = np.random.default_rng(12)
+    claims = 0
+    for trial in range(200):
+        draws = rng.random((2, 6, 4)) < 0.8
+        one, two = ({str(t): list(d[t]) for t in range(6)} for d in draws)
+        claims += stats.paired_difference(one, two, seed=trial).significant
+    assert claims <= 14
+
+
+def test_difference_weighs_tasks_alike_and_refuses_other_prompts() -> None:
+    model = {"a": [True], "b": [False] * 99}
+    reference = {"a": [False], "b": [False] * 99}
+    assert stats.paired_difference(model, reference).mean == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="same prompts"):
+        stats.paired_difference({"a": [True]}, {"a": [True, False]})
+
+
+def test_bootstrap_is_reproducible() -> None:
+    rng = np.random.default_rng()
+    one, two = ({"t": [bool(b) for b in row]} for row in rng.random((2, 50)) < 0.5)
+    assert stats.paired_difference(one, two, seed=3) == stats.paired_difference(one, two, seed=3)
+
+
+@given(st.integers(1, 40))
+def test_more_prompts_mean_less_error(n: int) -> None:
+    errors = [stats.proportion([True] * m + [False] * m).stderr for m in (n, 2 * n, 4 * n)]
+    assert all(a > b for a, b in pairwise(errors))
