@@ -1,0 +1,43 @@
+"""What a few-bit layer computes: the contract, the reference, and the choice of arithmetic and kernel.
+
+A faster implementation registers a `Kernel` for a path; nothing that calls the operations changes.
+"""
+
+from __future__ import annotations
+
+from bittern.ops import reference
+from bittern.ops.contract import few_bit_linear, quantize_activations
+from bittern.ops.dispatch import (
+    PATHS,
+    Call,
+    Choice,
+    Kernel,
+    Path,
+    Verdict,
+    backends,
+    choose_path,
+    explain,
+    register,
+    use_backend,
+)
+from bittern.ops.reference import dequantize
+
+for _path in PATHS:
+    register(Kernel(_path, "torch", reference.few_bit_linear, native=False))
+
+__all__ = [
+    "PATHS",
+    "Call",
+    "Choice",
+    "Kernel",
+    "Path",
+    "Verdict",
+    "backends",
+    "choose_path",
+    "dequantize",
+    "explain",
+    "few_bit_linear",
+    "quantize_activations",
+    "register",
+    "use_backend",
+]

@@ -1,0 +1,227 @@
+"""The operations as torch sees them: schemas, shapes, gradients; implementations come from the registry.
+
+They are opaque to the compiler: `torch.compile(fullgraph=True)`, CUDA graphs and `torch.export` carry them
+whole. A schema is a promise to every exported graph, so it changes only with a new name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from bittern import formats
+from bittern.errors import UserError
+from bittern.ops import dispatch, reference
+from bittern.scheme import ACTIVATION_GROUP
+
+_TENSORS = "Tensor codes, Tensor scales, Tensor? smooth, Tensor? down, Tensor? up"
+
+library = torch.library.Library("bittern", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+library.define(
+    f"few_bit_linear(Tensor[] inputs, {_TENSORS}, Tensor? bias, "
+    "str weight, int? group_size, str path, float[] shift) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    f"few_bit_linear_backward(Tensor grad, {_TENSORS}, str weight, int? group_size, int[] segments) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
+    "quantize_activations(Tensor x, Tensor? smooth, Tensor? down, str format, float shift) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def few_bit_linear(
+    inputs: Sequence[Float[Tensor, "*batch _"]],
+    codes: UInt8[Tensor, "n _"],
+    scales: Float[Tensor, "n groups"],
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"] | None,
+    up: Float[Tensor, "n r"] | None,
+    bias: Float[Tensor, " n"] | None,
+    weight: str,
+    group_size: int | None,
+    path: str,
+    shift: Sequence[float] = (),
+) -> Float[Tensor, "*batch n"]:
+    """A few-bit linear layer, or several that share an input, with their rows stacked.
+
+    Differentiable in `inputs` (straight through the rounding) and in `bias`, and in nothing else.
+
+    Args:
+        inputs: One tensor per K-segment, alike but for their last axis; bf16, fp16 or fp32.
+        codes: Packed codes of the residual weight, in the format's memory packing.
+        scales: One per row and group of K.
+        smooth: Divides the inputs; all K inputs in one vector.
+        down: First factor of the low-rank branch, which reads the inputs as they are.
+        up: Second factor.
+        bias: Added to the output.
+        weight: Weight format, "int4" or "ternary".
+        group_size: Inputs under one scale; None for one scale per row and segment.
+        path: The arithmetic: "a16", "a8-int8", "a8-fp8" or "a4".
+        shift: What the a4 path adds to each segment before unsigned rounding; empty for none.
+
+    Returns:
+        The outputs, in the dtype of the inputs. `bittern.ops.reference` defines the numbers.
+
+    Raises:
+        UserError: if shapes or dtypes do not fit together, or no backend computes the path here.
+    """
+    return torch.ops.bittern.few_bit_linear.default(
+        inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift
+    )
+
+
+def quantize_activations(
+    x: Float[Tensor, "*batch k"],
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"] | None,
+    format: str,
+    shift: float = 0.0,
+) -> tuple[Shaped[Tensor, "*batch _"], Float[Tensor, "*batch groups"], Float[Tensor, "*batch r"]]:
+    """A layer's prologue on one K-segment, in one read of x.
+
+    Args:
+        x: Inputs of the segment.
+        smooth: Divides them.
+        down: First factor of the low-rank branch, which reads x as it is.
+        format: "int8" or "fp8": one scale per token. "int4" or "uint4": one per token and 64 inputs, K
+            filled up with zeros.
+        shift: Added before the division, with "uint4" only.
+
+    Returns:
+        Codes: int8 or float8_e4m3fn of x's shape, or uint8 with two codes a byte, low nibble = even k.
+        Scales: float32, one per token, or per token and group.
+        Low: x · down^T in float32; without `down` it has no columns.
+    """
+    return torch.ops.bittern.quantize_activations.default(x, smooth, down, format, shift)
+
+
+def check(
+    inputs: Sequence[Tensor],
+    codes: Tensor,
+    scales: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    weight: str,
+    group_size: int | None,
+    shift: Sequence[float],
+) -> None:
+    """Refuses tensors that do not fit together: kernels read memory by these shapes without looking again."""
+    n = codes.shape[0]
+    layout = reference.layout_of(tuple(int(x.shape[-1]) for x in inputs), group_size)
+    expected = {
+        "codes": (codes, (n, formats.get(weight).packing.bytes_per_row(layout.padded_k))),
+        "scales": (scales, (n, layout.num_groups)),
+        "smooth": (smooth, (layout.k,)),
+        "down": (down, (up.shape[-1] if up is not None else 0, layout.k)),
+        "up": (up, (n, down.shape[0] if down is not None else 0)),
+        "bias": (bias, (n,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{name} has shape {list(tensor.shape)}: expected {list(shape)} for inputs of "
+                f"{' + '.join(str(length) for length in layout.segments)} columns and {n} rows of codes"
+            )
+    first = inputs[0]
+    if any(x.dtype != first.dtype or x.shape[:-1] != first.shape[:-1] for x in inputs[1:]):
+        raise UserError("the inputs of the K-segments differ in dtype or batch shape: expected equal ones")
+    if shift and len(shift) != len(inputs):
+        raise UserError(f"shift has {len(shift)} values: expected {len(inputs)}, one per input, or none")
+
+
+def _linear(
+    inputs: Sequence[Tensor],
+    codes: Tensor,
+    scales: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    weight: str,
+    group_size: int | None,
+    path: str,
+    shift: Sequence[float],
+) -> Tensor:
+    check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift)
+    x = inputs[0]
+    call = dispatch.Call(weight, x.device.type, dispatch.device_capability(x.device), x.dtype, x.shape[:-1].numel())
+    kernel = dispatch.select(path, call)
+    return kernel.run(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift)
+
+
+def _linear_shape(
+    inputs: Sequence[Tensor],
+    codes: Tensor,
+    scales: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    weight: str,
+    group_size: int | None,
+    path: str,
+    shift: Sequence[float],
+) -> Tensor:
+    check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift)
+    return inputs[0].new_empty(*inputs[0].shape[:-1], codes.shape[0])
+
+
+def _backward_shape(grad: Tensor, *args: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], sum(args[-1]))
+
+
+def _quantize_shape(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    *batch, k = x.shape
+    low = x.new_empty(*batch, 0 if down is None else down.shape[0], dtype=torch.float32)
+    if format in ("int8", "fp8"):
+        dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
+        return x.new_empty(*batch, k, dtype=dtype), x.new_empty(*batch, 1, dtype=torch.float32), low
+    groups = -(-k // ACTIVATION_GROUP)
+    codes = x.new_empty(*batch, groups * (ACTIVATION_GROUP // 2), dtype=torch.uint8)
+    return codes, x.new_empty(*batch, groups, dtype=torch.float32), low
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    segments, codes, scales, smooth, down, up, bias, weight, group_size, _, shift = inputs
+    ctx.save_for_backward(codes, scales, smooth, down, up)
+    ctx.layout = (weight, group_size, [x.shape[-1] for x in segments])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # Autograd takes an empty list for a list of tensors and wants a list of gradients back.
+    ctx.shift_gradient = None if shift else []
+
+
+def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if any(ctx.needs_input_grad[1:6]):
+        raise NotImplementedError(
+            "the tensors of a few-bit layer (codes, scales, smooth, down, up) have no gradient; train a LoRA"
+        )
+    inputs = torch.ops.bittern.few_bit_linear_backward.default(grad, *ctx.saved_tensors, *ctx.layout)
+    bias = None
+    if ctx.needs_input_grad[6]:
+        bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    gradients = [*inputs.split(ctx.layout[-1], -1)]
+    return gradients, None, None, None, None, None, bias, None, None, None, ctx.shift_gradient
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("few_bit_linear", _linear, _device)
+    library.impl("few_bit_linear_backward", reference.few_bit_linear_backward, _device)
+    library.impl("quantize_activations", reference.quantize_activations, _device)
+torch.library.register_fake("bittern::few_bit_linear", _linear_shape, lib=library)
+torch.library.register_fake("bittern::few_bit_linear_backward", _backward_shape, lib=library)
+torch.library.register_fake("bittern::quantize_activations", _quantize_shape, lib=library)
+torch.library.register_autograd(
+    "bittern::few_bit_linear", _linear_gradients, setup_context=_save_for_backward, lib=library
+)

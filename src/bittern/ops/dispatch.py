@@ -1,0 +1,268 @@
+"""Which arithmetic a layer runs, and which implementation computes it.
+
+Two questions, answered apart.
+
+The *path* is the arithmetic: it follows from what the scheme was solved for and from what the device has, and
+it decides the numbers. The *backend* is an implementation of a path, chosen call by call among the registered
+kernels, each of which declares what it accepts. `use_backend` changes the second and never the first, so that
+a kernel is compared with the reference on the same arithmetic. Every refusal has a reason.
+
+Which matrix arithmetic NVIDIA's GPUs have: int4 on compute capability 7.5 to 8.9 (later ones emulate it
+slowly), fp8 from 8.9, int8 from 7.5. Ada (8.9) prefers int8 to fp8, whose float32 accumulation runs at half
+rate there; from 9.0 on fp8 wins, and it needs less smoothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bittern.errors import UserError, did_you_mean
+from bittern.scheme import Scheme
+
+Path = Literal["a4", "a8-fp8", "a8-int8", "a16"]
+Capability = tuple[int, int]
+
+PATHS: tuple[Path, ...] = get_args(Path)
+
+_UNITS = {"a4": (4, "int4"), "a8-fp8": (8, "fp8"), "a8-int8": (8, "int8"), "a16": (16, "16-bit")}
+_NEWEST = (99, 9)
+# AMD's devices call themselves "cuda" too, with capabilities of their own counting.
+_IS_ROCM = bool(getattr(torch.version, "hip", None))
+_CAPABILITIES = {"a4": ((7, 5), (8, 9)), "a8-fp8": ((8, 9), _NEWEST), "a8-int8": ((7, 5), _NEWEST)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel may ask about a call; None stands for what is not known yet."""
+
+    weight: str
+    device: str
+    capability: Capability | None = None
+    dtype: torch.dtype | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of `few_bit_linear` on one path, and the calls it accepts.
+
+    Attributes:
+        path: The arithmetic that it computes.
+        backend: Name of the implementation, such as "torch" or "triton".
+        run: Has the arguments of the operation `bittern::few_bit_linear`.
+        native: Whether it uses the device's own arithmetic of that width, rather than emulate it.
+        devices: Device types; None for all.
+        capability: Lowest and highest compute capability; None for all.
+        dtypes: Dtypes of the input.
+        weights: Weight formats; None for all.
+        rows: Least and most rows of the input; None for no limit above.
+    """
+
+    path: Path
+    backend: str
+    run: Callable[..., Tensor]
+    native: bool = True
+    devices: tuple[str, ...] | None = None
+    capability: tuple[Capability, Capability] | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    weights: tuple[str, ...] | None = None
+    rows: tuple[int, int | None] = (0, None)
+
+    def refusal(self, call: Call) -> str | None:
+        """Why this kernel cannot take the call; None if it can."""
+        if self.devices is not None and call.device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {call.device}"
+        if self.capability is not None and call.capability is not None:
+            low, high = self.capability
+            if not low <= call.capability <= high:
+                return f"needs compute capability {_dotted(low)} to {_dotted(high)}, not {_dotted(call.capability)}"
+        if call.dtype is not None and call.dtype not in self.dtypes:
+            return f"takes {', '.join(str(d) for d in self.dtypes)}, not {call.dtype}"
+        if self.weights is not None and call.weight not in self.weights:
+            return f"takes {', '.join(self.weights)} weights, not {call.weight}"
+        least, most = self.rows
+        if call.rows is not None and (call.rows < least or (most is not None and call.rows > most)):
+            return f"takes {least} to {most if most is not None else 'any number of'} rows, not {call.rows}"
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The arithmetic and the implementation that a layer gets, and why."""
+
+    path: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one path and backend: whether it may run, and the reason."""
+
+    path: str
+    backend: str
+    accepted: bool
+    reason: str
+
+
+# The last registered comes first, and so the reference, registered first, is everybody's last resort.
+_kernels: list[Kernel] = []
+_forced_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+def register(kernel: Kernel) -> None:
+    """Adds an implementation; it is preferred to those registered before it."""
+    _kernels.insert(0, kernel)
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the registered implementations."""
+    return tuple(sorted({kernel.backend for kernel in _kernels}))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Generator[None]:
+    """Within the block, few-bit layers are computed by this backend only, with unchanged arithmetic.
+
+    Raises:
+        UserError: if there is no such backend; and from a layer's call, if the backend refuses it.
+    """
+    if name not in backends():
+        raise UserError(f"unknown backend {name!r}: {did_you_mean(name, backends())}")
+    token = _forced_backend.set(name)
+    try:
+        yield
+    finally:
+        _forced_backend.reset(token)
+
+
+def select(path: str, call: Call) -> Kernel:
+    """The kernel that computes a call.
+
+    Raises:
+        UserError: if the path is unknown, or no kernel accepts the call, with each one's reason.
+    """
+    forced = _forced_backend.get()
+    reasons: list[str] = []
+    for kernel in _kernels:
+        if kernel.path != path or (forced is not None and kernel.backend != forced):
+            continue
+        refusal = kernel.refusal(call)
+        if refusal is None:
+            return kernel
+        reasons.append(f"{kernel.backend} {refusal}")
+    _check_path(path)
+    raise UserError(f"no kernel computes path {path!r} here: {'; '.join(reasons) or f'{forced} has none'}")
+
+
+def choose_path(
+    scheme: Scheme,
+    device: torch.device | str,
+    rows: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    path: str = "auto",
+    capability: Capability | None = None,
+) -> Choice:
+    """The arithmetic for a scheme on a device.
+
+    Args:
+        scheme: What the layer was solved for. Its activation bits are the least precise that may be chosen.
+        device: Where it runs.
+        rows: Rows of the input, if known.
+        dtype: Dtype of the input, if known.
+        path: "auto", or a path to force, whatever the scheme and the device.
+        capability: Compute capability, instead of asking the device.
+
+    Raises:
+        UserError: if the path is unknown, the device absent, or nothing accepts the call.
+    """
+    verdicts = explain(scheme, device, rows, dtype=dtype, path=path, capability=capability)
+    for verdict in verdicts:
+        if verdict.accepted:
+            return Choice(verdict.path, verdict.backend, verdict.reason)
+    raise UserError(
+        f"no path for {scheme.weight} on {device}: "
+        + "; ".join(f"{v.path} ({v.backend}): {v.reason}" for v in verdicts)
+    )
+
+
+def explain(
+    scheme: Scheme,
+    device: torch.device | str,
+    rows: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    path: str = "auto",
+    capability: Capability | None = None,
+) -> list[Verdict]:
+    """Every path and backend with its verdict, in order of preference. Arguments as in `choose_path`."""
+    device = torch.device(device)
+    if capability is None:
+        capability = device_capability(device)
+    call = Call(scheme.weight, device.type, capability, dtype, rows)
+    _check_path(path)
+    verdicts: list[Verdict] = []
+    for kernel in _candidates(path, capability):
+        suits, reason = (True, "forced") if path != "auto" else _suits(kernel, scheme, call)
+        refusal = kernel.refusal(call)
+        verdicts.append(Verdict(kernel.path, kernel.backend, suits and refusal is None, refusal or reason))
+    return verdicts
+
+
+def _candidates(path: str, capability: Capability | None) -> list[Kernel]:
+    """The kernels of one path, or of all, best first: native before emulated, then narrow before wide."""
+    order = ("a4", "a8-int8", "a8-fp8", "a16")
+    if capability is not None and capability >= (9, 0):
+        order = ("a4", "a8-fp8", "a8-int8", "a16")
+    kernels = [kernel for kernel in _kernels if path in ("auto", kernel.path)]
+    return sorted(kernels, key=lambda kernel: (not kernel.native, order.index(kernel.path)))
+
+
+def _suits(kernel: Kernel, scheme: Scheme, call: Call) -> tuple[bool, str]:
+    """Whether a path may be chosen for a scheme on a device, and why or why not."""
+    bits, unit = _UNITS[kernel.path]
+    if bits < scheme.activations:
+        return False, f"the scheme was solved for {scheme.activations}-bit activations"
+    if kernel.path == "a16":
+        return True, "the widest path, for want of a narrower one" if scheme.activations < 16 else "16-bit activations"
+    if call.device == "cpu" and kernel.path == "a8-int8":
+        return True, "a CPU has no narrower arithmetic, and integer sums are exact"
+    if call.capability is None:
+        return False, f"{call.device} has no {unit} matrix arithmetic that we know of"
+    lowest, highest = _CAPABILITIES[kernel.path]
+    name = f"compute capability {_dotted(call.capability)}"
+    if not lowest <= call.capability <= highest:
+        return False, f"{name} has no {unit} tensor cores"
+    if kernel.path == "a4" and not kernel.native:
+        return False, "emulated 4 bits are slower and less precise than 8; path='a4' forces them"
+    return True, f"{name} has {unit} tensor cores"
+
+
+def device_capability(device: torch.device) -> Capability | None:
+    """Compute capability of an NVIDIA GPU; None for other devices.
+
+    Raises:
+        UserError: if the device is a GPU and there is none.
+    """
+    if device.type != "cuda" or _IS_ROCM:
+        return None
+    if not torch.cuda.is_available():
+        raise UserError(f"device '{device}': no CUDA device is available here; expected 'cpu'")
+    return torch.cuda.get_device_capability(device)
+
+
+def _check_path(path: str) -> None:
+    if path != "auto" and path not in PATHS:
+        raise UserError(f"unknown path {path!r}: {did_you_mean(path, (*PATHS, 'auto'))}")
+
+
+def _dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,317 @@
+"""The numbers of a few-bit layer, in plain torch: what every faster kernel is compared with.
+
+With K inputs, N outputs, rank R and M rows (tokens), a layer computes
+
+    y = Qa(x / s) · What^T + (x · D^T) · U^T + b                                                     [a8, a4]
+    y = (x / s) · What^T + (x · D^T) · U^T + b                                                          [a16]
+    y = Qa((x + h) / s) · What^T + (x · D^T) · U^T + b - h · sum_j What_ij / s_j             [a4 with a shift]
+
+What = codes · scales, one scale per group of K. K may be cut into segments, one input tensor each; every
+segment has its own activation scales and its part of s and D, and the products of the segments add up.
+
+Rules that make the numbers definite
+- All arithmetic is float32; codes, scales, s, D, U and b are widened first. The result is rounded once, to
+  the dtype of the input. Rounding is to nearest, ties to even, everywhere.
+- a16 multiplies x / s with What as they are.
+- a8-int8 and a8-fp8 have one activation scale per token and segment, amax / 127 or amax / 448, and fold the
+  group scales of What into 8 bits: per output row and segment c = amax / 127 or amax / 448, and the folded
+  codes are What / c, rounded to integers or to e4m3. Where a row has a single scale the codes themselves fit
+  into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
+  A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
+- a4 has one activation scale per token and 64 inputs, amax / 7 with codes -7..7, or max / 15 with codes
+  0..15 where the segment has a shift h > 0. Groups start at each segment, whose last group is filled with
+  zeros. What is not folded.
+- A scale is at least the smallest normal float32, so that zeros and denormals give code 0 and never NaN.
+  An infinity or a NaN in a token makes that token's outputs non-finite, and no other token's.
+
+Memory stays bounded: weights are unpacked a block of rows at a time, so that no float copy of a large weight
+ever exists. Activations are held in float32 once or twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from bittern import formats
+from bittern.errors import UserError, did_you_mean
+from bittern.formats import Format, KLayout, Segment
+from bittern.scheme import ACTIVATION_GROUP
+
+TINY = torch.finfo(torch.float32).tiny
+"""The smallest scale."""
+
+LIMITS: dict[str, int] = {"int8": 127, "fp8": 448, "int4": 7, "uint4": 15}
+"""The largest code of each activation format: a scale is amax over this."""
+
+# Up to 2^24 every integer is a float32: sums of 127 * 127 over this many inputs are exact in any order.
+_EXACT_K = 1024
+
+# Weights unpacked at a time: about the size of a CPU's cache, but enough to fill a GPU.
+_BLOCK = {"cpu": 2**20}
+_LARGE_BLOCK = 2**25
+
+
+class _Operand(NamedTuple):
+    """One side of a product: its rows, and the scale of each row where it was left out of them."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """What a path does to its operands: the formats of activations and of folded weights (None: as they are)."""
+
+    activations: str | None
+    weights: str | None
+
+
+PATHS: dict[str, _Arithmetic] = {
+    "a4": _Arithmetic("int4", None),
+    "a8-int8": _Arithmetic("int8", "int8"),
+    "a8-fp8": _Arithmetic("fp8", "fp8"),
+    "a16": _Arithmetic(None, None),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def layout_of(segments: tuple[int, ...], group_size: int | None) -> KLayout:
+    """The layout of K, made once for each shape."""
+    return KLayout(segments, group_size)
+
+
+def few_bit_linear(
+    inputs: Sequence[Float[Tensor, "*batch _"]],
+    codes: UInt8[Tensor, "n _"],
+    scales: Float[Tensor, "n groups"],
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"] | None,
+    up: Float[Tensor, "n r"] | None,
+    bias: Float[Tensor, " n"] | None,
+    weight: str,
+    group_size: int | None,
+    path: str,
+    shift: Sequence[float],
+) -> Float[Tensor, "*batch n"]:
+    """The layer of the module's docstring. Arguments as in `bittern.ops.few_bit_linear`."""
+    layout = layout_of(tuple(x.shape[-1] for x in inputs), group_size)
+    arithmetic = PATHS[path]
+    # Only 4-bit codes are worth an unsigned grid: 8 bits have room for the sign.
+    offsets = tuple(shift) if path == "a4" and any(shift) else (0.0,) * len(inputs)
+    low: Tensor | None = None
+    operands: list[_Operand] = []
+    for x, segment, offset in zip(inputs, layout, offsets, strict=True):
+        raw = x.reshape(-1, x.shape[-1]).float()
+        if down is not None:
+            part = raw @ down[:, segment.logical].float().T
+            low = part if low is None else low.add_(part)
+        smoothed = _smoothed(raw, smooth, segment, offset)
+        operands.append(_activations(smoothed, arithmetic.activations, offset))
+
+    outputs: list[Tensor] = []
+    for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
+        total: Tensor | None = None
+        for operand, segment, offset in zip(operands, layout, offsets, strict=True):
+            folded = _weights(block, segment, arithmetic.weights)
+            part = _product(operand, folded, exact=arithmetic.weights == "int8")
+            if offset:
+                ones = folded.values.new_ones(folded.values.shape[1])
+                part.sub_(offset * (folded.values @ _smoothed(ones, smooth, segment)))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        if low is not None and up is not None:
+            total.addmm_(low, up[rows].float().T)
+        if bias is not None:
+            total.add_(bias[rows])
+        outputs.append(total.to(inputs[0].dtype))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return y.reshape(*inputs[0].shape[:-1], codes.shape[0])
+
+
+def few_bit_linear_backward(
+    grad: Float[Tensor, "*batch n"],
+    codes: UInt8[Tensor, "n _"],
+    scales: Float[Tensor, "n groups"],
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"] | None,
+    up: Float[Tensor, "n r"] | None,
+    weight: str,
+    group_size: int | None,
+    segments: Sequence[int],
+) -> Float[Tensor, "*batch k"]:
+    """The gradient of the inputs, side by side: grad · W for the effective weight W = What / s + U · D.
+
+    Straight through: rounding activations counts as the identity (Bengio et al., 2013), and so a quantized
+    path has the gradient of a16.
+    """
+    layout = layout_of(tuple(segments), group_size)
+    flat = grad.reshape(-1, grad.shape[-1]).float()
+    result = flat.new_zeros(flat.shape[0], layout.k)
+    for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
+        for segment in layout:
+            result[:, segment.logical].addmm_(flat[:, rows], _unfolded(block, segment))
+    if smooth is not None:
+        result.div_(smooth.float())
+    if down is not None and up is not None:
+        result.addmm_(flat @ up.float(), down.float())
+    return result.to(grad.dtype).reshape(*grad.shape[:-1], layout.k)
+
+
+def dequantize(
+    codes: UInt8[Tensor, "n _"],
+    scales: Float[Tensor, "n groups"],
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"] | None,
+    up: Float[Tensor, "n r"] | None,
+    weight: str,
+    group_size: int | None,
+    segments: Sequence[int],
+    dtype: torch.dtype,
+) -> Float[Tensor, "n k"]:
+    """The effective weight What / s + U · D: what the layer multiplies x with when activations stay exact."""
+    layout = layout_of(tuple(segments), group_size)
+    out = torch.empty(codes.shape[0], layout.k, dtype=dtype, device=codes.device)
+    for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
+        effective = torch.cat([_unfolded(block, segment) for segment in layout], dim=-1)
+        if smooth is not None:
+            effective.div_(smooth.float())
+        if down is not None and up is not None:
+            effective.addmm_(up[rows].float(), down.float())
+        out[rows] = effective
+    return out
+
+
+def quantize_activations(
+    x: Float[Tensor, "*batch k"],
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"] | None,
+    format: str,
+    shift: float,
+) -> tuple[Shaped[Tensor, "*batch _"], Float[Tensor, "*batch groups"], Float[Tensor, "*batch r"]]:
+    """A layer's prologue on one segment. Arguments and results as in `bittern.ops.quantize_activations`."""
+    if format not in LIMITS:
+        raise UserError(f"unknown activation format {format!r}: {did_you_mean(format, LIMITS)}")
+    raw = x.reshape(-1, x.shape[-1]).float()
+    low = raw.new_empty(raw.shape[0], 0) if down is None else raw @ down.float().T
+    (whole,) = layout_of((x.shape[-1],), None)
+    offset = shift if format == "uint4" else 0.0
+    values, scale = quantize(_smoothed(raw, smooth, whole, offset), format)
+    if format == "fp8":
+        codes = values.to(torch.float8_e4m3fn)
+    elif format == "int8":
+        codes = values.to(torch.int8)
+    else:
+        codes = formats.get_packing("nibbles").pack(values.to(torch.int8))
+    batch = x.shape[:-1]
+    return (
+        codes.reshape(*batch, codes.shape[-1]),
+        scale.reshape(*batch, scale.shape[-1]),
+        low.reshape(*batch, low.shape[-1]),
+    )
+
+
+def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m padded_k"], Float[Tensor, "m groups"]]:
+    """Rows as codes and scales: one scale per row in 8 bits; one per 64 columns, zero-filled, in 4.
+
+    Args:
+        x: Rows in float32.
+        format: "int8", "fp8", "int4" or "uint4".
+
+    Returns:
+        The codes as float32 numbers, and the scales.
+    """
+    m, k = x.shape
+    if format in ("int4", "uint4"):
+        x = torch.nn.functional.pad(x, (0, -k % ACTIVATION_GROUP)) if k % ACTIVATION_GROUP else x
+        groups = x.view(m, x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
+    else:
+        groups = x.view(m, 1, k)
+    peak = groups.amax(-1, keepdim=True) if format == "uint4" else _amax(groups)
+    scale = (peak / LIMITS[format]).clamp_min_(TINY)
+    return _rounded(groups / scale, format).flatten(1), scale.squeeze(-1)
+
+
+def _smoothed(raw: Tensor, smooth: Tensor | None, segment: Segment, offset: float = 0.0) -> Tensor:
+    """(raw + offset) / s of one segment."""
+    shifted = raw + offset if offset else raw
+    return shifted if smooth is None else shifted / smooth[segment.logical].float()
+
+
+def _activations(smoothed: Tensor, format: str | None, offset: float) -> _Operand:
+    """One segment's activations: as they are, or codes with one scale per token, or rounded in groups."""
+    if format is None:
+        return _Operand(smoothed)
+    if format != "int4":
+        return _Operand(*quantize(smoothed, format))
+    values, scales = quantize(smoothed, "uint4" if offset else "int4")
+    values.view(*scales.shape, ACTIVATION_GROUP).mul_(scales[..., None])
+    return _Operand(values[:, : smoothed.shape[1]])
+
+
+def _weights(block: tuple[Tensor, Tensor], segment: Segment, format: str | None) -> _Operand:
+    """The weights of one block and segment: folded to 8 bits, or as they are."""
+    codes, scales = block
+    if format is None:
+        return _Operand(_unfolded(block, segment))
+    groups = scales[:, segment.groups]
+    if groups.shape[1] == 1:
+        return _Operand(codes[:, segment.unpadded], groups)
+    values = _unfolded(block, segment)
+    scale = (_amax(values) / LIMITS[format]).clamp_min_(TINY)
+    return _Operand(_rounded(values.div_(scale), format), scale)
+
+
+def _unfolded(block: tuple[Tensor, Tensor], segment: Segment) -> Tensor:
+    """What of one block and segment; it takes the place of the codes."""
+    codes, scales = block
+    groups = scales[:, segment.groups]
+    codes[:, segment.padded].view(*groups.shape, segment.size).mul_(groups[..., None])
+    return codes[:, segment.unpadded]
+
+
+def _product(a: _Operand, w: _Operand, exact: bool) -> Tensor:
+    """The product a · w^T times the scales of both, first a's."""
+    k = a.values.shape[1]
+    if exact and k > _EXACT_K:
+        # The sum of several exact parts can pass 2^24; int32 holds it.
+        total = torch.zeros(len(a.values), len(w.values), dtype=torch.int32, device=w.values.device)
+        for start in range(0, k, _EXACT_K):
+            columns = slice(start, start + _EXACT_K)
+            total += (a.values[:, columns] @ w.values[:, columns].T).to(torch.int32)
+        product = total.float()
+    else:
+        product = a.values @ w.values.T
+    if a.scale is not None and w.scale is not None:
+        product.mul_(a.scale).mul_(w.scale.T)
+    return product
+
+
+def _rounded(values: Tensor, format: str) -> Tensor:
+    """Values as codes of a format, in place where possible."""
+    if format == "fp8":
+        # The cast overflows to NaN, and division can leave a maximum one rounding error above the limit.
+        return values.clamp_(-LIMITS["fp8"], LIMITS["fp8"]).to(torch.float8_e4m3fn).float()
+    return values.round_().clamp_(0, LIMITS[format]) if format == "uint4" else values.round_()
+
+
+def _amax(values: Tensor) -> Tensor:
+    """The largest magnitude of each row, as a column; without a full-size copy of magnitudes."""
+    return torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
+
+
+def _blocks(
+    codes: Tensor, scales: Tensor, layout: KLayout, fmt: Format
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+    """Blocks of output rows: float32 codes [rows, padded_k] that the caller may overwrite, and their scales."""
+    n = codes.shape[0]
+    size = max(1, _BLOCK.get(codes.device.type, _LARGE_BLOCK) // layout.padded_k)
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        yield rows, (fmt.unpack(codes[rows], layout.padded_k).float(), scales[rows].float())
