@@ -25,9 +25,7 @@ _CPU_BLOCK = 1 << 17
 _GPU_BLOCK = 1 << 25
 
 
-def nearest(
-    blocks: Blocks, scales: Float[Tensor, "n groups"], low: int, high: int
-) -> Int8[Tensor, "n groups size"]:
+def nearest(blocks: Blocks, scales: Float[Tensor, "n groups"], low: int, high: int) -> Int8[Tensor, "n groups size"]:
     """The code in low..high nearest to weight / scale; 0 where the scale is 0."""
     # Division by infinity is how a scale of 0 gives code 0 instead of NaN.
     divisor = torch.where(scales == 0, torch.inf, scales.float())

@@ -1,8 +1,8 @@
 """int4: codes -8..7 under one scale a group.
 
 The two ends of two's complement differ: -8 has no opposite. A scale may therefore be *negative*, so that the
-largest weight of a group, whatever its sign, can fall on -8, and the group has sixteen steps, not fifteen. This
-costs no bit, since stored scales have a sign anyway, and gives 0.9 dB.
+largest weight of a group, whatever its sign, can fall on -8, and the group has sixteen steps, not fifteen.
+This costs no bit, since stored scales have a sign anyway, and gives 0.9 dB.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def search(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:
     error, as stored, is at most that of `absmax`: no group is worse off. It is no exact optimum: on Gaussian
     and Laplace groups of 64 it ends within 0.03 dB of one.
     """
-    # Powers of two bring every group near 1 exactly: squares of weights near 1e30 or 1e-30 do not fit float32.
+    # Powers of two bring every group near 1 exactly: the squares of 1e30 and 1e-30 do not fit float32.
     exponents = torch.frexp(blocks.abs().amax(dim=-1)).exponent.clamp(-100, 100)
     unit = torch.ldexp(blocks, -exponents[..., None])
 
@@ -50,8 +50,7 @@ def search(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:
     inverse = torch.where(anchor == 0, 0.0, 1 / anchor)
 
     def fit(codes: Float[Tensor, "n groups size"]) -> tuple[Tensor, Tensor]:
-        product: Tensor = torch.linalg.vecdot(unit, codes)
-        square: Tensor = torch.linalg.vecdot(codes, codes)
+        product, square = (unit * codes).sum(dim=-1), codes.square().sum(dim=-1)
         scales = stored(torch.where(square == 0, 0.0, product / square))
         return scales, scales * (2 * product - scales * square)
 
@@ -69,5 +68,5 @@ def search(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:
 
 
 def _squared_error(unit: Blocks, scales: Float[Tensor, "n groups"]) -> Float[Tensor, "n groups"]:
-    codes = nearest(unit, scales, LOW, HIGH)
-    return (unit - codes * scales[..., None]).square_().sum(dim=-1)
+    codes = nearest(unit, scales, LOW, HIGH).double()
+    return (unit.double() - codes * scales.double()[..., None]).square_().sum(dim=-1)

@@ -93,9 +93,7 @@ class KLayout:
 
     def __iter__(self) -> Iterator[Segment]:
         logical = padded = group = 0
-        for length, wide, groups in zip(
-            self.segments, self.padded_segments, self.groups_per_segment, strict=True
-        ):
+        for length, wide, groups in zip(self.segments, self.padded_segments, self.groups_per_segment, strict=True):
             yield Segment(
                 slice(logical, logical + length),
                 slice(padded, padded + wide),

@@ -37,12 +37,14 @@ class Format:
         """Codes in a byte of memory."""
         return self.packing.codes_per_byte
 
-    def pack(self, codes: Codes) -> Bytes:
-        """Codes as bytes in memory.
+    def pack(self, codes: Shaped[Tensor, "*rows k"]) -> Bytes:
+        """int8 codes as bytes in memory.
 
         Raises:
-            UserError: if a code lies outside the grid, which would spill into its neighbours.
+            UserError: if codes are not int8, or one lies outside the grid and would spill into its neighbours.
         """
+        if codes.dtype != torch.int8:
+            raise UserError(f"codes have dtype {codes.dtype}: expected torch.int8")
         if codes.numel() and (int(codes.min()) < self.code_min or int(codes.max()) > self.code_max):
             raise UserError(
                 f"{self.name} codes span {int(codes.min())}..{int(codes.max())}: "
@@ -54,7 +56,7 @@ class Format:
         """The inverse of `pack`."""
         return self.packing.unpack(packed, padded_k)
 
-    def check(self, packed: Bytes, padded_k: int) -> None:
+    def check(self, packed: Shaped[Tensor, "*rows bytes"], padded_k: int) -> None:
         """Refuses packed codes of a wrong dtype or width, or with codes outside the grid.
 
         Raises:

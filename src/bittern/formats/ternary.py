@@ -22,13 +22,6 @@ def absmean(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:
     return nearest(blocks, scales, LOW, HIGH), scales
 
 
-def absmean_refit(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:
-    """The codes of `absmean` under the scale that fits them best."""
-    codes, _ = absmean(blocks, lengths, dtype)
-    count = codes.abs().sum(dim=-1, dtype=torch.float64).clamp(min=1)
-    return codes, round_to((blocks * codes).sum(dim=-1, dtype=torch.float64) / count, dtype)
-
-
 def least_squares(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:
     """The codes and the stored scale of least squared error.
 

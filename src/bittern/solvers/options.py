@@ -7,20 +7,14 @@ from typing import Literal
 
 from bittern.errors import UserError, did_you_mean
 from bittern.formats import Rule, int4, ternary
+from bittern.scheme import WeightFormat
 
 ScaleRule = Literal["absmax", "search"]
-CodeRule = Literal["nearest", "absmean", "least-squares"]
+CodeRule = Literal["absmean", "least-squares"]
 Smoothing = Literal["none", "span"]
 
-_RULES: dict[tuple[str, str, str], Rule] = {
-    ("int4", "nearest", "absmax"): int4.absmax,
-    ("int4", "nearest", "search"): int4.search,
-    ("ternary", "absmean", "absmax"): ternary.absmean,
-    ("ternary", "absmean", "search"): ternary.absmean_refit,
-    # The nearest codes under the best of all scales are the least-squares codes.
-    ("ternary", "nearest", "search"): ternary.least_squares,
-    ("ternary", "least-squares", "search"): ternary.least_squares,
-}
+_INT4_RULES: dict[str, Rule] = {"absmax": int4.absmax, "search": int4.search}
+_TERNARY_RULES: dict[str, Rule] = {"absmean": ternary.absmean, "least-squares": ternary.least_squares}
 
 
 @dataclass(frozen=True)
@@ -28,10 +22,9 @@ class SolverOptions:
     """Choices of the data-free solver.
 
     Attributes:
-        scales: "absmax" takes the format's plain scale (amax / 7; for "absmean" codes the mean |w|); "search" the
-            scale of least squared error.
-        codes: "nearest" to weight / scale; for ternary also "absmean" (nearest to weight / mean |w|, BitNet's) and
-            "least-squares" (jointly with the scale, exact).
+        scales: For int4: "absmax" (amax / 7) or "search" (least squared error).
+        codes: For ternary: "absmean" (scale mean |w|, as in BitNet b1.58) or "least-squares" (exact, with its
+            scale).
         smoothing: "none", or "span": from the span of each input's weights.
         smoothing_exponent: Power of the span; 0 smooths nothing, 1 makes all spans equal.
         rounds: How often at most branch and residual are solved again, each given the other.
@@ -40,17 +33,17 @@ class SolverOptions:
     """
 
     scales: ScaleRule = "search"
-    codes: CodeRule = "nearest"
+    codes: CodeRule = "least-squares"
     smoothing: Smoothing = "none"
     smoothing_exponent: float = 0.5
-    rounds: int = 5
+    rounds: int = 8
     svd_oversample: int = 10
     svd_iterations: int = 4
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("scales", ("absmax", "search")),
-            ("codes", ("nearest", "absmean", "least-squares")),
+            ("scales", _INT4_RULES),
+            ("codes", _TERNARY_RULES),
             ("smoothing", ("none", "span")),
         ):
             value = getattr(self, name)
@@ -62,17 +55,6 @@ class SolverOptions:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)}: expected 0 or more")
 
-    def rule(self, weight_format: str) -> Rule:
-        """The function that gives each group its codes and scale.
-
-        Raises:
-            UserError: if the format has no such rule.
-        """
-        rule = _RULES.get((weight_format, self.codes, self.scales))
-        if rule is None:
-            known = [f"{codes} + {scales}" for name, codes, scales in _RULES if name == weight_format]
-            raise UserError(
-                f"codes {self.codes!r} with scales {self.scales!r} do not fit {weight_format}: "
-                f"expected one of {', '.join(known)}"
-            )
-        return rule
+    def rule(self, weight: WeightFormat) -> Rule:
+        """The function that gives each group of a weight its codes and scale."""
+        return _INT4_RULES[self.scales] if weight == "int4" else _TERNARY_RULES[self.codes]

@@ -17,6 +17,9 @@ from bittern.solvers.options import SolverOptions
 from bittern.solvers.smooth import span_smoothing
 from bittern.solvers.solution import Solution, frobenius
 
+LARGEST = 1e30
+"""Weights beyond this would overflow float32 in the products of the SVD."""
+
 
 @dataclass(frozen=True)
 class _Round:
@@ -28,7 +31,7 @@ class _Round:
 
 
 def solve(
-    weights: Sequence[Float[Tensor, "_ k"]],
+    weights: Sequence[Tensor],
     scheme: Scheme,
     options: SolverOptions,
     segments: Sequence[int],
@@ -47,7 +50,7 @@ def solve(
     concatenated input. Three float32 copies of the stacked weights are alive at once.
 
     Args:
-        weights: [n_i, k] each, any float type, all finite.
+        weights: [n_i, k] each, any float type, finite and at most 1e30.
         scheme: Formats, group, rank and stored types.
         options: How to solve.
         segments: Lengths of the K-segments; their sum is k.
@@ -127,6 +130,7 @@ def _check(weights: Sequence[Tensor], layout: KLayout, names: Sequence[str]) -> 
             raise UserError(f"{name} has shape {tuple(weight.shape)}: expected [N, {layout.k}]")
         if not weight.is_floating_point():
             raise UserError(f"{name} has dtype {weight.dtype}: expected a float type")
-        bad = int((~torch.isfinite(weight)).sum())
+        # NaN compares false, so it is counted too.
+        bad = weight.numel() - int((weight.abs() <= LARGEST).sum())
         if bad:
-            raise UserError(f"{name} holds {bad} NaN or infinite values: expected finite weights")
+            raise UserError(f"{name} holds {bad} values that are NaN, infinite or beyond {LARGEST:g}; mend the weights")
