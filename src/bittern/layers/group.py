@@ -1,0 +1,107 @@
+"""Groups: layers that read one tensor hold one weight, and run as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from bittern.errors import UserError
+from bittern.layers.linear import LEAVES, SHARED_LEAVES, QuantLinear
+
+
+class Group:
+    """Few-bit layers that read one tensor.
+
+    The first member's buffers hold the rows of all, in order, and the one `smooth` and `down`; the others reach
+    theirs through this object. So moving, copying or pickling a model that contains them moves, copies or
+    pickles each tensor once, and the group survives. A member copied on its own takes its group with it.
+    """
+
+    def __init__(self, members: Sequence[QuantLinear]) -> None:
+        self.members = list(members)
+
+
+def join_group(members: Sequence[QuantLinear]) -> Group:
+    """Makes layers that read one tensor a group. On meta they may be joined first and loaded later.
+
+    A state dict has each member's own codes, scales, up and bias, and `smooth` and `down` under the first.
+
+    Args:
+        members: At least two layers of one scheme and one device; their smooth and down are equal.
+
+    Raises:
+        UserError: if they do not fit together.
+    """
+    first = members[0]
+    if len(set(members)) < max(2, len(members)) or any(member.group is not None for member in members):
+        raise UserError("a group needs two or more different layers that are in no group yet")
+    for field in ("in_features", "segments", "scheme", "compute_dtype"):
+        values = {getattr(member, field) for member in members}
+        if len(values) > 1:
+            raise UserError(f"the members of a group differ in {field}: {values}; expected one value")
+    for leaf in SHARED_LEAVES:
+        if not all(_same(first._buffers[leaf], member._buffers[leaf]) for member in members[1:]):
+            raise UserError(f"the members of a group have different {leaf}: solve them together")
+    group = Group(members)
+    for leaf in LEAVES:
+        if leaf not in SHARED_LEAVES and first._buffers[leaf] is not None:
+            first._buffers[leaf] = torch.cat([cast(Tensor, member._buffers[leaf]) for member in members])
+    start = 0
+    for member in members:
+        member.group = group
+        member.rows = (start, start + member.out_features)
+        start += member.out_features
+        if member is not first:
+            member._buffers.update(dict.fromkeys(LEAVES))
+    return group
+
+
+def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of several layers for one input, together where possible.
+
+    Layers that follow one another in a group run as one operation, and their outputs are views of its result.
+    Others are called one by one: layers without a group, wrapped by peft, or with hooks of their own.
+
+    Args:
+        members: The layers.
+        x: Their input, or one input per K-segment.
+    """
+    if not _run_as_one(members):
+        return [member(x) for member in members]
+    layers = cast("Sequence[QuantLinear]", members)
+    first, last = layers[0], layers[-1]
+    y = first.linear_rows(x, first.rows[0], last.rows[1], _biases(layers))
+    return list(y.split([layer.out_features for layer in layers], dim=-1))
+
+
+def _run_as_one(members: Sequence[nn.Module]) -> bool:
+    previous: QuantLinear | None = None
+    for member in members:
+        if not isinstance(member, QuantLinear) or member.group is None:
+            return False
+        if member._forward_hooks or member._forward_pre_hooks or "forward" in member.__dict__:
+            return False
+        if previous is not None and (
+            member.group is not previous.group or member.rows[0] != previous.rows[1] or member.path != previous.path
+        ):
+            return False
+        previous = member
+    return previous is not None
+
+
+def _biases(layers: Sequence[QuantLinear]) -> Tensor | None:
+    """The biases behind one another, zeros for those without."""
+    given = [layer.bias for layer in layers if layer.bias is not None]
+    if not given:
+        return None
+    biases = [given[0].new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    return torch.cat(biases)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    return a.device == b.device and (a.is_meta or torch.equal(a, b))
