@@ -52,7 +52,7 @@ def test_a_clear_loss_is_claimed_and_a_faint_one_is_not() -> None:
     reference = {"a": [True] * 20, "b": [True] * 20}
     clear = stats.paired_difference({"a": [False] * 12 + [True] * 8, "b": [True] * 20}, reference)
     assert clear.mean == pytest.approx(-0.3) and clear.significant and clear.high < 0
-    assert clear.claim.startswith("lower than the reference's (difference -0.300")
+    assert clear.claim.startswith("is lower than the reference's (difference -0.300")
     # Four losses and no win: the bootstrap interval excludes zero, the sign test (p = .125) does not.
     faint = stats.paired_difference({"a": [False] * 4 + [True] * 16, "b": [True] * 20}, reference)
     assert faint.high < 0 and not faint.significant

@@ -1,0 +1,124 @@
+"""Several models, the same prompts, the same noise: what the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bittern.errors import UserError
+from bittern.evaluation import scenes
+from bittern.evaluation.drawing import Drawing, Settings, check_models, draw, versions
+from bittern.evaluation.fidelity import Fidelity, fidelity
+from bittern.evaluation.stats import Difference, paired_difference
+from bittern.evaluation.suites import (
+    Score,
+    choose_prompts,
+    difference_dict,
+    fidelity_dict,
+    score_dict,
+    score_scenes,
+)
+from bittern.quantization import Progress
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DEFAULT_LIMIT = 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model in a comparison; what is measured against the reference is None for the reference itself."""
+
+    drawing: Drawing
+    score: Score | None
+    fidelity: Fidelity | None = None
+    difference: Difference | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as JSON values."""
+        drawing = self.drawing
+        return {
+            "model": drawing.model,
+            "bytes": drawing.inspection.file_bytes,
+            "bits_per_weight": drawing.inspection.bits_per_weight,
+            **score_dict(self.score),
+            "fidelity": fidelity_dict(self.fidelity),
+            "difference": self.difference and difference_dict(self.difference),
+            "path": drawing.path,
+            "paths": drawing.paths,
+            "seconds": round(drawing.seconds, 2),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A reference, the models that are held against it, and the prompts that all of them drew."""
+
+    reference: Entry
+    others: list[Entry]
+    world: list[scenes.ScenePrompt] | None
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every model, the reference first."""
+        return [self.reference, *self.others]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON values."""
+        drawing = self.reference.drawing
+        return {
+            "reference": drawing.model,
+            "models": [entry.to_dict() for entry in self.entries],
+            "images": len(drawing.prompts),
+            "seed": drawing.seed,
+            "steps": drawing.steps,
+            "device": drawing.device,
+            "versions": versions(),
+        }
+
+
+def compare(
+    reference: str | DiffusionPipeline,
+    others: Sequence[str | DiffusionPipeline],
+    *,
+    prompts: Sequence[str] | None = None,
+    limit: int | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Draw the same prompts from the same noise with every model, and measure the others against the first.
+
+    Args:
+        reference: a folder, a hub id, "tiny-flux", or a loaded pipeline.
+        others: one or more of the same.
+        prompts: what to draw; by default 24 held-out prompts of the scenes world, which are also judged.
+        limit: how many prompts.
+        settings: seed, steps and the rest, the same for all.
+        progress: called as the pictures advance.
+
+    Raises:
+        UserError: if nothing is to be compared, or the models draw pictures of different sizes.
+    """
+    if not others:
+        raise UserError("one model is no comparison: expected two or more; name another model after the reference")
+    world, texts = choose_prompts(prompts, limit, DEFAULT_LIMIT)
+    check_models(reference, *others)
+    # The detector's tasks are only comparable when every one of them was drawn.
+    judged = world if world and len({p.tag for p in world}) == len(scenes.TASKS) else None
+    base = draw(reference, texts, settings, progress=progress)
+    base_score = score_scenes(base.images, judged) if judged else None
+    entries: list[Entry] = []
+    for model in others:
+        drawing = draw(model, texts, settings, progress=progress)
+        if drawing.images.shape != base.images.shape:
+            sizes = [f"{d.images.shape[-1]}x{d.images.shape[-2]}" for d in (drawing, base)]
+            raise UserError(
+                f"{drawing.model} draws {sizes[0]} pictures and {base.model} draws {sizes[1]}: "
+                "expected one size; compare a model with one made from it"
+            )
+        score = score_scenes(drawing.images, judged) if judged else None
+        gap = paired_difference(score.outcomes, base_score.outcomes) if score and base_score else None
+        entries.append(Entry(drawing, score, fidelity(drawing.images, base.images), gap))
+    return Comparison(Entry(base, base_score), entries, judged)

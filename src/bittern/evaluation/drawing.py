@@ -1,0 +1,188 @@
+"""A model's pictures together with everything one must know to draw them again."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+import bittern
+from bittern import layers, pipelines, quantization
+from bittern.evaluation.generate import check_request, generate
+from bittern.quantization import Progress
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn; None means the pipeline's own choice.
+
+    Attributes:
+        seed: prompt i starts from the noise of seed + i.
+        steps: denoising steps.
+        batch_size: pictures drawn together.
+        path: arithmetic forced on every few-bit layer, such as "a4".
+        device: where a model that is loaded by name runs.
+        dtype: what a model that is loaded by name computes in.
+    """
+
+    seed: int = 0
+    steps: int | None = None
+    batch_size: int | None = None
+    path: str | None = None
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures, one a prompt, and their provenance.
+
+    Attributes:
+        model: the name or folder that was asked for.
+        prompts: what was asked for.
+        images: RGB on the CPU.
+        seed: of the first prompt's noise; the next prompt has the next seed.
+        steps: denoising steps.
+        paths: how many few-bit layers ran each arithmetic; empty for a 16-bit model.
+        dtype: what the other layers compute in.
+        device: the processor's name.
+        seconds: spent drawing, loading excluded.
+        inspection: sizes, and the few-bit layers with bits and errors.
+    """
+
+    model: str
+    prompts: list[str]
+    images: UInt8[Tensor, "b 3 h w"]
+    seed: int
+    steps: int
+    paths: dict[str, int]
+    dtype: str
+    device: str
+    seconds: float
+    inspection: quantization.Report
+
+    @property
+    def path(self) -> str:
+        """The arithmetic that ran, most layers first: "a8-int8+a16", or "bf16" for a model in 16 bits."""
+        return path_name(self.paths, self.dtype)
+
+    def metadata(self, index: int) -> dict[str, object]:
+        """What a picture's file says about its making."""
+        height, width = self.images.shape[-2:]
+        return {
+            "model": self.model,
+            "prompt": self.prompts[index],
+            "seed": self.seed + index,
+            "steps": self.steps,
+            "size": f"{width}x{height}",
+            "path": self.path,
+            "bittern": bittern.__version__,
+        }
+
+
+def draw(
+    model: str | DiffusionPipeline,
+    prompts: Sequence[str],
+    settings: Settings | None = None,
+    *,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Drawing:
+    """Load a model, draw every prompt, let the model go again: one model in memory at a time.
+
+    Args:
+        model: a folder, a hub id, "tiny-flux", or a pipeline that is already loaded.
+        prompts: what to draw.
+        settings: seed, steps and the rest.
+        name: what to call the model; its folder or id by default.
+        progress: called as the pictures advance.
+
+    Raises:
+        UserError: if the model cannot be loaded, the path does not exist there, or a prompt is blank.
+    """
+    settings = settings or Settings()
+    check_request(prompts, settings.seed, settings.steps, settings.batch_size)
+    name = name or (model if isinstance(model, str) else type(model).__name__)
+    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
+    if settings.path:
+        layers.set_path(pipe.transformer, settings.path)
+    began = time.perf_counter()
+    images = generate(
+        pipe,
+        prompts,
+        seed=settings.seed,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        progress=progress and (lambda what, done, total: progress(f"{what} with {name}", done, total)),
+    )
+    seconds = time.perf_counter() - began
+    drawing = Drawing(
+        model=name,
+        prompts=list(prompts),
+        images=images,
+        seed=settings.seed,
+        steps=settings.steps or pipelines.defaults(pipe).steps,
+        paths=layers.paths(pipe.transformer),
+        dtype=_DTYPE_NAMES.get(pipe.transformer.dtype, str(pipe.transformer.dtype)),
+        device=device_name(pipe.device),
+        seconds=seconds,
+        inspection=quantization.inspect(pipe),
+    )
+    del pipe
+    gc.collect()
+    return drawing
+
+
+def check_models(*models: str | DiffusionPipeline | None) -> None:
+    """Find every model that is given by name, before minutes are spent on drawing with the first.
+
+    Raises:
+        UserError: for a model that is not there.
+    """
+    for model in models:
+        if isinstance(model, str):
+            pipelines.resolve(model)
+
+
+def path_name(paths: dict[str, int], dtype: str) -> str:
+    """One word for the arithmetic that ran: the paths joined, most layers first; the dtype if there are none."""
+    return "+".join(sorted(paths, key=lambda p: (-paths[p], p))) or dtype
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can move a pixel."""
+    import diffusers
+    import transformers
+
+    return {
+        "bittern": bittern.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def device_name(device: torch.device | str) -> str:
+    """The processor as a human knows it, such as "NVIDIA H100 80GB HBM3" or "CPU (Intel(R) Xeon(R) ...)"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return f"CPU ({model or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

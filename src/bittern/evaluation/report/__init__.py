@@ -1,0 +1,196 @@
+"""The comparison as one HTML file that needs nothing else: no network, no fonts, pictures inside.
+
+Every picture is embedded once, as a CSS variable; the slider clips one over the other and the difference map is the
+browser's own blend of the two. The page forbids itself any connection (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from bittern.errors import UserError
+from bittern.evaluation.compare import Comparison, Entry
+from bittern.evaluation.generate import to_pil
+from bittern.evaluation.stats import Estimate
+
+_LOSSLESS_SIDE = 512
+"""Larger pictures are shown as WebP, or a report of a big model would weigh hundreds of megabytes."""
+
+_TASK_NAMES = {
+    "single_object": "single object",
+    "two_object": "two objects",
+    "counting": "counting",
+    "colors": "colours",
+    "position": "position",
+    "color_attr": "colour attribution",
+}
+
+
+def render(comparison: Comparison, command: str) -> str:
+    """The report's HTML.
+
+    Args:
+        comparison: what `compare` found.
+        command: the command line that makes this report again.
+    """
+    import jinja2
+
+    folder = resources.files(__package__)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"size": format_bytes, "short": short_name}
+    template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
+    entries = comparison.entries
+    drawing = comparison.reference.drawing
+    return template.render(
+        style=(folder / "style.css").read_text(encoding="utf-8"),
+        script=(folder / "script.js").read_text(encoding="utf-8"),
+        entries=entries,
+        names=unique_names([entry.drawing.model for entry in entries]),
+        cards=_cards(comparison),
+        bars=_bars(entries),
+        heats=[_heat(entry) for entry in comparison.others],
+        drawing=drawing,
+        command=command,
+        result=comparison.to_dict(),
+    )
+
+
+def write(html: str, path: Path) -> None:
+    """Write the report, as a whole or not at all.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot write {path}: {reason}; choose a writable place for the report") from error
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for a human, in decimal units: 23.8 GB, 9.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def short_name(model: str) -> str:
+    """The last part of a model's path or hub id."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def unique_names(models: list[str]) -> list[str]:
+    """Short names, unless two models share one."""
+    short = [short_name(m) for m in models]
+    return short if len(set(short)) == len(short) else models
+
+
+def _data_uri(image: UInt8[Tensor, "3 h w"]) -> str:
+    picture = to_pil(image)
+    lossless = max(picture.size) <= _LOSSLESS_SIDE
+    buffer = io.BytesIO()
+    picture.save(buffer, **({"format": "PNG", "optimize": True} if lossless else {"format": "WEBP", "quality": 92}))
+    kind = "png" if lossless else "webp"
+    return f"url(data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()})"
+
+
+def _cards(comparison: Comparison) -> list[dict[str, Any]]:
+    verdicts = [_verdicts(comparison, entry) for entry in comparison.entries]
+    drawing = comparison.reference.drawing
+    cards: list[dict[str, Any]] = []
+    for index, prompt in enumerate(drawing.prompts):
+        found = [entry.fidelity for entry in comparison.others if entry.fidelity]
+        cards.append(
+            {
+                "prompt": prompt,
+                "task": _TASK_NAMES[comparison.world[index].tag] if comparison.world else None,
+                "seed": drawing.seed + index,
+                "pictures": [_data_uri(entry.drawing.images[index]) for entry in comparison.entries],
+                "verdicts": [v[index] for v in verdicts],
+                "psnr": [f.psnr[index] for f in found],
+                "ssim": [f.ssim[index] for f in found],
+            }
+        )
+    return cards
+
+
+def _verdicts(comparison: Comparison, entry: Entry) -> list[bool | None]:
+    if not comparison.world or not entry.score:
+        return [None] * len(entry.drawing.prompts)
+    outcomes = {task: iter(verdicts) for task, verdicts in entry.score.outcomes.items()}
+    return [next(outcomes[prompt.tag]) for prompt in comparison.world]
+
+
+def _bars(entries: list[Entry]) -> list[dict[str, Any]]:
+    scores = [entry.score for entry in entries if entry.score]
+    if len(scores) < len(entries):
+        return []
+    rows: list[tuple[str, list[Estimate]]] = [("overall", [s.overall for s in scores])]
+    rows += [(_TASK_NAMES[task], [s.tasks[task] for s in scores]) for task in scores[0].tasks]
+    return [{"name": name, "estimates": estimates} for name, estimates in rows]
+
+
+@dataclass(frozen=True)
+class HeatRow:
+    """One kind of layer: its cells, one a block, None where the block has no such few-bit layer."""
+
+    name: str
+    cells: list[Any]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A model's layer errors, arranged by stack of blocks, kind of layer and block."""
+
+    stacks: list[tuple[str, int, list[HeatRow]]]
+    low: float
+    high: float
+    rows: list[Any]
+
+    def share(self, error: float) -> int:
+        """Where an error lies between the least and the greatest, in percent."""
+        return round(100 * (error - self.low) / (self.high - self.low)) if self.high > self.low else 0
+
+
+def split_path(path: str) -> tuple[str, int, str]:
+    """A target's stack of blocks, block number and place in the block: ("blocks", 3, "attn.to_q")."""
+    match = re.match(r"(.+?)\.(\d+)\.(.+)", path)
+    return (match[1], int(match[2]), match[3]) if match else ("", 0, path)
+
+
+def _heat(entry: Entry) -> HeatMap:
+    rows = [row for row in entry.drawing.inspection.rows if row.error is not None]
+    errors = [row.error for row in rows] or [0.0]
+    located = [(*split_path(row.path), row) for row in rows]
+    stacks: list[tuple[str, int, list[HeatRow]]] = []
+    for stack in _ordered(s for s, _, _, _ in located):
+        blocks = 1 + max(block for s, block, _, _ in located if s == stack)
+        kinds = _ordered(kind for s, _, kind, _ in located if s == stack)
+        cells = {(kind, block): row for s, block, kind, row in located if s == stack}
+        heat = [HeatRow(kind, [cells.get((kind, block)) for block in range(blocks)]) for kind in kinds]
+        stacks.append((stack, blocks, heat))
+    return HeatMap(stacks, min(errors), max(errors), rows)
+
+
+def _ordered(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,204 @@
+"""The suites: what is drawn, what is measured, and what may be said about it.
+
+`scenes` draws held-out prompts of the scenes world and asks the detector whether each picture shows what its prompt
+says, by GenEval's six tasks. `fidelity` draws any prompts and measures how far the pictures stray from the
+reference's, drawn from the same noise. With a reference `scenes` measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from bittern.errors import UserError, did_you_mean
+from bittern.evaluation import scenes
+from bittern.evaluation.drawing import Drawing, Settings, check_models, draw, versions
+from bittern.evaluation.fidelity import Fidelity, fidelity
+from bittern.evaluation.stats import Difference, Estimate, paired_difference, proportion, unweighted_mean
+from bittern.quantization import Progress
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+SUITES = ("scenes", "fidelity")
+_DEFAULT_LIMIT = {"cpu": 120, "cuda": 2048}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's scenes score: every verdict by task, in the order of the prompts."""
+
+    outcomes: dict[str, list[bool]]
+
+    @property
+    def tasks(self) -> dict[str, Estimate]:
+        """Share of right pictures in each task."""
+        return {task: proportion(outcomes) for task, outcomes in self.outcomes.items()}
+
+    @property
+    def overall(self) -> Estimate:
+        """Unweighted mean of the tasks."""
+        return unweighted_mean(self.tasks)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a suite found.
+
+    Attributes:
+        suite: its name.
+        drawing: the model's pictures.
+        reference: the reference's pictures of the same prompts from the same noise, if there is one.
+        score: the model's scenes score, if the suite scores.
+        reference_score: the reference's.
+        difference: score minus reference score, paired.
+        fidelity: of the pictures to the reference's.
+    """
+
+    suite: str
+    drawing: Drawing
+    reference: Drawing | None
+    score: Score | None
+    reference_score: Score | None
+    difference: Difference | None
+    fidelity: Fidelity | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values. Keys are never renamed; a suite that does not measure one leaves it None."""
+        drawing, reference = self.drawing, self.reference
+        return {
+            "suite": self.suite,
+            "model": drawing.model,
+            "reference": reference and reference.model,
+            **score_dict(self.score),
+            "reference_scores": reference and score_dict(self.reference_score),
+            "difference": self.difference and difference_dict(self.difference),
+            "fidelity": fidelity_dict(self.fidelity),
+            "images": len(drawing.prompts),
+            "seed": drawing.seed,
+            "steps": drawing.steps,
+            "path": drawing.path,
+            "paths": drawing.paths,
+            "reference_path": reference and reference.path,
+            "device": drawing.device,
+            "seconds": round(drawing.seconds, 2),
+            "versions": versions(),
+        }
+
+
+def score_dict(score: Score | None) -> dict[str, Any]:
+    """The JSON keys of a score."""
+    if score is None:
+        return {"overall": None, "overall_stderr": None, "tasks": None, "tasks_stderr": None}
+    return {
+        "overall": score.overall.mean,
+        "overall_stderr": score.overall.stderr,
+        "tasks": {task: e.mean for task, e in score.tasks.items()},
+        "tasks_stderr": {task: e.stderr for task, e in score.tasks.items()},
+    }
+
+
+def difference_dict(difference: Difference) -> dict[str, Any]:
+    """The JSON keys of a paired difference."""
+    return {**asdict(difference), "p_value": difference.p_value, "claim": difference.claim}
+
+
+def fidelity_dict(found: Fidelity | None) -> dict[str, Any]:
+    """The JSON keys of a fidelity."""
+    if found is None:
+        return {"psnr": None, "ssim": None}
+    psnr, ssim = found.mean_psnr, found.mean_ssim
+    return {
+        "psnr": psnr.mean,
+        "psnr_stderr": psnr.stderr,
+        "ssim": ssim.mean,
+        "ssim_stderr": ssim.stderr,
+        "identical": found.identical,
+    }
+
+
+def score_scenes(images: UInt8[Tensor, "b 3 h w"], prompts: Sequence[scenes.ScenePrompt]) -> Score:
+    """Judge every picture; tasks come in GenEval's order, those without a prompt are left out."""
+    outcomes: dict[str, list[bool]] = {task: [] for task in scenes.TASKS}
+    for prompt, right in zip(prompts, scenes.judge(images, prompts), strict=True):
+        outcomes[prompt.tag].append(bool(right))
+    return Score({task: verdicts for task, verdicts in outcomes.items() if verdicts})
+
+
+def default_limit(device: str) -> int:
+    """Prompts that a suite draws unless told otherwise: what two cores, or a GPU, do while one waits."""
+    return _DEFAULT_LIMIT["cpu" if device.startswith("cpu") else "cuda"]
+
+
+def choose_prompts(
+    prompts: Sequence[str] | None, limit: int | None, default: int
+) -> tuple[list[scenes.ScenePrompt] | None, list[str]]:
+    """The first `limit` of the given prompts, or as many held-out ones of the scenes world, balanced over its tasks.
+
+    Returns:
+        The scenes prompts, which can be judged, or None where prompts were given; and the texts to draw.
+
+    Raises:
+        UserError: if the limit is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: expected a whole number from 1 up; leave it out for the default")
+    if prompts is not None:
+        return None, list(prompts)[:limit]
+    world = scenes.held_out(limit or default)
+    return world, [p.prompt for p in world]
+
+
+def evaluate(
+    model: str | DiffusionPipeline,
+    suite: str = "scenes",
+    *,
+    reference: str | DiffusionPipeline | None = None,
+    prompts: Sequence[str] | None = None,
+    limit: int | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Run a suite on a model.
+
+    Args:
+        model: a folder, a hub id, "tiny-flux", or a loaded pipeline.
+        suite: "scenes" or "fidelity".
+        reference: what to compare with, picture by picture from the same noise; `fidelity` needs one.
+        prompts: of `fidelity`; the held-out prompts of the scenes world by default.
+        limit: how many prompts; by default 120 on a CPU and 2,048 on a GPU, or the whole list that was given.
+        settings: seed, steps and the rest, the same for both models.
+        progress: called as the pictures advance.
+
+    Raises:
+        UserError: for an unknown suite, a missing reference, prompts that the suite does not take, or a limit that
+            leaves a task without a prompt.
+    """
+    settings = settings or Settings()
+    if suite not in SUITES:
+        raise UserError(f"unknown suite '{suite}': {did_you_mean(suite, SUITES)}")
+    if suite == "fidelity" and reference is None:
+        raise UserError("suite fidelity compares with another model: expected a reference; add --reference MODEL")
+    if suite == "scenes" and prompts is not None:
+        raise UserError("suite scenes draws its own held-out prompts; leave out --prompts, or take --suite fidelity")
+    if suite == "scenes" and limit is not None and limit < len(scenes.TASKS):
+        raise UserError(f"limit {limit} leaves tasks without a prompt: expected at least {len(scenes.TASKS)}")
+    world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
+    check_models(model, reference)
+    drawing = draw(model, texts, settings, progress=progress)
+    other = None if reference is None else draw(reference, texts, settings, progress=progress)
+    score = score_scenes(drawing.images, world) if world and suite == "scenes" else None
+    other_score = score_scenes(other.images, world) if other and world and score else None
+    return Evaluation(
+        suite=suite,
+        drawing=drawing,
+        reference=other,
+        score=score,
+        reference_score=other_score,
+        difference=paired_difference(score.outcomes, other_score.outcomes) if score and other_score else None,
+        fidelity=fidelity(drawing.images, other.images) if other else None,
+    )
