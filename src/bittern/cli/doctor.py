@@ -1,0 +1,95 @@
+"""`bittern doctor`: what this machine has, which arithmetic it will run, and why not another."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from bittern.cli.options import Json
+from bittern.cli.output import Output, hush, table
+
+_PACKAGES = ("bittern", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "triton")
+
+
+def doctor(json: Json = False) -> None:
+    """Print versions, devices, backends, and the paths that run here or the reason why not."""
+    with Output(json) as out:
+        hush()
+        from bittern import ops
+
+        payload = {
+            "python": platform.python_version(),
+            "versions": {package: _version(package) for package in _PACKAGES},
+            "devices": _devices(),
+            "backends": list(ops.backends()),
+            "registered_with_diffusers": _registered(),
+            "paths": [row for device in _devices() for row in _paths(device["device"])],
+        }
+        found = [("python", payload["python"]), *((p, v or "not installed") for p, v in payload["versions"].items())]
+        found.append(("registered with diffusers", "yes" if payload["registered_with_diffusers"] else "no"))
+        devices = [(d["device"], d["name"], f"{d['memory_gib']:.1f} GiB") for d in payload["devices"]]
+        paths = [
+            (
+                p["device"],
+                p["weight"],
+                p["activations"],
+                p["path"],
+                p["backend"],
+                "yes" if p["runs"] else "no",
+                p["reason"],
+            )
+            for p in payload["paths"]
+        ]
+        out.result(
+            payload,
+            table(("package", "version"), found, left=2),
+            table(("device", "name", "memory"), devices, left=2),
+            table(("device", "weights", "activations", "path", "backend", "runs", "reason"), paths, left=7),
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _registered() -> bool:
+    from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    return "bittern" in AUTO_QUANTIZER_MAPPING
+
+
+def _devices() -> list[dict[str, Any]]:
+    import psutil
+    import torch
+
+    from bittern.evaluation.drawing import device_name
+
+    found = [{"device": "cpu", "name": device_name("cpu"), "memory_gib": psutil.virtual_memory().total / 2**30}]
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        found.append({"device": f"cuda:{index}", "name": device_name(f"cuda:{index}"), "memory_gib": memory})
+    return found
+
+
+def _paths(device: str) -> list[dict[str, Any]]:
+    from bittern import ops
+    from bittern.scheme import Scheme
+
+    schemes = (("int4", 4), ("ternary", 8), ("int4", 16))
+    return [
+        {
+            "device": device,
+            "weight": weight,
+            "activations": bits,
+            "path": verdict.path,
+            "backend": verdict.backend,
+            "runs": verdict.accepted,
+            "reason": verdict.reason,
+        }
+        for weight, bits in schemes
+        for verdict in ops.explain(Scheme(weight=weight, activations=bits), device)
+    ]

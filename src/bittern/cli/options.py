@@ -1,0 +1,83 @@
+"""Options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bittern.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from bittern.evaluation.drawing import Settings
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or tiny-flux.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Seed = Annotated[int, typer.Option("--seed", help="Prompt i starts from the noise of seed + i.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default="the model's")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Pictures drawn together.", show_default="what fits")
+]
+ArithmeticPath = Annotated[
+    str | None,
+    typer.Option("--path", help="Force an arithmetic: a16, a8-int8, a8-fp8 or a4.", show_default="the best here"),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="How many prompts.", show_default=False)]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="A .txt file, one prompt a line, or .jsonl with a prompt key.", show_default=False),
+]
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def resolve_device(device: str) -> str:
+    """The device that "auto" means here; any other is checked to be there.
+
+    Raises:
+        UserError: for an unknown device, or one this machine has not.
+    """
+    import torch
+
+    from bittern.pipelines import check_device
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | None:
+    """The dtype behind its short name; None for "auto".
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    import torch
+
+    if dtype == "auto":
+        return None
+    if dtype not in _DTYPES:
+        raise UserError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *_DTYPES])}")
+    return getattr(torch, _DTYPES[dtype])
+
+
+def settings(
+    seed: int, steps: int | None, batch_size: int | None, path: str | None, device: str, dtype: str
+) -> Settings:
+    """The drawing settings that the options ask for.
+
+    Raises:
+        UserError: for a path, device or dtype that does not exist or is not here.
+    """
+    from bittern.evaluation.drawing import Settings
+    from bittern.ops import PATHS
+
+    if path is not None and path not in PATHS:
+        raise UserError(f"unknown path '{path}': {did_you_mean(path, PATHS)}")
+    return Settings(seed, steps, batch_size, path, resolve_device(device), resolve_dtype(dtype))

@@ -1,0 +1,118 @@
+"""`bittern quantize`: a pipeline in, a few-bit pipeline out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bittern.cli import options
+from bittern.cli.output import Output, hush, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bittern.quantization import Report, Row
+
+
+def quantize(
+    model: options.Model,
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's name or a .yaml file; see bittern recipes.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is in the folder.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Same model, recipe and seed: same bytes.")] = 0,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Quantize a model and write it as a diffusers folder, whole or not at all."""
+    with Output(json) as output:
+        hush()
+        done = run(model, recipe, out, force=force, seed=seed, device=device, output=output)
+        output.result(done.to_dict(), scheme_table(done.report), done.summary)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A folder that was written, and what it holds.
+
+    Attributes:
+        model: what it was made from.
+        out: the folder.
+        report: every target.
+        original_bytes: size of the transformer's weight files before.
+        real_bytes: and after.
+        seconds: loading, solving and writing.
+    """
+
+    model: str
+    out: Path
+    report: Report
+    original_bytes: int
+    real_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {
+            "model": self.model,
+            "out": str(self.out),
+            **self.report.to_dict(),
+            "original_bytes": self.original_bytes,
+            "predicted_bytes": self.report.file_bytes,
+            "real_bytes": self.real_bytes,
+            "seconds": round(self.seconds, 2),
+        }
+
+    @property
+    def summary(self) -> str:
+        """One line: sizes, and where it is."""
+        from bittern.evaluation.report import format_bytes
+
+        before, after, foretold = map(format_bytes, (self.original_bytes, self.real_bytes, self.report.file_bytes))
+        return (
+            f"{self.out}: {self.report.recipe}, transformer {before} -> {after} (predicted {foretold}), "
+            f"{self.report.bits_per_weight:.2f} bits per weight, {self.seconds:.1f} s"
+        )
+
+
+def run(model: str, recipe: str, out: Path, *, force: bool, seed: int, device: str, output: Output) -> Quantized:
+    """Quantize `model` into `out`, with progress."""
+    from bittern import pipelines
+    from bittern.checkpoints import weight_files
+
+    began = time.perf_counter()
+    source = pipelines.resolve(model)
+    report = pipelines.quantize_folder(
+        model,
+        recipe,
+        out,
+        seed=seed,
+        device=options.resolve_device(device),
+        force=force,
+        progress=lambda _, done, total: output.progress(f"solving {recipe}", done, total),
+    )
+    original, real = (
+        sum(file.stat().st_size for file in weight_files(folder / "transformer")) for folder in (source, out)
+    )
+    return Quantized(model, out, report, original, real, time.perf_counter() - began)
+
+
+def scheme_table(report: Report) -> Table:
+    """What was done, one row for each kind of few-bit layer."""
+    from bittern.evaluation.report import format_bytes
+
+    kinds: dict[tuple[object, ...], list[Row]] = {}
+    for row in report.rows:
+        kinds.setdefault((row.format, row.group_size or "row", row.rank, f"{row.activations} bit"), []).append(row)
+    lines = []
+    for kind, rows in kinds.items():
+        weights, nbytes = sum(r.shape[0] * r.shape[1] for r in rows), sum(r.bytes for r in rows)
+        errors = [r.error for r in rows if r.error is not None]
+        spread = f"{min(errors):.3f} to {max(errors):.3f}" if errors else ""
+        numbers = (f"{weights / 1e6:.2f} M", format_bytes(nbytes), f"{8 * nbytes / weights:.2f}", spread)
+        lines.append((*kind, len(rows), *numbers))
+    columns = ("format", "group", "rank", "activations", "layers", "weights", "bytes", "bits per weight", "error")
+    return table(columns, lines)
