@@ -1,3 +1,60 @@
-"""bittern: few-bit diffusion models."""
+"""bittern: few-bit diffusion models.
+
+Importing it costs nothing and registers it with diffusers: at once if diffusers is loaded, otherwise when it is.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bittern.errors import BitternError, UserError
+from bittern.integrations.import_hook import install as _install
+
+if TYPE_CHECKING:
+    from bittern.integrations.diffusers import QuantizationConfig
+    from bittern.ops import use_backend
+    from bittern.quantization import Report, inspect, predict, predict_size, quantize
+    from bittern.recipes import Recipe
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BitternError",
+    "QuantizationConfig",
+    "Recipe",
+    "Report",
+    "UserError",
+    "__version__",
+    "inspect",
+    "predict",
+    "predict_size",
+    "quantize",
+    "use_backend",
+]
+
+_HOMES = {
+    "QuantizationConfig": "bittern.integrations.diffusers",
+    "Recipe": "bittern.recipes",
+    "Report": "bittern.quantization",
+    "inspect": "bittern.quantization",
+    "predict": "bittern.quantization",
+    "predict_size": "bittern.quantization",
+    "quantize": "bittern.quantization",
+    "use_backend": "bittern.ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bittern' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_install()

@@ -56,8 +56,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
     Reads shapes only: the model may be on the meta device.
 
     Raises:
-        UserError: for an unknown model class, a model that is quantized or wears adapters, a glob that matches
-            nothing, a rank that does not fit a layer.
+        UserError: for an unknown model class, linears that are not plain ones or wear adapters, a glob that
+            matches nothing, a rank that does not fit a layer.
     """
     architecture = of(model)
     linears = _linears(model)
@@ -98,9 +98,6 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    method = getattr(model, "quantization_method", None) if getattr(model, "is_quantized", False) else None
-    if method is not None:
-        raise UserError(f"the model is already quantized ({getattr(method, 'value', method)}): load the original")
     linears: dict[str, nn.Linear] = {}
     for path, module in model.named_modules():
         if hasattr(module, "base_layer"):

@@ -62,7 +62,10 @@ def resolve_rank(rank: int | float | str, n: int, k: int) -> int:
 
 
 class LayerSpec(BaseModel):
-    """What one layer becomes (see `Scheme`) and how it is solved (see `SolverOptions`)."""
+    """What one layer becomes (see `Scheme`) and how it is solved (see `SolverOptions`).
+
+    `scales` is for int4 alone and `codes` for ternary alone, so that a patch may change `weight` by itself.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -75,10 +78,10 @@ class LayerSpec(BaseModel):
     packing: Literal["nibbles", "crumbs", "trits"] | None = None
 
     scales: Literal["absmax", "search"] = "search"
-    codes: Literal["nearest", "absmean", "least-squares"] = "least-squares"
+    codes: Literal["absmean", "least-squares"] = "least-squares"
     smoothing: Literal["none", "span"] = "none"
     smoothing_exponent: float = Field(default=0.5, ge=0, le=1)
-    rounds: int = Field(default=8, ge=1)
+    rounds: int = Field(default=8, ge=0)
     svd_oversample: int = Field(default=10, ge=0)
     svd_iterations: int = Field(default=4, ge=0)
 

@@ -1,0 +1,108 @@
+"""The weight files of a checkpoint folder, and what their headers say, without reading a tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bittern.errors import UserError
+
+STEM = "diffusion_pytorch_model"
+MEND = "the file is damaged or incomplete: fetch or write it again"
+
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return torch.Size(self.shape).numel()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a diffusers model folder: the shards its index lists, or the single file.
+
+    Raises:
+        UserError: if there are none, or a shard is missing.
+    """
+    for index in sorted(folder.glob(f"{STEM}.safetensors.index*.json")):
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{index} is not a shard index: {MEND}") from None
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise UserError(f"{index} lists {shard!r}, which is not in its folder: {MEND}")
+        return [folder / shard for shard in shards]
+    files = sorted(folder.glob(f"{STEM}*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no {STEM}.safetensors: expected a diffusers model folder")
+    return files[:1]
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[Path, TensorSpec]]:
+    """Where every tensor lies, with its shape and dtype.
+
+    Raises:
+        UserError: for a file that is not safetensors or is cut short, and a tensor that is in two files.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[Path, TensorSpec]] = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise UserError(f"{file} is not safetensors: bittern reads no other files, since they may run code")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                specs = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({error}): {MEND}") from None
+        for name, (shape, dtype) in specs.items():
+            if name in found:
+                raise UserError(f"tensor {name!r} is both in {found[name][0].name} and {file.name}: {MEND}")
+            if dtype not in _DTYPES:
+                raise UserError(f"tensor {name!r} in {file.name} has dtype {dtype}: expected {', '.join(_DTYPES)}")
+            found[name] = (file, TensorSpec(shape, _DTYPES[dtype]))
+    return found
+
+
+def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """Size of a safetensors file that diffusers would write with these tensors."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in tensors.items():
+        start, end = end, end + spec.nbytes
+        entry = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        header[name] = entry
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end

@@ -1,0 +1,1 @@
+"""Where bittern meets other libraries: one file for each."""

@@ -1,0 +1,86 @@
+"""One job of a plan: linears in, few-bit layers out. In-place quantization and loading share it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from bittern.architectures import Job, Plan
+from bittern.checkpoints import CheckpointConfig, Target
+from bittern.errors import UserError
+from bittern.layers import QuantLinear, join_group
+from bittern.recipes import Recipe
+from bittern.solvers import SolverOptions, relative_error, solve
+
+Progress = Callable[[str, float, float], None]
+"""Called with what is being done, how much of it is done and how much there is."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what is not a usable seed.
+
+    Raises:
+        UserError: if it is not a whole number from 0 to 2**31 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise UserError(f"seed {seed!r}: expected a whole number from 0 to {2**31 - 1}")
+
+
+def check_weight(path: str, weight: torch.Tensor) -> None:
+    """Refuses a weight that is not there or not finite.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    if weight.is_meta:
+        raise UserError(f"the weight of {path} is not loaded: turn off offloading and load the model whole")
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise UserError(f"{bad} weights of {path} are NaN or infinite: expected finite ones; mend the model first")
+
+
+@torch.no_grad()
+def solve_job(job: Job, linears: Sequence[nn.Linear], seed: int) -> tuple[list[QuantLinear], list[float]]:
+    """The few-bit layers that replace a job's linears, and their relative weight errors.
+
+    The result depends on the weights, the job and the seed, not on the order in which jobs are done.
+    """
+    weights = [linear.weight for linear in linears]
+    own_seed = (seed << 32) | zlib.crc32(job.paths[0].encode())
+    solutions = solve(weights, job.scheme, SolverOptions(**job.solver), job.segments, own_seed, job.paths)
+    layers = [
+        QuantLinear.from_solution(linear, job.scheme, job.segments, solution)
+        for linear, solution in zip(linears, solutions, strict=True)
+    ]
+    if len(layers) > 1:
+        join_group(layers)
+    errors = [relative_error(weight, solution) for weight, solution in zip(weights, solutions, strict=True)]
+    # Six digits are plenty, and short to write.
+    return layers, [float(f"{error:.6g}") for error in errors]
+
+
+def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Puts `layer` where the module at `path` is."""
+    parent, _, name = path.rpartition(".")
+    layer.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def checkpoint_config(
+    plan: Plan, recipe: Recipe, seed: int, errors: Mapping[str, float] | None = None
+) -> CheckpointConfig:
+    """The `quantization_config` of a plan that has been carried out (or, without errors, will be)."""
+    schemes = list(dict.fromkeys(job.scheme for job in plan.jobs))
+    order = [(job, path, shape) for job in plan.jobs for path, shape in zip(job.paths, job.shapes, strict=True)]
+    return CheckpointConfig(
+        recipe=recipe.dump(),
+        seed=seed,
+        schemes=tuple(schemes),
+        targets={path: Target(scheme=schemes.index(job.scheme), shape=shape) for job, path, shape in order},
+        groups=tuple(job.paths for job in plan.jobs if len(job.paths) > 1),
+        segments={path: job.segments for job, path, _ in order if len(job.segments) > 1},
+        errors={path: errors[path] for _, path, _ in order} if errors else {},
+    )
