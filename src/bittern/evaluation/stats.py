@@ -64,12 +64,12 @@ class Difference:
 
     @property
     def claim(self) -> str:
-        """The strongest sentence that the data allows."""
+        """What may be said of the model's score, as the rest of a sentence."""
         found = f"difference {self.mean:+.3f}, 95 % interval {self.low:+.3f} to {self.high:+.3f}, "
         found += f"sign test p = {self.p_value:.2g}, {self.n} prompts"
         if not self.significant:
             return f"cannot be told apart from the reference's ({found})"
-        return f"{'higher' if self.mean > 0 else 'lower'} than the reference's ({found})"
+        return f"is {'higher' if self.mean > 0 else 'lower'} than the reference's ({found})"
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
