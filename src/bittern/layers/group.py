@@ -15,9 +15,10 @@ from bittern.layers.linear import LEAVES, SHARED_LEAVES, QuantLinear
 class Group:
     """Few-bit layers that read one tensor.
 
-    The first member's buffers hold the rows of all, in order, and the one `smooth` and `down`; the others reach
-    theirs through this object. So moving, copying or pickling a model that contains them moves, copies or
-    pickles each tensor once, and the group survives. A member copied on its own takes its group with it.
+    The first member's buffers `group_codes`, `group_scales` and `group_up` hold the rows of all, in order, and
+    `group_smooth` and `group_down` what they share; the others reach theirs through this object. So moving,
+    copying or pickling a model that contains them moves, copies or pickles each tensor once, and the group
+    survives. A member copied on its own takes its group with it; one moved on its own moves its bias only.
     """
 
     def __init__(self, members: Sequence[QuantLinear]) -> None:
@@ -45,17 +46,18 @@ def join_group(members: Sequence[QuantLinear]) -> Group:
     for leaf in SHARED_LEAVES:
         if not all(_same(first._buffers[leaf], member._buffers[leaf]) for member in members[1:]):
             raise UserError(f"the members of a group have different {leaf}: solve them together")
-    group = Group(members)
     for leaf in LEAVES:
-        if leaf not in SHARED_LEAVES and first._buffers[leaf] is not None:
-            first._buffers[leaf] = torch.cat([cast(Tensor, member._buffers[leaf]) for member in members])
-    start = 0
+        stacked = first._buffers[leaf]
+        if stacked is not None and leaf not in SHARED_LEAVES:
+            stacked = torch.cat([cast(Tensor, member._buffers[leaf]) for member in members])
+        first.register_buffer(f"group_{leaf}", stacked, persistent=False)
+        for member in members:
+            member._buffers[leaf] = None
+    group, start = Group(members), 0
     for member in members:
         member.group = group
         member.rows = (start, start + member.out_features)
         start += member.out_features
-        if member is not first:
-            member._buffers.update(dict.fromkeys(LEAVES))
     return group
 
 

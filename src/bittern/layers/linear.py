@@ -40,8 +40,8 @@ class QuantLinear(nn.Linear):
     `compute_dtype`, and casts the bias. `weight` is a `FewBitWeight`; a state dict holds it, too, and loading
     one ignores it.
 
-    The members of a group (see `join_group`) leave their buffers to the first one, which holds all their rows;
-    `tensors()` gives a layer's own.
+    The members of a group (see `join_group`) leave their buffers to the first one, which holds all their rows
+    as `group_codes` and so on; `tensors()` gives a layer's own, in a group or not.
 
     Attributes:
         scheme: The numbers of the layer.
@@ -128,15 +128,14 @@ class QuantLinear(nn.Linear):
             raise UserError(
                 f"{leaf} is {tensor.dtype} {list(tensor.shape)}: expected {expected.dtype} {list(expected.shape)}"
             )
-        buffers = self.holder._buffers
-        stored = buffers[leaf]
-        assert stored is not None
-        if not stored.is_meta:
+        if not expected.is_meta:
             expected.copy_(tensor)
-        elif stored.shape == tensor.shape:
-            buffers[leaf] = tensor.contiguous()
+            return
+        name, shape = self._buffer(leaf), self._held(leaf).shape
+        if shape == tensor.shape:
+            self.holder._buffers[name] = tensor.contiguous()
         else:
-            buffers[leaf] = torch.empty(stored.shape, dtype=stored.dtype, device=tensor.device)
+            self.holder._buffers[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             self.tensors()[leaf].copy_(tensor)
 
     def _load_bias(self, tensor: Tensor) -> None:
@@ -153,6 +152,15 @@ class QuantLinear(nn.Linear):
     def holder(self) -> QuantLinear:
         """The layer whose buffers hold this one's rows: itself, or the first of its group."""
         return self if self.group is None else self.group.members[0]
+
+    def _buffer(self, leaf: str) -> str:
+        """The name of the holder's buffer."""
+        # Accelerate restores buffers from the state dict by name: those of other shapes need other names.
+        return leaf if self.group is None else f"group_{leaf}"
+
+    def _held(self, leaf: str) -> Any:
+        """The holder's tensor, of all rows."""
+        return self.holder._buffers[self._buffer(leaf)]
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's own tensors by leaf; a group's smooth and down are its first member's."""
@@ -181,12 +189,10 @@ class QuantLinear(nn.Linear):
 
     def _stacked(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The holder's tensors, of these rows."""
-        held = self.holder._buffers
-        codes, scales, up = held["codes"], held["scales"], held["up"]
-        assert codes is not None and scales is not None
+        codes, scales, smooth, down, up = map(self._held, LEAVES)
         if stop - start < codes.shape[0]:
             codes, scales, up = codes[start:stop], scales[start:stop], None if up is None else up[start:stop]
-        return codes, scales, held["smooth"], held["down"], up
+        return codes, scales, smooth, down, up
 
     # ---- computing
 
@@ -225,14 +231,14 @@ class QuantLinear(nn.Linear):
 
     def choice(self, device: torch.device | None = None) -> ops.Choice:
         """The arithmetic that runs on a device, the layer's own unless one is given, and why."""
-        device = device or self.holder.codes.device
+        device = device or self._held("codes").device
         if self._choice is None or self._choice[0] != device:
             self._choice = (device, ops.choose_path(self.scheme, device, path=self._path))
         return self._choice[1]
 
     def _choose(self) -> None:
         """Chooses now, so that a compiler meets a constant."""
-        if not self.holder.codes.is_meta:
+        if not self._held("codes").is_meta:
             self.choice()
 
     # ---- what nn.Module would do with buffers and parameters
