@@ -75,7 +75,7 @@ class Evaluation:
             "model": drawing.model,
             "reference": reference and reference.model,
             **score_dict(self.score),
-            "reference_scores": reference and score_dict(self.reference_score),
+            "reference_scores": self.reference_score and score_dict(self.reference_score),
             "difference": self.difference and difference_dict(self.difference),
             "fidelity": fidelity_dict(self.fidelity),
             "images": len(drawing.prompts),

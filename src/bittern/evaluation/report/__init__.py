@@ -109,7 +109,7 @@ def _data_uri(image: UInt8[Tensor, "3 h w"]) -> str:
     picture = to_pil(image)
     lossless = max(picture.size) <= _LOSSLESS_SIDE
     buffer = io.BytesIO()
-    picture.save(buffer, **({"format": "PNG", "optimize": True} if lossless else {"format": "WEBP", "quality": 92}))
+    picture.save(buffer, **({"format": "PNG"} if lossless else {"format": "WEBP", "quality": 92}))
     kind = "png" if lossless else "webp"
     return f"url(data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()})"
 
