@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from ops_oracle import assert_close, expect, random_layer
+from torch import Tensor
+
+from bittern import ops
+from bittern.errors import UserError
+
+OP = torch.ops.bittern.few_bit_linear.default
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_operation_keeps_torchs_rules(path: str, trained: bool) -> None:
+    layer = random_layer(0, 24, (64, 72), rank=16, smooth=True)
+    inputs = [torch.randn(2, 5, k, requires_grad=trained) for k in (64, 72)]
+    for shift in ([], [0.2, 0.0]):
+        torch.library.opcheck(OP, (inputs, *layer.args(), path, shift))
+    bare = random_layer(0, 24, (64,), "ternary", None, bias=False)
+    torch.library.opcheck(OP, ([torch.randn(3, 64, requires_grad=trained)], *bare.args(), path, []))
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4", "uint4"])
+def test_the_prologue_keeps_torchs_rules(format: str) -> None:
+    layer = random_layer(0, 4, (100,), rank=16, smooth=True)
+    op = torch.ops.bittern.quantize_activations.default
+    torch.library.opcheck(op, (torch.randn(3, 2, 100), layer.smooth, layer.down, format, 0.1))
+    torch.library.opcheck(op, (torch.randn(4, 64, dtype=torch.bfloat16), None, None, format, 0.0))
+
+
+def test_the_gradients_operation_keeps_torchs_rules() -> None:
+    layer = random_layer(0, 24, (64, 72), rank=16, smooth=True)
+    args = (torch.randn(2, 24), *layer.args()[:5], layer.weight, layer.group_size, [64, 72])
+    torch.library.opcheck(torch.ops.bittern.few_bit_linear_backward.default, args)
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_straight_through_the_rounding(path: str, dtype: torch.dtype) -> None:
+    layer = random_layer(0, 24, (60, 72), rank=16, smooth=True)
+    inputs = [torch.randn(3, k, dtype=dtype, requires_grad=True) for k in (60, 72)]
+    assert layer.bias is not None
+    layer.bias.requires_grad_()
+    upstream = torch.randn(3, 24, dtype=dtype)
+    ops.few_bit_linear(inputs, path=path, **layer.kwargs()).backward(upstream)
+    weight = ops.dequantize(*layer.args()[:5], "int4", 64, (60, 72), torch.float32).double()
+    want = upstream.double() @ weight
+    got = torch.cat([x.grad for x in inputs if x.grad is not None], dim=-1)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    assert got.dtype == dtype and torch.allclose(got.double(), want, rtol=tolerance, atol=1e-5)
+    assert layer.bias.grad is not None
+    assert torch.allclose(layer.bias.grad.double(), upstream.double().sum(0), rtol=tolerance, atol=1e-5)
+
+
+def test_the_layers_own_tensors_refuse_gradients() -> None:
+    layer = random_layer(0, 24, (64,), rank=16)
+    assert layer.up is not None
+    layer.up.requires_grad_()
+    with pytest.raises(NotImplementedError, match="train a LoRA"):
+        ops.few_bit_linear([torch.randn(3, 64)], path="a16", **layer.kwargs()).sum().backward()
+
+
+def _call(inputs: list[Tensor], layer: Any, path: str) -> Tensor:
+    return torch.relu(ops.few_bit_linear([2 * x for x in inputs], path=path, **layer)) + 1
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+def test_compiles_whole_and_for_any_number_of_rows(path: str) -> None:
+    torch._dynamo.reset()
+    layer = random_layer(0, 24, (64, 72), rank=16, smooth=True)
+    compiled = torch.compile(_call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (3, 5, 1):
+        inputs = [torch.randn(m, k) for k in (64, 72)]
+        want, size = expect([2 * x for x in inputs], layer, path)
+        assert_close(compiled(inputs, layer.kwargs(), path), want.clip(0) + 1, size + 1)
+
+
+def test_exports_and_loads() -> None:
+    layer = random_layer(0, 24, (64,), rank=16, smooth=True)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.few_bit_linear([x], path="a8-int8", **layer.kwargs())
+
+    x = torch.randn(4, 64)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(Module(), (x,), dynamic_shapes={"x": {0: rows}})
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    again = torch.randn(9, 64)
+    assert torch.equal(torch.export.load(file).module()(again), Module()(again))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codes": torch.zeros(24, 40, dtype=torch.uint8)}, r"codes has shape \[24, 40\]: expected \[24, 32\]"),
+        ({"scales": torch.ones(24, 2)}, r"scales has shape \[24, 2\]: expected \[24, 1\]"),
+        ({"smooth": torch.ones(63)}, r"smooth has shape \[63\]: expected \[64\]"),
+        ({"down": None}, r"up has shape \[24, 16\]: expected \[24, 0\]"),
+        ({"bias": torch.ones(23)}, r"bias has shape \[23\]: expected \[24\]"),
+        ({"weight": "int5"}, "int4"),
+        ({"path": "a6"}, "unknown path 'a6'"),
+        ({"shift": [0.1, 0.2]}, "shift has 2 values: expected 1"),
+        ({"inputs": [torch.randn(2, 64, dtype=torch.float64)]}, "not torch.float64"),
+    ],
+)
+def test_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    layer = random_layer(0, 24, (64,), rank=16, smooth=True)
+    call = {"inputs": [torch.randn(2, 64)], "path": "a16", **layer.kwargs()}
+    with pytest.raises(UserError, match=message):
+        ops.few_bit_linear(**{**call, **change})
+
+
+def test_refuses_segments_that_differ() -> None:
+    layer = random_layer(0, 24, (64, 64))
+    with pytest.raises(UserError, match="differ in dtype or batch shape"):
+        ops.few_bit_linear([torch.randn(2, 64), torch.randn(3, 64)], path="a16", **layer.kwargs())
+
+
+def test_refuses_an_unknown_activation_format() -> None:
+    with pytest.raises(UserError, match="unknown activation format 'int5'"):
+        ops.quantize_activations(torch.randn(2, 64), None, None, "int5")

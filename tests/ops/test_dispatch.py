@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ops_oracle import random_layer
+
+from bittern import ops
+from bittern.errors import UserError
+from bittern.ops import dispatch, reference
+from bittern.scheme import Scheme
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Takes back what a test registers."""
+    before = list(dispatch._kernels)
+    yield
+    dispatch._kernels[:] = before
+
+
+@pytest.mark.parametrize(("activations", "path"), [(4, "a8-int8"), (8, "a8-int8"), (16, "a16")])
+def test_paths_on_a_cpu(activations: int, path: str) -> None:
+    choice = ops.choose_path(Scheme(activations=activations), "cpu")
+    assert (choice.path, choice.backend) == (path, "torch") and choice.reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "path"),
+    [
+        ((7, 0), "a16"),
+        ((7, 5), "a8-int8"),
+        ((8, 6), "a8-int8"),
+        ((8, 9), "a8-int8"),
+        ((9, 0), "a8-fp8"),
+        ((12, 0), "a8-fp8"),
+    ],
+)
+def test_eight_bit_paths_on_gpus(capability: tuple[int, int], path: str) -> None:
+    for activations in (4, 8):
+        choice = ops.choose_path(Scheme(activations=activations), "cuda", capability=capability)
+        assert choice.path == path and choice.reason
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("capability", "activations", "path"),
+    [((8, 6), 4, "a4"), ((8, 6), 8, "a8-int8"), ((9, 0), 4, "a8-fp8"), ((8, 6), 16, "a16")],
+)
+def test_four_bits_need_a_native_kernel_and_a_scheme_that_allows_them(
+    capability: tuple[int, int], activations: int, path: str
+) -> None:
+    ops.register(ops.Kernel("a4", "made up", reference.few_bit_linear, devices=("cuda",)))
+    choice = ops.choose_path(Scheme(activations=activations), "cuda", capability=capability)
+    assert choice.path == path
+    assert choice.backend == ("made up" if path == "a4" else "torch")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_native_kernel_beats_an_emulation_of_a_narrower_path() -> None:
+    ops.register(ops.Kernel("a16", "made up", reference.few_bit_linear, devices=("cuda",), rows=(1, 16)))
+    scheme = Scheme(activations=8)
+    assert ops.choose_path(scheme, "cuda", 1, capability=(9, 0)).path == "a16"
+    assert ops.choose_path(scheme, "cuda", 100, capability=(9, 0)).path == "a8-fp8"
+
+
+def test_every_verdict_has_its_reason() -> None:
+    for capability in (None, (7, 0), (8, 6), (9, 0)):
+        for activations in (4, 8, 16):
+            device = "cpu" if capability is None else "cuda"
+            verdicts = ops.explain(Scheme(activations=activations), device, capability=capability)
+            assert {v.path for v in verdicts} == set(ops.PATHS)
+            assert all(v.reason for v in verdicts)
+            assert verdicts[[v.path for v in verdicts].index("a16")].accepted
+
+
+def test_reasons_name_what_is_missing() -> None:
+    reasons = {v.path: v.reason for v in ops.explain(Scheme(activations=8), "cuda", capability=(8, 6))}
+    assert "solved for 8-bit" in reasons["a4"] and "8.6 has no fp8" in reasons["a8-fp8"]
+    assert "has no int4 matrix" in {v.path: v.reason for v in ops.explain(Scheme(activations=4), "cpu")}["a4"]
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+def test_any_path_can_be_forced(path: str) -> None:
+    assert ops.choose_path(Scheme(activations=16), "cpu", path=path).path == path
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown path 'a8-int': did you mean 'a8-int8'"):
+        ops.choose_path(Scheme(), "cpu", path="a8-int")
+    with pytest.raises(UserError, match="unknown backend 'trition'"), ops.use_backend("trition"):
+        pass
+
+
+def test_an_absent_gpu_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device is available here; expected 'cpu'"):
+        ops.choose_path(Scheme(), "cuda")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_kernel_takes_only_the_calls_it_accepts() -> None:
+    calls: list[int] = []
+
+    def run(inputs: Any, *args: Any) -> Any:
+        calls.append(len(inputs[0]))
+        return reference.few_bit_linear(inputs, *args)
+
+    layer = random_layer(0, 8, (64,))
+    ops.register(
+        ops.Kernel("a16", "made up", run, dtypes=(torch.bfloat16,), weights=("int4",), rows=(4, 8), devices=("cpu",))
+    )
+
+    def call(rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        ops.few_bit_linear([torch.randn(rows, 64, dtype=dtype)], path="a16", **layer.kwargs())
+
+    for rows in (3, 4, 8, 9):
+        call(rows)
+    call(5, torch.float32)
+    assert calls == [4, 8]
+    with ops.use_backend("torch"):
+        call(5)
+    assert calls == [4, 8]
+    with ops.use_backend("made up"):
+        call(6)
+        with pytest.raises(UserError, match="made up takes 4 to 8 rows, not 9"):
+            call(9)
+        with pytest.raises(UserError, match=r"made up takes torch.bfloat16, not torch.float32"):
+            call(5, torch.float32)
+    assert calls == [4, 8, 6]
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (ops.Call("int4", "cuda", (9, 0)), "needs compute capability 7.5 to 8.9, not 9.0"),
+        (ops.Call("int4", "cpu"), "runs on cuda, not on cpu"),
+        (ops.Call("ternary", "cuda", (8, 0)), "takes int4 weights, not ternary"),
+        (ops.Call("int4", "cuda", (8, 0), rows=0), "takes 1 to any number of rows, not 0"),
+        (ops.Call("int4", "cuda", (8, 0)), None),
+    ],
+)
+def test_declared_constraints(call: ops.Call, reason: str | None) -> None:
+    kernel = ops.Kernel(
+        "a4",
+        "made up",
+        reference.few_bit_linear,
+        devices=("cuda",),
+        capability=((7, 5), (8, 9)),
+        weights=("int4",),
+        rows=(1, None),
+    )
+    assert kernel.refusal(call) == reason

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_oracle import assert_close, expect, random_inputs, random_layer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bittern import formats, ops
+from bittern.ops import reference
+
+KINDS = ["gaussian", "zeros", "zero rows", "outlier", "denormal", "positive", "equal"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = [("int4", 64), ("int4", 32), ("int4", None), ("ternary", 64), ("ternary", 128), ("ternary", None)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    path=st.sampled_from(ops.PATHS),
+    form=st.sampled_from(FORMATS),
+    n=st.sampled_from([1, 5, 33, 48]),
+    m=st.sampled_from([0, 1, 7, 33]),
+    segments=st.sampled_from([(64,), (100,), (1,), (7, 65), (130,), (64, 72), (3, 64, 5)]),
+    rank=st.sampled_from([0, 16, 40]),
+    smooth=st.booleans(),
+    bias=st.booleans(),
+    shifted=st.booleans(),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    stored=st.sampled_from(DTYPES),
+    zero_rows=st.booleans(),
+)
+def test_agrees_with_the_formula_in_float64(
+    seed: int,
+    path: str,
+    form: tuple[str, int | None],
+    n: int,
+    m: int,
+    segments: tuple[int, ...],
+    rank: int,
+    smooth: bool,
+    bias: bool,
+    shifted: bool,
+    kind: str,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    zero_rows: bool,
+) -> None:
+    layer = random_layer(seed, n, segments, *form, rank, smooth, bias, stored, zero_rows)
+    inputs = random_inputs(seed + 1, kind, m, segments, dtype)
+    shift = tuple(0.171875 if i % 2 == 0 else 0.0 for i in range(len(segments))) if shifted else ()
+    y = ops.few_bit_linear(inputs, path=path, shift=shift, **layer.kwargs())
+    assert y.dtype == dtype and y.shape == (m, n)
+    assert_close(y, *expect(inputs, layer, path, shift))
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+def test_codes_in_the_padding_are_ignored(path: str) -> None:
+    layer = random_layer(0, 12, (70, 9), "int4", 64)
+    codes = formats.get("int4").unpack(layer.codes, layer.layout.padded_k)
+    cleaned = formats.get("int4").pack(layer.layout.pad(layer.layout.unpad(codes)))
+    assert not torch.equal(cleaned, layer.codes)
+    inputs = random_inputs(1, "gaussian", 5, (70, 9), torch.float32)
+    y, clean = (ops.few_bit_linear(inputs, path=path, **{**layer.kwargs(), "codes": c}) for c in (layer.codes, cleaned))
+    assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize(("weight", "group"), [("int4", 64), ("int4", None), ("ternary", None)])
+@pytest.mark.parametrize("kind", ["gaussian", "equal"])
+def test_int8_sums_are_exact_to_the_last_bit(weight: str, group: int | None, kind: str) -> None:
+    k = 5000
+    layer = random_layer(3, 9, (k,), weight, group, bias=False)
+    if kind == "equal":
+        layer.codes.fill_(0x77 if weight == "int4" else 0b10101010)
+    (x,) = random_inputs(4, kind, 6, (k,), torch.float32)
+    codes, a, _ = ops.quantize_activations(x, None, None, "int8")
+    block = formats.get(weight).decode(layer.codes, layer.scales, layer.layout).numpy()
+    if group is None:
+        c = layer.scales.float().numpy()
+        folded = formats.get(weight).unpack(layer.codes, layer.layout.padded_k)[:, :k].numpy()
+    else:
+        c = np.maximum(abs(block).max(1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
+        folded = np.rint(block / c)
+    total = codes.numpy().astype(np.int64) @ folded.astype(np.int64).T
+    if kind == "equal" and weight == "int4":
+        assert total.max() > 2**24 or group is None
+    want = total.astype(np.float32) * a.numpy() * c.T
+    y = ops.few_bit_linear([x], path="a8-int8", **layer.kwargs())
+    assert np.array_equal(y.numpy(), want)
+
+
+def test_ternary_per_row_folds_to_the_codes_themselves() -> None:
+    layer = random_layer(0, 16, (96,), "ternary", None, bias=False)
+    x = torch.randint(-127, 128, (8, 96)).float()
+    x[:, 0] = 127
+    # The activation scale is 1 and the codes are small integers, so nothing is rounded.
+    exact = ops.few_bit_linear([x], path="a16", **layer.kwargs())
+    assert torch.allclose(ops.few_bit_linear([x], path="a8-int8", **layer.kwargs()), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+def test_batch_shape_and_strides_do_not_matter(path: str) -> None:
+    layer = random_layer(0, 20, (72,), rank=16, smooth=True)
+    x = torch.randn(3, 5, 72)
+    y = ops.few_bit_linear([x], path=path, **layer.kwargs())
+    strided = torch.empty(5, 3, 144)[..., ::2].transpose(0, 1).copy_(x)
+    assert not strided.is_contiguous()
+    assert y.shape == (3, 5, 20)
+    assert torch.equal(ops.few_bit_linear([strided], path=path, **layer.kwargs()), y)
+    assert torch.equal(ops.few_bit_linear([x.flatten(0, 1)], path=path, **layer.kwargs()), y.flatten(0, 1))
+    assert ops.few_bit_linear([x[0, 0]], path=path, **layer.kwargs()).shape == (20,)
+    assert ops.few_bit_linear([x[:0]], path=path, **layer.kwargs()).shape == (0, 5, 20)
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+def test_a_split_input_equals_its_parts(path: str) -> None:
+    layer = random_layer(0, 20, (64, 128), rank=16, smooth=True)
+    x = torch.randn(7, 192)
+    parts = ops.few_bit_linear(list(x.split((64, 128), dim=-1)), path=path, **layer.kwargs())
+    assert_close(parts, *expect(list(x.split((64, 128), dim=-1)), layer, path))
+    # Without activation scales there is nothing that knows of segments.
+    if path == "a16":
+        assert torch.allclose(parts, ops.few_bit_linear([x], path=path, **layer.kwargs()), atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_not_finite_stays_visible_and_alone(path: str, value: float) -> None:
+    layer = random_layer(0, 20, (1500,), rank=16, smooth=True)
+    x = torch.randn(6, 1500)
+    clean = ops.few_bit_linear([x], path=path, **layer.kwargs())
+    x[2, 7] = value
+    y = ops.few_bit_linear([x], path=path, **layer.kwargs())
+    assert not y[2].isfinite().any()
+    others = torch.arange(6) != 2
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+def test_blocks_of_rows_do_not_change_the_numbers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(0, 50, (200,), rank=16, smooth=True)
+    inputs = [torch.randn(9, 200)]
+    whole = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
+    monkeypatch.setitem(reference._BLOCK, "cpu", 7 * layer.layout.padded_k)
+    assert_close(ops.few_bit_linear(inputs, path=path, **layer.kwargs()), *expect(inputs, layer, path))
+    assert torch.allclose(ops.few_bit_linear(inputs, path=path, **layer.kwargs()), whole, atol=1e-5)
+
+
+class _LargestFloat(TorchDispatchMode):
+    """Elements of the largest float tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                self.largest = max(self.largest, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("path", ["a16", "a8-int8"])
+def test_a_large_weight_is_never_float_as_a_whole(path: str) -> None:
+    n, k = 12288, 3072
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    scales = torch.rand(n, k // 64).to(torch.bfloat16)
+    with _LargestFloat() as seen:
+        reference.few_bit_linear([torch.randn(2, k)], packed, scales, *[None] * 4, "int4", 64, path, ())
+        reference.few_bit_linear_backward(torch.randn(2, n), packed, scales, *[None] * 3, "int4", 64, (k,))
+    assert seen.largest <= reference._BLOCK["cpu"] < n * k / 30
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    form=st.sampled_from(FORMATS),
+    segments=st.sampled_from([(64,), (100,), (7, 65)]),
+    rank=st.sampled_from([0, 16]),
+    smooth=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_dequantize_gives_the_effective_weight(
+    seed: int,
+    form: tuple[str, int | None],
+    segments: tuple[int, ...],
+    rank: int,
+    smooth: bool,
+    dtype: torch.dtype,
+) -> None:
+    layer = random_layer(seed, 33, segments, *form, rank, smooth, bias=False)
+    args = layer.args()[:5]
+    got = ops.dequantize(*args, layer.weight, layer.group_size, segments, dtype)
+    # Unit vectors as inputs read the weight off, column by column.
+    want, size = expect(list(torch.eye(sum(segments)).split(segments, dim=-1)), layer, "a16")
+    assert got.dtype == dtype
+    assert_close(got, want.T, size.T)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    format=st.sampled_from(["int8", "fp8", "int4", "uint4"]),
+    k=st.sampled_from([1, 64, 100, 192]),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    smooth=st.booleans(),
+    rank=st.sampled_from([0, 16]),
+)
+def test_activation_codes_are_the_nearest(
+    seed: int, format: str, k: int, kind: str, dtype: torch.dtype, smooth: bool, rank: int
+) -> None:
+    layer = random_layer(seed, 4, (k,), rank=rank, smooth=smooth)
+    (x,) = random_inputs(seed, kind, 6, (k,), dtype)
+    x = x.reshape(2, 3, k)
+    h = 0.5 if format == "uint4" else 0.0
+    codes, scales, low = ops.quantize_activations(x, layer.smooth, layer.down, format, h)
+    u = ((x.float() + h) / (1.0 if layer.smooth is None else layer.smooth.float())).double()
+    assert low.shape == (2, 3, rank) and scales.dtype == low.dtype == torch.float32
+    if layer.down is not None:
+        bound = x.double().abs() @ layer.down.double().abs().T
+        assert ((low.double() - x.double() @ layer.down.double().T).abs() <= 2e-6 * bound + 2**-126).all()
+    if format in ("int8", "fp8"):
+        assert codes.dtype == (torch.int8 if format == "int8" else torch.float8_e4m3fn)
+        numbers, per_code = codes.double(), scales.double()
+    else:
+        assert codes.dtype == torch.uint8 and codes.shape[-1] * 2 == -(-k // 64) * 64
+        numbers = formats.packing.unpack_nibbles(codes, codes.shape[-1] * 2).double()
+        numbers = numbers % 16 if format == "uint4" else numbers
+        assert not numbers[..., k:].any()
+        per_code = scales.double().repeat_interleave(64, dim=-1)[..., :k]
+        numbers = numbers[..., :k]
+    limit = reference.LIMITS[format]
+    assert (numbers.abs() <= limit).all() and (scales > 0).all()
+    if format == "fp8":
+        # Half a step of e4m3: 2^-4 of a normal number, 2^-10 of a code below 2^-6.
+        step = torch.maximum(numbers.abs() / 16 * 1.0001, torch.full_like(numbers, 2**-10))
+    else:
+        # Half a code, and the float32 rounding of a quotient of up to 127.
+        step = torch.full_like(numbers, 0.5 + 127 * 2**-22)
+    want = u.clamp_min(0) if format == "uint4" else u
+    assert ((numbers * per_code - want).abs() <= step * per_code).all()
+
+
+def test_ties_round_to_even() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    codes, scales, _ = ops.quantize_activations(x, None, None, "int8")
+    assert scales.item() == 1 and codes.tolist() == [[127, 0, 2, 2, 0, -2]]
+    x = torch.tensor([[448.0, 17.0, 19.0]])
+    codes, scales, _ = ops.quantize_activations(x, None, None, "fp8")
+    assert scales.item() == 1 and codes.float().tolist() == [[448, 16, 20]]
