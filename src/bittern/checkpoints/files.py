@@ -14,19 +14,20 @@ from bittern.errors import UserError
 STEM = "diffusion_pytorch_model"
 MEND = "the file is damaged or incomplete: fetch or write it again"
 
+# In safetensors' order: it writes the later ones first, and tensors of one dtype by name.
 _DTYPES = {
+    "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I32": torch.int32,
     "F32": torch.float32,
     "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -100,7 +101,8 @@ def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
     """Size of a safetensors file that diffusers would write with these tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, spec in tensors.items():
+    order = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
+    for name, spec in sorted(tensors.items(), key=lambda item: (-order[item[1].dtype], item[0])):
         start, end = end, end + spec.nbytes
         entry = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
         header[name] = entry

@@ -39,6 +39,8 @@ HOOKS = (
     "get_state_dict_and_metadata",
     "get_cuda_warm_up_factor",
     "is_serializable",
+    "is_trainable",
+    "is_compileable",
     "supports_parallel_loading",
 )
 """What we override, and diffusers must therefore call."""
