@@ -99,3 +99,7 @@ def _explain(error: Exception, debug: bool) -> tuple[str, int]:
 def _fail(message: str, code: int) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    main()

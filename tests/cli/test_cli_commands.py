@@ -1,0 +1,170 @@
+"""The commands on a random pipeline: what they write, and what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bittern import pipelines, quantization
+from bittern.cli import main
+from bittern.evaluation.generate import generate, read_metadata, to_pil
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def few_bit(tiny_random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "few"
+    assert main.run(["quantize", str(tiny_random_folder), "--recipe", "svdquant-fast", "--out", str(out)]) == 0
+    return out
+
+
+def told(arguments: list[str], capsys: Capture) -> dict:
+    """The JSON that a command prints."""
+    capsys.readouterr()
+    assert main.run([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_quantize_says_what_it_did_and_how_large_it_is(
+    tiny_random_folder: Path, few_bit: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    arguments = ["quantize", str(tiny_random_folder), "--recipe", "svdquant-fast", "--out", str(tmp_path / "q")]
+    result = told(arguments, capsys)
+    files = [f for f in (tmp_path / "q" / "transformer").glob("*.safetensors")]
+    assert result["real_bytes"] == sum(f.stat().st_size for f in files) < result["original_bytes"]
+    assert result["predicted_bytes"] == pytest.approx(result["real_bytes"], rel=0.01)
+    assert result["targets"] == quantization.inspect(few_bit).to_dict()["targets"]
+    # The same model, recipe and seed: the same bytes.
+    assert [f.read_bytes() for f in files] == [(few_bit / "transformer" / f.name).read_bytes() for f in files]
+    assert main.run(arguments) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main.run([*arguments, "--force"]) == 0
+    shown = capsys.readouterr().out
+    assert "int4" in shown and "bits per weight" in shown and "predicted" in shown
+
+
+def test_inspect_reads_headers_only(few_bit: Path, capsys: Capture) -> None:
+    result = told(["inspect", str(few_bit)], capsys)
+    assert set(result) >= {"bits_per_weight", "ternary_share", "ternary_share_blocks", "bytes", "targets"}
+    assert set(result["targets"][0]) >= {"path", "format", "group_size", "rank", "activations", "error"}
+    assert main.run(["inspect", str(few_bit / "transformer")]) == 0
+    shown = capsys.readouterr().out
+    assert all(target["path"] in shown for target in result["targets"])
+
+
+def test_generate_writes_pictures_that_can_be_drawn_again(few_bit: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "a.png"
+    arguments = ["generate", str(few_bit), "two green triangles", "--seed", "7", "--steps", "2", "--out", str(file)]
+    result = told(arguments, capsys)
+    assert result["images"] == [{"file": str(file), "prompt": "two green triangles", "seed": 7}]
+    metadata = read_metadata(file)
+    assert metadata["model"] == str(few_bit) and metadata["seed"] == "7" and metadata["steps"] == "2"
+    assert metadata["size"] == "32x32" and metadata["path"] == result["path"] and metadata["bittern"]
+    images = generate(pipelines.load(few_bit), [metadata["prompt"]], seed=int(metadata["seed"]), steps=2)
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        assert picture.tobytes() == to_pil(images[0]).tobytes()
+
+
+def test_generate_from_a_file_into_a_folder(few_bit: Path, tmp_path: Path, capsys: Capture) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    arguments = ["generate", str(few_bit), "first", "--prompts", str(prompts), "--steps", "1"]
+    assert main.run([*arguments, "--out", str(tmp_path / "pics"), "--path", "a16", "--batch-size", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "3 pictures" in shown.out and "path a16" in shown.out and "drawing" in shown.err
+    made = [read_metadata(tmp_path / "pics" / f"{i:05d}.png") for i in range(3)]
+    assert [(m["prompt"], m["seed"], m["path"]) for m in made] == [
+        ("first", "0", "a16"),
+        ("a", "1", "a16"),
+        ("b", "2", "a16"),
+    ]
+
+
+def test_evaluate_prints_errors_beside_scores(few_bit: Path, tiny_random_folder: Path, capsys: Capture) -> None:
+    arguments = ["evaluate", str(few_bit), "--reference", str(tiny_random_folder), "--limit", "6", "--steps", "1"]
+    result = told(arguments, capsys)
+    assert set(result) >= {"suite", "overall", "tasks", "fidelity", "images", "seed", "path", "versions"}
+    assert result["images"] == 6 and result["fidelity"]["psnr"] > 0
+    assert main.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "overall" in shown and " ± " in shown and "PSNR" in shown and "95 % interval" in shown
+
+
+def test_evaluate_fidelity_on_own_prompts(
+    few_bit: Path, tiny_random_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    arguments = ["evaluate", str(few_bit), "--suite", "fidelity", "--reference", str(tiny_random_folder)]
+    result = told([*arguments, "--prompts", str(tmp_path / "p.txt"), "--limit", "2", "--steps", "1"], capsys)
+    assert result["suite"] == "fidelity" and result["images"] == 2 and result["overall"] is None
+
+
+def test_compare_writes_one_page(few_bit: Path, tiny_random_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    report = tmp_path / "new" / "r.html"
+    arguments = [
+        "compare",
+        str(tiny_random_folder),
+        str(few_bit),
+        "--limit",
+        "6",
+        "--steps",
+        "1",
+        "--report",
+        str(report),
+    ]
+    result = told(arguments, capsys)
+    assert [model["model"] for model in result["models"]] == [str(tiny_random_folder), str(few_bit)]
+    assert result["report"] == str(report)
+    html = report.read_text(encoding="utf-8")
+    assert f"bittern compare {tiny_random_folder} {few_bit} --report {report} --limit 6 --seed 0 --steps 1" in html
+    assert main.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "few" in shown and "reference" in shown and f"report: {report}" in shown
+
+
+def test_demo_goes_the_whole_way(
+    tiny_random_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bittern.tiny_flux.path", lambda: tiny_random_folder, raising=False)
+    arguments = ["demo", "--out", str(tmp_path / "demo"), "--limit", "6", "--steps", "1"]
+    result = told(arguments, capsys)
+    assert [entry["recipe"] for entry in result["quantized"]] == ["svdquant-fast", "ternary-fast"]
+    assert len(result["models"]) == 3 and result["images"] == 6
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+    # A second run replaces what the first one wrote.
+    assert main.run(arguments) == 0
+    assert "report:" in capsys.readouterr().out
+
+
+def test_doctor_gives_a_reason_for_every_path(capsys: Capture) -> None:
+    result = told(["doctor"], capsys)
+    assert result["versions"]["torch"] == torch.__version__ and result["registered_with_diffusers"] is True
+    assert {row["path"] for row in result["paths"]} == {"a4", "a8-int8", "a8-fp8", "a16"}
+    assert all(row["reason"] for row in result["paths"])
+    assert any(row["runs"] for row in result["paths"])
+    assert main.run(["doctor"]) == 0
+    assert "a8-int8" in capsys.readouterr().out
+
+
+def test_a_process_prints_nothing_but_json(few_bit: Path, tiny_random_folder: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "bittern.cli.main",
+        "evaluate",
+        str(few_bit),
+        "--reference",
+        str(tiny_random_folder),
+    ]
+    done = subprocess.run([*command, "--limit", "6", "--steps", "1", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 6
+    assert all(line.startswith("drawing with ") for line in done.stderr.splitlines()), done.stderr
