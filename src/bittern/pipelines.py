@@ -143,7 +143,7 @@ def quantize_folder(
     needed = predict_size(pipe, recipe) + others
     free = shutil.disk_usage(_existing_parent(Path(out).expanduser())).free
     if free < needed:
-        raise UserError(f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: make room")
+        raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
     report = quantize(pipe, recipe, seed=seed, progress=progress)
     save(pipe, out, force=force)
     return report

@@ -1,0 +1,306 @@
+"""Pipelines by name, and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+
+import bittern
+from bittern import pipelines
+from bittern.errors import UserError
+from bittern.layers import quant_layers
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def model(tiny_random_folder: Path, tmp_path: Path) -> Path:
+    """A pipeline folder of the test's own, which it may damage."""
+    return Path(shutil.copytree(tiny_random_folder, tmp_path / "model"))
+
+
+def weight_file(model: Path, component: str = "transformer") -> Path:
+    return model / component / "diffusion_pytorch_model.safetensors"
+
+
+# ---- loading
+
+
+def test_loads_each_component_as_it_is_stored(
+    new_tiny_random_pipeline: Callable[[], FluxPipeline], tmp_path: Path
+) -> None:
+    pipe = new_tiny_random_pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    pipe.text_encoder_2.to(torch.float16)
+    pipe.save_pretrained(tmp_path)
+    loaded = pipelines.load(tmp_path)
+    assert loaded.transformer.dtype == torch.bfloat16
+    assert loaded.text_encoder_2.dtype == torch.float16
+    assert loaded.vae.dtype == loaded.text_encoder.dtype == torch.float32
+    cast = pipelines.load(str(tmp_path), dtype=torch.float32)
+    assert {cast.transformer.dtype, cast.text_encoder_2.dtype, cast.vae.dtype} == {torch.float32}
+
+
+def test_a_few_bit_folder_keeps_its_dtype(model: Path, tmp_path: Path) -> None:
+    pipe = pipelines.load(model, dtype=torch.bfloat16)
+    bittern.quantize(pipe, "svdquant-fast")
+    pipelines.save(pipe, tmp_path / "out")
+    loaded = pipelines.load(tmp_path / "out")
+    assert loaded.transformer.dtype == torch.bfloat16
+    assert len(quant_layers(loaded.transformer)) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny-flax", r"unknown model 'tiny-flax': did you mean 'tiny-flux'\?"),
+        ("no-such-thing", r"unknown model 'no-such-thing': expected one of: tiny-flux, or give a folder or a hub id"),
+        ("./gone", r"no folder './gone': expected a pipeline folder, a hub id or tiny-flux"),
+        ("a/b/c", "no folder 'a/b/c'"),
+        ("/", "folder '/' is not a pipeline: expected model_index"),
+        (__file__, "is a file: expected a pipeline folder"),
+    ],
+)
+def test_unknown_models(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipelines.load(name)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("We couldn't connect to the hub\nand here are twenty more lines")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", offline)
+    with pytest.raises(UserError, match=r"no folder 'some/model' here, and the hub .*: We couldn't connect") as caught:
+        pipelines.load("some/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_is_downloaded_and_loaded(tiny_random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name: str(tiny_random_folder))
+    assert isinstance(pipelines.load("some/model"), FluxPipeline)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda m: (m / "model_index.json").unlink(), "is not a pipeline: expected model_index.json in it"),
+        (lambda m: (m / "model_index.json").write_text("{"), r"model_index\.json cannot be read"),
+        (lambda m: (m / "model_index.json").write_text("[]"), r"model_index\.json holds no mapping"),
+        (lambda m: (m / "model_index.json").write_text('{"_class_name": "NoPipe"}'), "pipeline class 'NoPipe'"),
+        (lambda m: shutil.rmtree(m / "vae"), "cannot be loaded"),
+        (lambda m: weight_file(m).unlink(), "cannot be loaded"),
+        (lambda m: os.truncate(weight_file(m), 1000), r"diffusion_pytorch_model\.safetensors cannot be read"),
+        (lambda m: os.truncate(weight_file(m, "vae"), 1000), r"vae/diffusion_pytorch_model\.safetensors cannot be"),
+    ],
+)
+def test_damaged_folders(model: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(model)
+    with pytest.raises(UserError, match=message) as caught:
+        pipelines.load(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_few_bit_file_is_reported_before_loading(model: Path) -> None:
+    pipelines.quantize_folder(model, "int4", model.parent / "out")
+    file = weight_file(model.parent / "out")
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"transformer/diffusion_pytorch_model\.safetensors cannot be read .* again"):
+        pipelines.load(model.parent / "out")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "device 'gpu' is unknown: expected cpu, cuda or cuda:N"), ("cuda:99", "device 'cuda:99'")],
+)
+def test_devices_that_are_not_there(tiny_random_folder: Path, device: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipelines.load(tiny_random_folder, device=device)
+
+
+def test_cuda_asked_for_and_absent(tiny_random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device 'cuda': torch finds no CUDA GPU here; use --device cpu"):
+        pipelines.load(tiny_random_folder, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="device 'cuda:2': expected cuda:0 to cuda:1"):
+        pipelines.check_device("cuda:2")
+    pipelines.check_device("cuda:1")
+
+
+def test_defaults_come_from_the_configs(tiny_random_pipeline: FluxPipeline) -> None:
+    pipe = tiny_random_pipeline
+    small = pipelines.defaults(pipe)
+    assert small == pipelines.CallDefaults(height=32, width=32, steps=24, max_sequence_length=16, guidance=0.0)
+    pipe.vae.register_to_config(sample_size=1024)
+    pipe.tokenizer_2.model_max_length = 100_000
+    schnell = pipelines.defaults(pipe)
+    assert (schnell.height, schnell.steps, schnell.guidance, schnell.max_sequence_length) == (1024, 4, 0.0, 512)
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    assert (pipelines.defaults(pipe).steps, pipelines.defaults(pipe).guidance) == (28, 3.5)
+
+
+# ---- writing
+
+
+def test_quantize_folder_writes_what_diffusers_loads(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    report = pipelines.quantize_folder(model, "svdquant-fast", out)
+    assert bittern.inspect(out) == report
+    assert weight_file(out).stat().st_size == report.file_bytes
+    plain = pipelines.load(model)
+    bittern.quantize(plain, "svdquant-fast")
+    loaded = DiffusionPipeline.from_pretrained(out)
+    images = []
+    for pipe in (plain, loaded):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        call = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16, "output_type": "np"}
+        images.append(pipe("a", generator=generator, **call).images)
+    assert np.array_equal(*images)
+    assert listing(out.parent) == sorted(f"out{'/' * bool(name)}{name}" for name in ["", *listing(out)])
+
+
+def test_where_it_came_from_is_not_written(model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    pipelines.quantize_folder(model, "int4", tmp_path / "one")
+    pipelines.quantize_folder(other, "int4", tmp_path / "two")
+    pipelines.save(pipelines.load(tmp_path / "one"), tmp_path / "three")
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two") == contents(tmp_path / "three")
+    assert not any(str(tmp_path).encode() in data for data in one.values())
+
+
+def test_an_output_folder_that_is_not_empty(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pipelines.quantize_folder(model, "int4", out)
+    (out / "mine.txt").write_text("kept until replaced")
+    before = contents(out)
+    with pytest.raises(UserError, match="is not empty: choose another, or replace it with --force"):
+        pipelines.quantize_folder(model, "int4", out)
+    assert contents(out) == before
+    pipelines.quantize_folder(model, "ternary-fast", out, force=True)
+    assert not (out / "mine.txt").exists()
+    assert bittern.inspect(out).recipe == "ternary-fast"
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_force_replaces_models_only(model: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds no model: --force replaces only models; empty it first"):
+        pipelines.quantize_folder(model, "int4", home, force=True)
+    for out in (model, tmp_path):
+        with pytest.raises(UserError, match="would replace the model it is made from"):
+            pipelines.quantize_folder(model, "int4", out, force=True)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="is a file: expected a folder that is new or empty"):
+        pipelines.quantize_folder(model, "int4", file, force=True)
+    with pytest.raises(UserError, match="is not writable"):
+        pipelines.quantize_folder(model, "int4", file / "below")
+    assert (home / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_fine(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    assert bittern.inspect(tmp_path / "out").recipe == "int4"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "out"
+    if force:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+    before = contents(tmp_path), listing(tmp_path)
+
+    def fill(error: BaseException) -> None:
+        with pipelines.new_folder(out, force=force) as folder:
+            (folder / "half").write_text("written")
+            raise error
+
+    with pytest.raises(UserError, match="cannot be written: the disk is full; nothing was left behind"):
+        fill(OSError(28, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        fill(KeyboardInterrupt())
+    with pytest.raises(ZeroDivisionError):
+        fill(ZeroDivisionError())
+    assert (contents(tmp_path), listing(tmp_path)) == before
+
+
+def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(13, "Permission denied")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with (
+        pytest.raises(UserError, match="cannot be written: Permission denied"),
+        pipelines.new_folder(out, force=True) as folder,
+    ):
+        (folder / "config.json").write_text("new")
+    assert contents(tmp_path) == {"out/config.json": b"old"}
+
+
+def test_a_disk_that_is_full_while_writing(model: Path, tmp_path: Path) -> None:
+    """The real thing: the kernel refuses the bytes beyond a limit, in the middle of a safetensors file."""
+    code = """
+import resource, signal, sys
+from bittern import pipelines
+from bittern.errors import UserError
+pipe = pipelines.load(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    pipelines.save(pipe, sys.argv[2])
+except UserError as error:
+    print(error)
+"""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model), str(out)], capture_output=True, text=True, check=True
+    )
+    assert "cannot be written: the disk is full; nothing was left behind" in done.stdout
+    assert listing(tmp_path) == sorted(["model", *(f"model/{name}" for name in listing(model))])
+
+
+def test_a_disk_that_is_too_small_is_told_beforehand(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"needs 0\.\d MB and the disk has 0\.1 MB free: make room"):
+        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_takes_no_folder(model: Path) -> None:
+    with pytest.raises(UserError, match=r"'/proc/out' (cannot be written|is not writable)"):
+        pipelines.save(pipelines.load(model), "/proc/out")
