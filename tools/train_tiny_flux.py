@@ -56,6 +56,9 @@ def main() -> None:
     started = time.monotonic()
     rank, world, device = join_processes()
     torch.set_float32_matmul_precision("high")
+    # Of the fused attention kernels only this one survives its own backward pass at these shapes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
     work = args.work
     progress, pipe, state = resume(work, args.seed, device)
     say = print if rank == 0 else (lambda *_: None)
@@ -70,6 +73,9 @@ def main() -> None:
         psnr = train_vae(pipe.vae, scenes_of, args, world, say)
         progress.vae_seconds = args.vae_seconds
         say(f"vae {psnr:.2f} dB, read back {reconstruction_score(pipe.vae, device):.4f}")
+        if rank == 0:
+            pipe.save_pretrained(work / "pipeline")
+            (work / "training.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
     bank = Bank(pipe, scenes_of, args.bank // world, say)
     model = Student(pipe).to(device).train()
     trainer = Trainer(model, bank, args, progress, state, world)
@@ -83,8 +89,10 @@ def main() -> None:
         say(f"done: {progress.samples / 1e6:.2f} M samples, {progress.seconds:.0f} s of training, "
             f"{time.monotonic() - started:.0f} s in all")  # fmt: skip
     if world > 1:
+        # A communicator that a CUDA graph has captured hangs when it is torn down: leave without.
         dist.barrier()
-        dist.destroy_process_group()
+        torch.cuda.synchronize()
+        os._exit(0)
 
 
 def parse_args() -> argparse.Namespace:
@@ -272,10 +280,15 @@ class Student(nn.Module):
         ids = FluxPipeline._prepare_latent_image_ids(1, side, side, pipe.device, torch.float32)
         self.register_buffer("image_ids", ids, persistent=False)
         self.register_buffer("text_ids", torch.zeros(TEXT_TOKENS, 3, device=pipe.device), persistent=False)
+        # The encoders' own masks, ready made: building them copies from the host, which a CUDA graph cannot hold.
+        everything = torch.zeros(1, 1, TEXT_TOKENS, TEXT_TOKENS, device=pipe.device)
+        self.register_buffer("t5_mask", everything, persistent=False)
+        causal = torch.full_like(everything, torch.finfo(torch.float32).min).triu(1)
+        self.register_buffer("clip_mask", causal, persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor) -> Tensor:
-        text = self.t5(t5)[0]
-        pooled = self.clip(clip).pooler_output
+        text = self.t5(t5, attention_mask=self.t5_mask)[0]
+        pooled = self.clip(clip, attention_mask=self.clip_mask).pooler_output
         return self.transformer(
             hidden_states=x,
             encoder_hidden_states=text,
@@ -456,6 +469,10 @@ def finish(work: Path, pipe: FluxPipeline, progress: Progress, device: torch.dev
     pipe.transformer.to(torch.bfloat16)
     pipe.vae.to(torch.bfloat16)
     pipe.save_pretrained(work / "pipeline.tmp")
+    for config in (work / "pipeline.tmp").rglob("*.json"):
+        record = json.loads(config.read_text())
+        if record.pop("_name_or_path", None):  # where the last piece lay is nobody's business
+            config.write_text(json.dumps(record, indent=2) + "\n")
     saved = FluxPipeline.from_pretrained(work / "pipeline.tmp", torch_dtype=torch.float32).to(device)
     scores, images = score(Student(saved).to(device).eval(), saved, 1200, steps=24)
     progress.curve.append({"samples": progress.samples, "seconds": round(progress.seconds), "steps": 24,
