@@ -36,13 +36,13 @@ def join_group(members: Sequence[QuantLinear]) -> Group:
     Raises:
         UserError: if they do not fit together.
     """
-    first = members[0]
     if len(set(members)) < max(2, len(members)) or any(member.group is not None for member in members):
         raise UserError("a group needs two or more different layers that are in no group yet")
     for field in ("in_features", "segments", "scheme", "compute_dtype"):
         values = {getattr(member, field) for member in members}
         if len(values) > 1:
             raise UserError(f"the members of a group differ in {field}: {values}; expected one value")
+    first = members[0]
     for leaf in SHARED_LEAVES:
         if not all(_same(first._buffers[leaf], member._buffers[leaf]) for member in members[1:]):
             raise UserError(f"the members of a group have different {leaf}: solve them together")
