@@ -1,4 +1,4 @@
-"""The words in which a model family is described: a few frozen facts, no code of its own."""
+"""The words in which a model family is described: a few frozen facts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,18 @@ class Architecture:
         name: Short name.
         class_names: The diffusers classes it describes.
         blocks: The kinds of blocks whose linears are quantized.
+        forward: The module whose `install` lets a model run its groups as one; None if there is none.
     """
 
     name: str
     class_names: tuple[str, ...]
     blocks: tuple[Block, ...]
+    forward: str | None = None
+
+    def install(self, model: nn.Module) -> None:
+        """Makes a model run layers that share an input as one, once they are few-bit. Changes no tensor."""
+        if self.forward is not None:
+            import_module(self.forward).install(model)
 
     def site(self, path: str) -> Site | None:
         """Where a module lies; None for everything outside the blocks."""

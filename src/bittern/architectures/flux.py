@@ -10,6 +10,7 @@ from bittern.architectures.base import Architecture, Block
 FLUX = Architecture(
     name="flux",
     class_names=("FluxTransformer2DModel",),
+    forward="bittern.architectures.flux_forward",
     blocks=(
         Block(
             prefix="transformer_blocks.*",

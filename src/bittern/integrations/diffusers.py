@@ -152,10 +152,14 @@ class BitternQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        from bittern import architectures
+
         if self.pre_quantized:
             self._build(model)
         else:
             self._prepare(model)
+        # Before diffusers hooks the blocks to move tensors between devices.
+        architectures.of(model).install(model)
 
     def _build(self, model: nn.Module) -> None:
         """Empty few-bit layers in the model on meta, once the files are known to fill them."""

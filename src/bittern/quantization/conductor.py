@@ -83,6 +83,7 @@ def quantize(
 
     for path, layer in solved.items():
         swap(model, path, layer)
+    made.architecture.install(model)
     quantizer.attach(model)
     if progress:
         progress("solved", total, total)

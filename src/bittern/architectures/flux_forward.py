@@ -1,0 +1,109 @@
+"""FLUX blocks that run what shares an input as one layer, and never write the concatenated input of `proj_out`.
+
+The attention processor and the single block of diffusers call q, k, v (and `proj_mlp`) one by one: each would
+smooth, quantize and project the same tensor down again. Ours ask `group_linear` for all at once. Wherever
+something else has been put in place (another processor, adapters, hooks), diffusers' own code runs, which gives
+the same numbers in more steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers import transformer_flux
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bittern.layers import QuantLinear, group_linear
+
+Heads = tuple[Float[Tensor, "b l h d"], Float[Tensor, "b l h d"], Float[Tensor, "b l h d"]]
+
+
+def install(model: nn.Module) -> None:
+    """Puts our processor and our single block in the place of diffusers' own, which are kept if they are others."""
+    for module in model.modules():
+        if isinstance(module, FluxAttention) and type(module.processor) is FluxAttnProcessor:
+            module.set_processor(GroupedAttention())
+        elif type(module) is transformer_flux.FluxSingleTransformerBlock:
+            # Another class, not another `forward`: copies and pickles of the block keep it.
+            module.__class__ = FluxSingleTransformerBlock
+
+
+class GroupedAttention(FluxAttnProcessor):
+    """Joint attention whose projections of one tensor run together."""
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Float[Tensor, "b l k"],
+        encoder_hidden_states: Float[Tensor, "b t k"] | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The update of the image stream, or of the image and the text stream."""
+        image = self.heads(attn, group_linear((attn.to_q, attn.to_k, attn.to_v), hidden_states))
+        if encoder_hidden_states is None:
+            return self.attend(image, image_rotary_emb, attention_mask)
+        text = self.heads(
+            attn, group_linear((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), encoder_hidden_states), added=True
+        )
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+        both = self.attend((q, k, v), image_rotary_emb, attention_mask)
+        tokens = encoder_hidden_states.shape[1]
+        to_out, dropout = attn.to_out
+        return dropout(to_out(both[:, tokens:])), attn.to_add_out(both[:, :tokens])
+
+    @staticmethod
+    def heads(attn: FluxAttention, qkv: Sequence[Tensor], *, added: bool = False) -> Heads:
+        """Queries, keys and values by head; queries and keys normalized."""
+        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
+        norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+        return norm_q(q), norm_k(k), v
+
+    def attend(
+        self, qkv: Heads, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None = None
+    ) -> Float[Tensor, "b l n"]:
+        """Attention with rotary positions, by whatever backend diffusers was told to use."""
+        q, k, v = qkv
+        if rotary is not None:
+            q, k = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (q, k))
+        out = dispatch_attention_fn(
+            q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return out.flatten(2, 3).to(q.dtype)
+
+
+# Diffusers finds repeated blocks, and blocks not to split between devices, by the name of their class.
+class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
+    """A single block with one layer for q, k, v and mlp, and an output layer that reads two tensors."""
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "b l k"],
+        encoder_hidden_states: Float[Tensor, "b t k"],
+        temb: Float[Tensor, "b k"],
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The text and the image stream after the block."""
+        if joint_attention_kwargs or not self._is_ours():
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        attn, tokens = self.attn, encoder_hidden_states.shape[1]
+        stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x, gate = self.norm(stream, emb=temb)
+        *qkv, mlp = group_linear((attn.to_q, attn.to_k, attn.to_v, self.proj_mlp), x)
+        attended = attn.processor.attend(attn.processor.heads(attn, qkv), image_rotary_emb)
+        stream = stream + gate.unsqueeze(1) * self.proj_out([attended, self.act_mlp(mlp)])
+        if stream.dtype == torch.float16:
+            stream = stream.clip(-65504, 65504)
+        return stream[:, :tokens], stream[:, tokens:]
+
+    def _is_ours(self) -> bool:
+        attn = self.attn
+        hooked = attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)
+        return type(attn.processor) is GroupedAttention and isinstance(self.proj_out, QuantLinear) and not hooked
