@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from scipy import ndimage
 from torch import Tensor
 
+from bittern.errors import UserError
 from bittern.evaluation.scenes.draw import PALETTE, SceneBatch, draw
 from bittern.evaluation.scenes.prompts import COLORS, GROUNDS, SHAPES
 
@@ -35,7 +36,14 @@ class Detection:
 
 
 def detect(image: UInt8[Tensor, "3 h w"]) -> list[Detection]:
-    """Find the objects of one 8-bit RGB image, best template match first."""
+    """Find the objects of one 8-bit RGB image, best template match first.
+
+    Made for 128 pixels a side and more: in smaller pictures the erosion eats thin shapes.
+
+    Raises:
+        UserError: scipy, of the extra `metrics`, is not installed.
+    """
+    ndimage = _ndimage()
     names = (*COLORS, *GROUNDS)
     palette = np.array([PALETTE[name] for name in names], dtype=np.float32)
     pixels = image.permute(1, 2, 0).cpu().numpy().astype(np.float32)
@@ -60,6 +68,14 @@ def detect(image: UInt8[Tensor, "3 h w"]) -> list[Detection]:
     return sorted(found, key=lambda item: -item.overlap)
 
 
+def _ndimage() -> Any:
+    try:
+        from scipy import ndimage
+    except ImportError:
+        raise UserError("scenes are scored with scipy, which is missing: pip install 'bittern[metrics]'") from None
+    return ndimage
+
+
 def _classify(mask: np.ndarray) -> tuple[str, float]:
     h, w = mask.shape
     stretched = _stretch(mask)
@@ -81,6 +97,7 @@ def _stretch(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
+    ndimage = _ndimage()
     size = 256
     count = len(SHAPES)
     shape = torch.arange(count)[:, None].expand(-1, 4)
