@@ -62,8 +62,16 @@ def test_a_clear_loss_is_claimed_and_a_faint_one_is_not() -> None:
 def test_agreement_everywhere_still_has_an_interval() -> None:
     same = {"a": [True, False] * 30}
     difference = stats.paired_difference(same, same)
-    assert (difference.mean, difference.low, difference.high) == (0.0, -0.05, 0.05)
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.0, -0.05, 0.05))
     assert not difference.significant
+
+
+def test_disagreement_everywhere_is_no_certainty_either() -> None:
+    worse = stats.paired_difference({"a": [False] * 6}, {"a": [True] * 6})
+    assert (worse.mean, worse.low, worse.high) == (-1.0, -1.0, -0.5)
+    assert worse.significant
+    one = stats.paired_difference({"a": [False] + [True] * 9}, {"a": [True] * 10})
+    assert one.low <= -0.4 + 1e-9 and one.high >= 0.2 - 1e-9 and not one.significant
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:

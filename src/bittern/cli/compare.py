@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,7 @@ from bittern.cli.output import Output, hush, table
 from bittern.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from bittern.evaluation.compare import Comparison
 
@@ -29,7 +28,7 @@ def compare(
     seed: options.Seed = 0,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
-    path: options.ArithmeticPath = None,
+    path: options.ArithmeticPath = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -54,20 +53,16 @@ def compare(
             settings=options.settings(seed, steps, batch_size, path, device, dtype),
             progress=out.progress,
         )
-        flags = {"--report": report, "--prompts": prompts, "--limit": limit, "--seed": seed, "--steps": steps}
-        flags |= {"--path": path, "--device": None if device == "auto" else device}
-        flags |= {"--dtype": None if dtype == "auto" else dtype, "--batch-size": batch_size}
-        command = shlex.join(["bittern", "compare", *models, *_given(flags)])
+        command = options.command_line(
+            "compare", *models, report=report, prompts=prompts, limit=limit, seed=seed, steps=steps,
+            batch_size=batch_size, path=path, device=device, dtype=dtype,
+        )  # fmt: skip
         html.write(html.render(comparison, command), report)
-        out.result({**comparison.to_dict(), "report": str(report)}, summary_table(comparison), f"report: {report}")
+        out.result({**comparison.to_dict(), "report": str(report)}, *summary(comparison), f"report: {report}")
 
 
-def _given(flags: dict[str, object]) -> list[str]:
-    return [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-
-
-def summary_table(comparison: Comparison) -> Table:
-    """The headline numbers, a row a model, and what the errors allow to say."""
+def summary(comparison: Comparison) -> list[RenderableType]:
+    """The headline numbers, a row a model, and what their errors allow to say."""
     from bittern.evaluation.report import format_bytes, unique_names
 
     names = unique_names([entry.drawing.model for entry in comparison.entries])
@@ -86,4 +81,5 @@ def summary_table(comparison: Comparison) -> Table:
             )
         )
     columns = ("model", "transformer on disk", "bits per weight", "PSNR, dB", "SSIM", "scenes score", "path")
-    return table(columns, rows)
+    gaps = [(name, entry.difference) for name, entry in zip(names[1:], comparison.others, strict=True)]
+    return [table(columns, rows), *(f"{name}: scenes score {gap.claim}" for name, gap in gaps if gap)]

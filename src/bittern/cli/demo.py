@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bittern.cli import options, quantize
-from bittern.cli.compare import summary_table
+from bittern.cli.compare import summary
 from bittern.cli.output import Output, hush
 
 RECIPES = ("svdquant-fast", "ternary-fast")
@@ -20,7 +20,7 @@ def demo(
     seed: options.Seed = 0,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
-    path: options.ArithmeticPath = None,
+    path: options.ArithmeticPath = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -40,12 +40,10 @@ def demo(
         folders = [str(done.out) for done in made]
         comparison = compare(BUILT_IN, folders, limit=limit, settings=chosen, progress=output.progress)
         file = out / "report.html"
-        command = ["bittern", "demo", "--out", str(out), "--limit", str(limit), "--seed", str(seed)]
-        html.write(html.render(comparison, " ".join(command)), file)
+        command = options.command_line(
+            "demo", out=out, limit=limit, seed=seed, steps=steps,
+            batch_size=batch_size, path=path, device=device, dtype=dtype,
+        )  # fmt: skip
+        html.write(html.render(comparison, command), file)
         payload = {**comparison.to_dict(), "quantized": [done.to_dict() for done in made], "report": str(file)}
-        claims = [
-            f"{entry.drawing.model}: scenes score {entry.difference.claim}"
-            for entry in comparison.others
-            if entry.difference
-        ]
-        output.result(payload, summary_table(comparison), *claims, f"report: {file}")
+        output.result(payload, *summary(comparison), f"report: {file}")

@@ -27,7 +27,7 @@ def evaluate(
     seed: options.Seed = 0,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
-    path: options.ArithmeticPath = None,
+    path: options.ArithmeticPath = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,

@@ -22,7 +22,7 @@ def generate(
     seed: options.Seed = 0,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
-    path: options.ArithmeticPath = None,
+    path: options.ArithmeticPath = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -53,7 +53,8 @@ def generate(
             "seconds": round(drawing.seconds, 2),
         }
         rows = [(image["file"], image["seed"], image["prompt"]) for image in payload["images"]]
-        summary = f"{len(rows)} pictures in {drawing.seconds:.1f} s, {drawing.steps} steps, path {drawing.path}"
+        noun = "picture" if len(rows) == 1 else "pictures"
+        summary = f"{len(rows)} {noun} in {drawing.seconds:.1f} s, {drawing.steps} steps, path {drawing.path}"
         output.result(payload, table(("file", "seed", "prompt"), rows, left=3), summary)
 
 

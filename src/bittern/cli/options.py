@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +23,7 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch-size", help="Pictures drawn together.", show_default="what fits")
 ]
 ArithmeticPath = Annotated[
-    str | None,
-    typer.Option("--path", help="Force an arithmetic: a16, a8-int8, a8-fp8 or a4.", show_default="the best here"),
+    str, typer.Option("--path", help="Force an arithmetic: a16, a8-int8, a8-fp8 or a4; auto takes the best here.")
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]
@@ -67,9 +67,7 @@ def resolve_dtype(dtype: str) -> torch.dtype | None:
     return getattr(torch, _DTYPES[dtype])
 
 
-def settings(
-    seed: int, steps: int | None, batch_size: int | None, path: str | None, device: str, dtype: str
-) -> Settings:
+def settings(seed: int, steps: int | None, batch_size: int | None, path: str, device: str, dtype: str) -> Settings:
     """The drawing settings that the options ask for.
 
     Raises:
@@ -78,6 +76,14 @@ def settings(
     from bittern.evaluation.drawing import Settings
     from bittern.ops import PATHS
 
-    if path is not None and path not in PATHS:
-        raise UserError(f"unknown path '{path}': {did_you_mean(path, PATHS)}")
-    return Settings(seed, steps, batch_size, path, resolve_device(device), resolve_dtype(dtype))
+    if path not in ("auto", *PATHS):
+        raise UserError(f"unknown path '{path}': {did_you_mean(path, ('auto', *PATHS))}")
+    forced = None if path == "auto" else path
+    return Settings(seed, steps, batch_size, forced, resolve_device(device), resolve_dtype(dtype))
+
+
+def command_line(*words: object, **flags: object) -> str:
+    """The command that does the same again; a flag that is None or "auto" is left to its default."""
+    given = {name: value for name, value in flags.items() if value not in (None, "auto")}
+    pairs = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return shlex.join(["bittern", *map(str, (*words, *pairs))])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,33 +119,46 @@ def draw(
     check_request(prompts, settings.seed, settings.steps, settings.batch_size)
     name = name or (model if isinstance(model, str) else type(model).__name__)
     pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
-    if settings.path:
-        layers.set_path(pipe.transformer, settings.path)
-    began = time.perf_counter()
-    images = generate(
-        pipe,
-        prompts,
-        seed=settings.seed,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        progress=progress and (lambda what, done, total: progress(f"{what} with {name}", done, total)),
-    )
-    seconds = time.perf_counter() - began
-    drawing = Drawing(
-        model=name,
-        prompts=list(prompts),
-        images=images,
-        seed=settings.seed,
-        steps=settings.steps or pipelines.defaults(pipe).steps,
-        paths=layers.paths(pipe.transformer),
-        dtype=_DTYPE_NAMES.get(pipe.transformer.dtype, str(pipe.transformer.dtype)),
-        device=device_name(pipe.device),
-        seconds=seconds,
-        inspection=quantization.inspect(pipe),
-    )
+    with _forced_path(pipe.transformer, settings.path):
+        began = time.perf_counter()
+        images = generate(
+            pipe,
+            prompts,
+            seed=settings.seed,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            progress=progress and (lambda what, done, total: progress(f"{what} with {name}", done, total)),
+        )
+        drawing = Drawing(
+            model=name,
+            prompts=list(prompts),
+            images=images,
+            seed=settings.seed,
+            steps=settings.steps or pipelines.defaults(pipe).steps,
+            paths=layers.paths(pipe.transformer),
+            dtype=_DTYPE_NAMES.get(pipe.transformer.dtype, str(pipe.transformer.dtype)),
+            device=device_name(pipe.device),
+            seconds=time.perf_counter() - began,
+            inspection=quantization.inspect(pipe),
+        )
     del pipe
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return drawing
+
+
+@contextmanager
+def _forced_path(model: torch.nn.Module, path: str | None) -> Iterator[None]:
+    """Force an arithmetic for the time of the block; None leaves every layer its own."""
+    before = {layer: layer.path for layer in layers.quant_layers(model).values()}
+    if path is not None:
+        layers.set_path(model, path)
+    try:
+        yield
+    finally:
+        for layer, own in before.items():
+            layer.path = own
 
 
 def check_models(*models: str | DiffusionPipeline | None) -> None:

@@ -119,8 +119,8 @@ def paired_difference(
 
     Returns:
         The difference with a percentile bootstrap over prompts, each weighing as much as in the mean of tasks. It
-        resamples across tasks, which is a little wide but stays honest with one prompt a task. When no prompt
-        disagrees the bootstrap would give [0, 0]; the rule of three (3 / n) stands in for it.
+        resamples across tasks, which is a little wide but stays honest with one prompt a task. Where few or all
+        prompts disagree the bootstrap collapses; the interval never ends nearer than 3 / n (the rule of three).
     """
     if {t: len(v) for t, v in model.items()} != {t: len(v) for t, v in reference.items()}:
         raise ValueError("a paired difference needs the same prompts on both sides")
@@ -129,11 +129,9 @@ def paired_difference(
     n = sum(g.size for g in gaps)
     better, worse = (int(sum((g == sign).sum() for g in gaps)) for sign in (1, -1))
     mean = float(np.mean([g.mean() for g in gaps]))
-    if better + worse == 0:
-        bound = min(1.0, 3 / n)
-        return Difference(mean, -bound, bound, better, worse, n)
     weighted = np.concatenate([g * n / (g.size * len(gaps)) for g in gaps])
     resampled = weighted[rng.integers(n, size=(RESAMPLES, n))].mean(axis=1)
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(resampled, [tail, 100 - tail])
+    low, high = max(-1.0, min(low, mean - 3 / n)), min(1.0, max(high, mean + 3 / n))
     return Difference(mean, float(low), float(high), better, worse, n)
