@@ -9,18 +9,21 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from bittern.architectures import of_class
 from bittern.checkpoints import CheckpointConfig, is_few_bit, read_headers, weight_files
-from bittern.checkpoints.files import TensorSpec
 from bittern.errors import UserError, did_you_mean
 from bittern.quantization import Progress, Report, predict_size, quantize
+from bittern.quantization.report import COMPONENTS
 from bittern.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ def load(
 
     Args:
         model: A folder, a hub id, or `tiny-flux`.
-        dtype: What the layers in 16 bits or more compute in; None takes for each component what it is stored in.
+        dtype: What all layers but the few-bit ones compute in; None takes what the transformer is stored in.
         device: Where to put it.
 
     Raises:
@@ -87,20 +90,13 @@ def load(
     folder = resolve(model)
     index = _read_json(folder / INDEX)
     import diffusers
-    from safetensors import SafetensorError
 
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or not hasattr(diffusers, class_name):
         raise UserError(f"{folder / INDEX} names the pipeline class {class_name!r}, which diffusers does not have")
-    stored = _stored_dtypes(folder)
-    dtypes: Any = dtype or {**stored, "default": torch.float32}
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtypes)
-    except UserError:
-        raise
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise UserError(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
-    return pipe.to(device)
+    stored = _stored_dtype(folder / _denoiser(folder))
+    with _one_line(model):
+        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored).to(device)
 
 
 def defaults(pipe: DiffusionPipeline) -> CallDefaults:
@@ -129,36 +125,31 @@ def quantize_folder(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Loads a pipeline, quantizes it and writes it to `out`: all of it, or nothing.
+    """Quantizes a pipeline's transformer and writes the pipeline to `out`: all of it, or nothing.
+
+    Only the transformer is loaded; the other components are copied as they are.
 
     Raises:
         UserError: as `load`, `quantize` and `new_folder` do, and if the disk is too small; what can be told
             beforehand is told before anything is solved.
     """
+    check_device(device)
     source = resolve(model)
     check_out(out, force=force, source=source)
-    pipe = load(source, device=device)
-    others = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-    others -= sum(file.stat().st_size for file in weight_files(source / "transformer"))
-    needed = predict_size(pipe, recipe) + others
+    name = _denoiser(source)
+    denoiser = _load_denoiser(model, source / name).to(device)
+    others = [source / INDEX, *_other_components(source, name)]
+    needed = predict_size(denoiser, recipe) + sum(_bytes_of(other) for other in others)
     free = shutil.disk_usage(_existing_parent(Path(out).expanduser())).free
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
-    report = quantize(pipe, recipe, seed=seed, progress=progress)
-    save(pipe, out, force=force)
-    return report
-
-
-def save(pipe: DiffusionPipeline, out: str | Path, *, force: bool = False) -> Path:
-    """Writes a pipeline as a diffusers folder, whole or not at all, with the same bytes wherever it came from.
-
-    Raises:
-        UserError: as `new_folder` does.
-    """
+    report = quantize(denoiser, recipe, seed=seed, progress=progress)
     with new_folder(out, force=force) as folder:
-        pipe.save_pretrained(folder)
-        _forget_origin(folder)
-    return Path(out)
+        for other in others:
+            copy = shutil.copytree if other.is_dir() else shutil.copyfile
+            copy(other, folder / other.name)
+        denoiser.save_pretrained(folder / name)
+    return report
 
 
 def check_out(out: str | Path, *, force: bool = False, source: Path | None = None) -> None:
@@ -250,39 +241,66 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """For each component with safetensors files, the float type that most of its bytes have.
+def _denoiser(folder: Path) -> str:
+    """The name of the component that denoises."""
+    index = _read_json(folder / INDEX)
+    name = next((name for name in COMPONENTS if name in index), None)
+    if name is None or not (folder / name / "config.json").is_file():
+        raise UserError(f"{folder} has no {' or '.join(COMPONENTS)}: expected a whole pipeline; fetch it again")
+    return name
 
-    Reads every few-bit component's headers, so that a damaged one is reported before anything is loaded.
+
+def _other_components(folder: Path, denoiser: str) -> list[Path]:
+    """The folders of the components that stay as they are, and the licence, which must travel with them."""
+    index = _read_json(folder / INDEX)
+    names = [name for name in index if name != denoiser and not name.startswith("_") and (folder / name).is_dir()]
+    return [*(folder / name for name in names), *(file for file in folder.glob("LICENSE*") if file.is_file())]
+
+
+def _load_denoiser(model: str | Path, folder: Path) -> nn.Module:
+    import diffusers
+
+    class_name = str(_read_json(folder / "config.json").get("_class_name"))
+    of_class(class_name)
+    dtype = _stored_dtype(folder)
+    with _one_line(model):
+        return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The float type of most bytes of a model's files, few-bit layers aside.
+
+    Reads the headers of all its files, so that a damaged one is reported before anything is loaded.
     """
-    dtypes: dict[str, torch.dtype] = {}
-    for config_file in sorted(folder.glob("*/config.json")):
-        place, config = config_file.parent, _read_json(config_file)
-        targets: frozenset[str] = frozenset()
-        files = sorted(place.glob("*.safetensors"))
-        if is_few_bit(config):
-            targets = frozenset(CheckpointConfig.parse(config["quantization_config"], str(config_file)).targets)
-            files = weight_files(place)
-        weight: dict[torch.dtype, int] = {}
-        for name, (_, spec) in read_headers(files).items():
-            if spec.dtype.is_floating_point and not _belongs(name, targets):
-                weight[spec.dtype] = weight.get(spec.dtype, 0) + TensorSpec(*spec).nbytes
-        if weight:
-            dtypes[place.name] = max(weight, key=lambda dtype: weight[dtype])
-    return dtypes
+    file = folder / "config.json"
+    config = _read_json(file)
+    targets: Collection[str] = ()
+    if is_few_bit(config):
+        targets = CheckpointConfig.parse(config["quantization_config"], str(file)).targets
+    weight: Counter[torch.dtype] = Counter()
+    for name, (_, spec) in read_headers(weight_files(folder)).items():
+        path, _, leaf = name.rpartition(".")
+        if spec.dtype.is_floating_point and (path not in targets or leaf == "bias"):
+            weight[spec.dtype] += spec.nbytes
+    return max(weight, key=weight.__getitem__, default=torch.float32)
 
 
-def _belongs(name: str, targets: frozenset[str]) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return path in targets and leaf != "bias"
+@contextmanager
+def _one_line(model: str | Path) -> Iterator[None]:
+    """Turns what diffusers and transformers say about a damaged folder into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise UserError(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
 
 
-def _forget_origin(folder: Path) -> None:
-    """Removes `_name_or_path`, the folder each component was loaded from, which only its maker can use."""
-    for file in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _bytes_of(place: Path) -> int:
+    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -300,10 +318,11 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _disk_problem(error: Exception) -> str | None:
-    """What the disk said, if this is the disk's error; safetensors gives the number only in its text."""
+    """What the disk said, if this is the disk's error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError":
-        match = re.search(r"os error (\d+)", str(error))
+    if number is None and (isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"):
+        # These two give the number only in their text.
+        match = re.search(r"(?:os error|Errno) (\d+)", str(error))
         number = int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk is full"

@@ -181,3 +181,11 @@ def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
     index.write_text("[]")
     with pytest.raises(UserError, match="is not a shard index"):
         weight_files(tmp_path)
+
+
+def test_variants_come_after_the_plain_file(tmp_path: Path) -> None:
+    variant, plain = (tmp_path / f"diffusion_pytorch_model{tag}.safetensors" for tag in (".fp16", ""))
+    variant.touch()
+    assert weight_files(tmp_path) == [variant]
+    plain.touch()
+    assert weight_files(tmp_path) == [plain]

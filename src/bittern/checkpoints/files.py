@@ -55,7 +55,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: if there are none, or a shard is missing.
     """
-    for index in sorted(folder.glob(f"{STEM}.safetensors.index*.json")):
+    index = _first(folder, f"{STEM}.safetensors.index.json", f"{STEM}.safetensors.index.*.json")
+    if index is not None:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
@@ -64,10 +65,16 @@ def weight_files(folder: Path) -> list[Path]:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise UserError(f"{index} lists {shard!r}, which is not in its folder: {MEND}")
         return [folder / shard for shard in shards]
-    files = sorted(folder.glob(f"{STEM}*.safetensors"))
-    if not files:
+    file = _first(folder, f"{STEM}.safetensors", f"{STEM}.*.safetensors")
+    if file is None:
         raise UserError(f"{folder} has no {STEM}.safetensors: expected a diffusers model folder")
-    return files[:1]
+    return [file]
+
+
+def _first(folder: Path, name: str, variants: str) -> Path | None:
+    """The file of that name, or else the first variant (`fp16` and the like)."""
+    plain = folder / name
+    return plain if plain.is_file() else next(iter(sorted(folder.glob(variants))), None)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, tuple[Path, TensorSpec]]:
