@@ -8,6 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in signatures are checked at run time; not in what torch.compile traces, nor where a wrong type
+# is the user's and has a message of its own.
+CHECKED = {
+    "formats": ("coding", "dtypes", "int4", "packing", "registry", "ternary"),
+    "ops": ("reference",),
+    "solvers": ("lowrank", "smooth", "solution", "solve"),
+}
+install_import_hook(
+    [f"bittern.{room}.{module}" for room, modules in CHECKED.items() for module in modules], "beartype.beartype"
+)
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -109,3 +121,15 @@ def _build() -> FluxPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what needs a GPU where there is none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if item not in on_gpu]

@@ -174,7 +174,8 @@ def four_bits(u: Any, unsigned: bool) -> Any:
     groups = np.pad(u, ((0, 0), (0, -k % 64))).reshape(m, -(-k // 64), 64)
     if unsigned:
         scale = np.maximum(groups.max(-1, keepdims=True) / F32(15), TINY)
-        codes = np.clip(np.rint(groups / scale), 0, 15)
+        with np.errstate(over="ignore"):
+            codes = np.clip(np.rint(groups / scale), 0, 15)
     else:
         scale = maximum_over(groups, 7)
         codes = np.rint(groups / scale)

@@ -109,6 +109,7 @@ def test_exports_and_loads() -> None:
         ({"path": "a6"}, "unknown path 'a6'"),
         ({"shift": [0.1, 0.2]}, "shift has 2 values: expected 1"),
         ({"inputs": [torch.randn(2, 64, dtype=torch.float64)]}, "not torch.float64"),
+        ({"scales": torch.ones(24, 1, device="meta")}, "scales is on meta: expected cpu, where the input is"),
     ],
 )
 def test_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:

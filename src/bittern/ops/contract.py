@@ -126,13 +126,17 @@ def check(
         "up": (up, (n, down.shape[0] if down is not None else 0)),
         "bias": (bias, (n,)),
     }
+    first = inputs[0]
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            raise UserError(f"{name} is on {tensor.device}: expected {first.device}, where the input is")
+        if tuple(tensor.shape) != shape:
             raise UserError(
                 f"{name} has shape {list(tensor.shape)}: expected {list(shape)} for inputs of "
                 f"{' + '.join(str(length) for length in layout.segments)} columns and {n} rows of codes"
             )
-    first = inputs[0]
     if any(x.dtype != first.dtype or x.shape[:-1] != first.shape[:-1] for x in inputs[1:]):
         raise UserError("the inputs of the K-segments differ in dtype or batch shape: expected equal ones")
     if shift and len(shift) != len(inputs):

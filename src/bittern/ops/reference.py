@@ -53,8 +53,8 @@ LIMITS: dict[str, int] = {"int8": 127, "fp8": 448, "int4": 7, "uint4": 15}
 # Up to 2^24 every integer is a float32: sums of 127 * 127 over this many inputs are exact in any order.
 _EXACT_K = 1024
 
-# Weights unpacked at a time: about the size of a CPU's cache, but enough to fill a GPU.
-_BLOCK = {"cpu": 2**20}
+# Weights unpacked at a time: in float32 about what fits a CPU's cache, but enough to fill a GPU.
+_BLOCK = {"cpu": 3 * 2**18}
 _LARGE_BLOCK = 2**25
 
 
@@ -312,6 +312,8 @@ def _blocks(
     """Blocks of output rows: float32 codes [rows, padded_k] that the caller may overwrite, and their scales."""
     n = codes.shape[0]
     size = max(1, _BLOCK.get(codes.device.type, _LARGE_BLOCK) // layout.padded_k)
+    # Matrix products prefer whole tiles.
+    size -= size % 64 if size > 64 else 0
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         yield rows, (fmt.unpack(codes[rows], layout.padded_k).float(), scales[rows].float())
