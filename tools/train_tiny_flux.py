@@ -445,6 +445,8 @@ def score(model: Student, pipe: FluxPipeline, count: int, steps: int) -> tuple[d
     t5, clip = tokens(pipe.tokenizer_2, texts).to(device), tokens(pipe.tokenizer, texts).to(device)
     x = torch.randn(count, 64, 64, device=device, generator=generator)
     sigmas = torch.linspace(1, 0, steps + 1, device=device)
+    shift = pipe.scheduler.config.shift
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         for now, then in itertools.pairwise(sigmas):
             parts = [model(part, now.expand(len(part)), a, b)
