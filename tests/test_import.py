@@ -46,8 +46,10 @@ print(time.perf_counter() - start)
 def test_import_before_diffusers_registers_when_it_is_imported() -> None:
     run(
         f"""
-import sys, bittern
+import importlib.util, sys, bittern
 import diffusers
+# Asking for the module, without importing it, changes nothing.
+assert importlib.util.find_spec('diffusers.quantizers.auto') is not None
 {REGISTERED}
 import inspect, diffusers.quantizers.auto as auto
 assert 'class DiffusersAutoQuantizer' in inspect.getsource(auto)

@@ -99,6 +99,18 @@ def test_prediction_inspection_and_files_agree(model: FluxTransformer2DModel, re
     assert len(repr(report)) < 120
 
 
+def test_prediction_at_full_size() -> None:
+    """FLUX.1 with every block linear ternary at 2 bits: the sizes that the 1.58-bit FLUX paper works with."""
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    report = bittern.predict(flux, "ternary-fast")
+    assert report.parameters == 11_901_408_320
+    assert report.ternary_share == pytest.approx(0.9944, abs=5e-5)
+    assert report.ternary_share_blocks == 1.0
+    assert report.bytes / 1e9 == pytest.approx(3.099, abs=5e-4)
+    assert len(report.rows) == 19 * 14 + 38 * 6
+
+
 def test_inspecting_sixteen_bits(tiny_random_pipeline: FluxPipeline, tiny_random_folder: Path) -> None:
     report = bittern.inspect(tiny_random_pipeline)
     assert report.rows == ()
