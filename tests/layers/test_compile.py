@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import io
 
+import peft
 import pytest
 import torch
 from layers_helpers import INT4, TERNARY, few_bit
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from bittern.layers import group_linear, set_path
 from bittern.scheme import Scheme
@@ -82,6 +84,34 @@ def test_exports() -> None:
     torch.export.save(program, file)
     file.seek(0)
     assert torch.equal(torch.export.load(file).module()(x), block(x))
+
+
+def test_a_wrapped_layer_compiles_whole() -> None:
+    block = Block(INT4)
+    x = torch.randn(2, 5, 64)
+    plain = block(x)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q", "mlp"], init_lora_weights=False), block)
+    assert not torch.allclose(block(x), plain, atol=1e-2)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), block(x), atol=1e-5)
+
+
+def test_the_weight_can_be_asked_within_a_compiled_function() -> None:
+    (layer,) = few_bit([20], 64)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def cast(x: Tensor) -> Tensor:
+        return layer(x.to(layer.weight.dtype)) @ layer.weight
+
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(cast, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    assert torch.allclose(compiled(x), cast(x), atol=1e-5)
+    # Asked for its dtype it costs nothing; asked for its numbers it is one operation.
+    assert [str(node.target) for node in graphs[0].graph.nodes].count("bittern.dequantize.default") == 1
 
 
 @pytest.mark.slow

@@ -39,6 +39,13 @@ def test_the_gradients_operation_keeps_torchs_rules() -> None:
     torch.library.opcheck(torch.ops.bittern.few_bit_linear_backward.default, args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantizing_keeps_torchs_rules(dtype: torch.dtype) -> None:
+    layer = random_layer(0, 24, (64, 72), rank=16, smooth=True)
+    args = (*layer.args()[:5], layer.weight, layer.group_size, [64, 72], dtype)
+    torch.library.opcheck(torch.ops.bittern.dequantize.default, args)
+
+
 @pytest.mark.parametrize("path", ops.PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_pass_straight_through_the_rounding(path: str, dtype: torch.dtype) -> None:

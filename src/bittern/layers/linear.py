@@ -173,8 +173,11 @@ class QuantLinear(nn.Linear):
         return Parts(self.scheme, self.segments, *self._stacked(*self.rows))
 
     @property
-    def weight(self) -> FewBitWeight:
+    def weight(self) -> Tensor:
         """The weight's shape, dtype and device, and its numbers on demand."""
+        if torch.compiler.is_compiling():
+            # A compiler cannot trace the facade; it drops an operation whose numbers nobody uses.
+            return self.parts().dequantize(self.compute_dtype)
         return FewBitWeight(self.parts(), self.compute_dtype)
 
     @weight.setter

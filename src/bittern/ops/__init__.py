@@ -6,7 +6,7 @@ A faster implementation registers a `Kernel` for a path; nothing that calls the 
 from __future__ import annotations
 
 from bittern.ops import reference
-from bittern.ops.contract import few_bit_linear, quantize_activations
+from bittern.ops.contract import dequantize, few_bit_linear, quantize_activations
 from bittern.ops.dispatch import (
     PATHS,
     Call,
@@ -20,7 +20,6 @@ from bittern.ops.dispatch import (
     register,
     use_backend,
 )
-from bittern.ops.reference import dequantize
 
 for _path in PATHS:
     register(Kernel(_path, "torch", reference.few_bit_linear, native=False))

@@ -32,6 +32,10 @@ library.define(
     tags=_TAGS,
 )
 library.define(
+    f"dequantize({_TENSORS}, str weight, int? group_size, int[] segments, ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
+library.define(
     "quantize_activations(Tensor x, Tensor? smooth, Tensor? down, str format, float shift) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -101,6 +105,33 @@ def quantize_activations(
         Low: x · down^T in float32; without `down` it has no columns.
     """
     return torch.ops.bittern.quantize_activations.default(x, smooth, down, format, shift)
+
+
+def dequantize(
+    codes: UInt8[Tensor, "n _"],
+    scales: Float[Tensor, "n groups"],
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"] | None,
+    up: Float[Tensor, "n r"] | None,
+    weight: str,
+    group_size: int | None,
+    segments: Sequence[int],
+    dtype: torch.dtype,
+) -> Float[Tensor, "n k"]:
+    """The weight that a layer applies to exact activations: What / s + U · D, rounded once to `dtype`.
+
+    Args:
+        codes: As for `few_bit_linear`, like all that follow.
+        scales: One per row and group of K.
+        smooth: Divides the inputs.
+        down: First factor of the low-rank branch.
+        up: Second factor.
+        weight: Weight format.
+        group_size: Inputs under one scale.
+        segments: Lengths of the K-segments.
+        dtype: Of the result.
+    """
+    return torch.ops.bittern.dequantize.default(codes, scales, smooth, down, up, weight, group_size, segments, dtype)
 
 
 def check(
@@ -184,6 +215,11 @@ def _backward_shape(grad: Tensor, *args: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], sum(args[-1]))
 
 
+def _dequantize_shape(codes: Tensor, *args: Any) -> Tensor:
+    segments, dtype = args[-2:]
+    return codes.new_empty(codes.shape[0], sum(segments), dtype=dtype)
+
+
 def _quantize_shape(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,9 +258,11 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 for _device in ("CPU", "CUDA"):
     library.impl("few_bit_linear", _linear, _device)
     library.impl("few_bit_linear_backward", reference.few_bit_linear_backward, _device)
+    library.impl("dequantize", reference.dequantize, _device)
     library.impl("quantize_activations", reference.quantize_activations, _device)
 torch.library.register_fake("bittern::few_bit_linear", _linear_shape, lib=library)
 torch.library.register_fake("bittern::few_bit_linear_backward", _backward_shape, lib=library)
+torch.library.register_fake("bittern::dequantize", _dequantize_shape, lib=library)
 torch.library.register_fake("bittern::quantize_activations", _quantize_shape, lib=library)
 torch.library.register_autograd(
     "bittern::few_bit_linear", _linear_gradients, setup_context=_save_for_backward, lib=library

@@ -175,7 +175,7 @@ def dequantize(
     segments: Sequence[int],
     dtype: torch.dtype,
 ) -> Float[Tensor, "n k"]:
-    """The effective weight What / s + U · D: what the layer multiplies x with when activations stay exact."""
+    """The effective weight What / s + U · D. Arguments as in `bittern.ops.dequantize`."""
     layout = layout_of(tuple(segments), group_size)
     out = torch.empty(codes.shape[0], layout.k, dtype=dtype, device=codes.device)
     for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
