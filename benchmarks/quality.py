@@ -1,0 +1,197 @@
+"""What few bits cost on the embedded model: one table of methods against their own rounding baselines.
+
+    python benchmarks/quality.py --out benchmarks/results/quality_tiny_flux.json
+    python benchmarks/quality.py --table benchmarks/results/quality_tiny_flux.json
+
+Every case is drawn from the same noise and compared with the 16-bit pictures: PSNR, SSIM, the relative error of the
+velocity along the 16-bit trajectory, and the scenes score. Finished cases are kept in the JSON file, so an
+interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bittern
+from bittern import pipelines, recipes
+from bittern.evaluation import scenes
+from bittern.evaluation.fidelity import fidelity
+from bittern.evaluation.generate import generate
+from bittern.evaluation.stats import mean_estimate
+from bittern.evaluation.suites import score_scenes
+from bittern.layers import set_path
+
+ROUND_INT4 = {"scales": "absmax"}
+ROUND_TERNARY = {"codes": "absmean", "group_size": None}
+PLAIN = {"rank": 0, "rounds": 0, "smoothing": "none"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe with changes, run on a forced path."""
+
+    name: str
+    recipe: str
+    path: str
+    changes: dict[str, Any]
+    baseline: str | None = None
+
+
+def cases() -> list[Case]:
+    """The published table, in the order of its rows."""
+    rounding = {"default": PLAIN | ROUND_INT4, "modulation": {"scales": "absmax"}}
+    out = [
+        Case("int4 abs-max", "int4", "a16", {"default": ROUND_INT4}),
+        Case("int4", "int4", "a16", {}, "int4 abs-max"),
+        Case("W4A4 abs-max", "svdquant-fast", "a4", rounding),
+    ]
+    for rank in (32, 16, "1/96"):
+        changes = {"default": {"rank": rank}}
+        out.append(Case(f"svdquant-fast rank {rank}", "svdquant-fast", "a4", changes, "W4A4 abs-max"))
+    out += [
+        Case("svdquant-fast rank 32, 8-bit path", "svdquant-fast", "auto", {}, "W4A4 abs-max"),
+        Case("ternary absmean per row", "ternary-fast", "auto", {"default": ROUND_TERNARY}),
+        Case("ternary-fast", "ternary-fast", "auto", {}, "ternary absmean per row"),
+    ]
+    return out
+
+
+class Trajectory:
+    """The transformer's inputs and outputs along a 16-bit run."""
+
+    def __init__(self, pipe: Any, prompts: list[str], steps: int):
+        self.calls: list[tuple[dict[str, Any], Tensor]] = []
+        handle = pipe.transformer.register_forward_hook(self._keep, with_kwargs=True)
+        generate(pipe, prompts, seed=10_000, steps=steps, batch_size=len(prompts))
+        handle.remove()
+
+    def _keep(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.calls.append((kwargs, output[0].float()))
+
+    @torch.no_grad()
+    def error(self, transformer: nn.Module) -> float:
+        """Relative error of the velocity, root mean square over all steps."""
+        wrong = right = 0.0
+        for kwargs, velocity in self.calls:
+            wrong += float((transformer(**kwargs)[0].float() - velocity).square().sum())
+            right += float(velocity.square().sum())
+        return (wrong / right) ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny-flux")
+    parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the Markdown table of a finished run and stop")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
+    record = run(args)
+    print(table(record))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    pipe = pipelines.load(args.model, dtype=args.dtype, device=args.device)
+    world = scenes.held_out(args.images)
+    texts = [prompt.prompt for prompt in world]
+    record: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "environment": environment(pipe, args)}
+    if args.out and args.out.exists():
+        old = json.loads(args.out.read_text())
+        if old["environment"] == record["environment"]:
+            record = old
+    rows: dict[str, Any] = record.setdefault("rows", {})
+    reference = generate(pipe, texts, steps=args.steps)
+    trajectory = Trajectory(pipe, texts[:12], args.steps)
+    rows.setdefault("16 bit", {"bits_per_weight": 16.0, "overall": overall(reference, world)})
+    dense = pipe.transformer
+    for case in cases():
+        key = f"{case.name} [{case.path}]"
+        if key in rows:
+            continue
+        pipe.transformer = copy.deepcopy(dense)
+        report = bittern.quantize(pipe, recipes.load(case.recipe).override(**case.changes))
+        set_path(pipe.transformer, case.path)
+        images = generate(pipe, texts, steps=args.steps)
+        found = fidelity(images, reference)
+        rows[key] = {
+            "bits_per_weight": round(report.bits_per_weight, 3),
+            "psnr": round(found.mean_psnr.mean, 2),
+            "psnr_stderr": round(found.mean_psnr.stderr, 2),
+            "psnr_each": [round(value, 2) for value in found.psnr],
+            "ssim": round(found.mean_ssim.mean, 4),
+            "velocity_error": round(trajectory.error(pipe.transformer), 4),
+            "overall": overall(images, world),
+            "baseline": f"{case.baseline} [{case.path if case.path != 'auto' else baseline_path(case)}]"
+            if case.baseline
+            else None,
+        }
+        print(key, {k: v for k, v in rows[key].items() if k != "psnr_each"}, file=sys.stderr, flush=True)
+        if args.out:
+            temporary = args.out.with_suffix(".tmp")
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+            temporary.replace(args.out)
+    return record
+
+
+def baseline_path(case: Case) -> str:
+    return next(other.path for other in cases() if other.name == case.baseline)
+
+
+def overall(images: Tensor, world: list[scenes.ScenePrompt]) -> dict[str, float]:
+    score = score_scenes(images, world).overall
+    return {"mean": round(score.mean, 4), "stderr": round(score.stderr, 4)}
+
+
+def environment(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine() + " CPU"
+    return {
+        "model": args.model, "images": args.images, "steps": args.steps, "device": device,
+        "dtype": str(pipe.transformer.dtype), "torch": torch.__version__, "bittern": bittern.__version__,
+        "commit": commit.stdout.strip(),
+    }  # fmt: skip
+
+
+def table(record: dict[str, Any]) -> str:
+    """The rows as Markdown; the gain is paired, picture by picture, with its standard error."""
+    rows = record["rows"]
+    lines = [
+        "| case | path | bits per weight | PSNR dB | gain over rounding dB | SSIM | velocity error | scenes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, row in rows.items():
+        name, _, path = key.partition(" [")
+        score = f"{row['overall']['mean']:.3f} ± {row['overall']['stderr']:.3f}"
+        if "psnr" not in row:
+            lines.append(f"| {name} | | 16 | | | | | {score} |")
+            continue
+        gain = ""
+        if row["baseline"]:
+            pairs = zip(row["psnr_each"], rows[row["baseline"]]["psnr_each"], strict=True)
+            difference = mean_estimate([mine - theirs for mine, theirs in pairs])
+            gain = f"{difference.mean:+.2f} ± {difference.stderr:.2f}"
+        lines.append(
+            f"| {name} | {path.rstrip(']')} | {row['bits_per_weight']:.2f} | {row['psnr']:.2f} ± "
+            f"{row['psnr_stderr']:.2f} | {gain} | {row['ssim']:.3f} | {row['velocity_error']:.3f} | {score} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
