@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -276,26 +275,26 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: py
     assert contents(tmp_path) == {"out/config.json": b"old"}
 
 
-@pytest.mark.parametrize("limit", [60_000, 190_000], ids=["while copying", "while writing tensors"])
-def test_a_disk_that_is_full_midway(model: Path, tmp_path: Path, limit: int) -> None:
-    """The real thing: the kernel refuses the bytes beyond a limit, in the middle of a file."""
+def test_a_disk_that_is_full_midway(model: Path, tmp_path: Path) -> None:
+    """The real thing: the kernel refuses the bytes beyond a limit, once in a copy, once in a safetensors file."""
     code = """
 import resource, signal, sys
 from bittern import pipelines
 from bittern.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-try:
-    pipelines.quantize_folder(sys.argv[1], "int4", sys.argv[2])
-except UserError as error:
-    print(error)
+for limit in (60_000, 190_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        pipelines.quantize_folder(sys.argv[1], "int4", sys.argv[2])
+    except UserError as error:
+        print(error)
 """
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    assert weight_file(model, "vae").stat().st_size < 190_000
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(model), str(out), str(limit)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(model), str(out)], capture_output=True, text=True, check=True
     )
-    assert "cannot be written: the disk is full; nothing was left behind" in done.stdout
+    assert done.stdout.count("cannot be written: the disk is full; nothing was left behind") == 2
     assert listing(tmp_path) == sorted(["model", *(f"model/{name}" for name in listing(model))])
 
 
