@@ -44,7 +44,8 @@ def quantize(
         target: A diffusers pipeline, or one of its models.
         recipe: The name of a recipe, the path of a YAML file, or a `Recipe`.
         prompts: Calibration prompts. The recipes of this version need none and refuse them.
-        seed: The same model, recipe and seed give the same bytes.
+        seed: The same model, recipe and seed give the same bytes on one machine with one number of threads: with
+            another, the linear algebra under the SVD sums in another order.
         progress: Called as layers are solved.
 
     Returns:
