@@ -29,7 +29,7 @@ def unpack_nibbles(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor,
     """The inverse of `pack_nibbles` for rows of k codes."""
     # The byte's nibbles move to the two bytes of an int16, which is far cheaper than taking them apart and
     # interleaving them again; flipping the sign bit and subtracting it extends the sign.
-    wide = packed.contiguous().to(torch.int16)
+    wide = packed.to(torch.int16, memory_format=torch.contiguous_format)
     wide = (wide | (wide << 4)) & 0x0F0F
     return ((wide.view(torch.int8) ^ 8) - 8)[..., :k].contiguous()
 
@@ -42,7 +42,7 @@ def pack_crumbs(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
 
 def unpack_crumbs(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor, "*rows k"]:
     """The inverse of `pack_crumbs` for rows of k codes; the invalid bit pattern 3 reads as code 2."""
-    wide = packed.contiguous().to(torch.int32)
+    wide = packed.to(torch.int32, memory_format=torch.contiguous_format)
     wide = (wide | (wide << 12)) & 0x000F000F
     wide = (wide | (wide << 6)) & 0x03030303
     return (wide.view(torch.int8) - 1)[..., :k].contiguous()
