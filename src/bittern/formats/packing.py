@@ -29,9 +29,9 @@ def unpack_nibbles(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor,
     """The inverse of `pack_nibbles` for rows of k codes."""
     # The byte's nibbles move to the two bytes of an int16, which is far cheaper than taking them apart and
     # interleaving them again; flipping the sign bit and subtracting it extends the sign.
-    wide = packed.to(torch.int16, memory_format=torch.contiguous_format)
+    wide = packed.to(torch.int16)
     wide = (wide | (wide << 4)) & 0x0F0F
-    return ((wide.view(torch.int8) ^ 8) - 8)[..., :k].contiguous()
+    return ((_bytes(wide) ^ 8) - 8)[..., :k].contiguous()
 
 
 def pack_crumbs(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
@@ -42,10 +42,10 @@ def pack_crumbs(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
 
 def unpack_crumbs(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor, "*rows k"]:
     """The inverse of `pack_crumbs` for rows of k codes; the invalid bit pattern 3 reads as code 2."""
-    wide = packed.to(torch.int32, memory_format=torch.contiguous_format)
+    wide = packed.to(torch.int32)
     wide = (wide | (wide << 12)) & 0x000F000F
     wide = (wide | (wide << 6)) & 0x03030303
-    return (wide.view(torch.int8) - 1)[..., :k].contiguous()
+    return (_bytes(wide) - 1)[..., :k].contiguous()
 
 
 def pack_trits(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
@@ -130,6 +130,13 @@ def get_packing(name: str) -> Packing:
     if name not in PACKINGS:
         raise UserError(f"unknown packing {name!r}: {did_you_mean(name, PACKINGS)}")
     return PACKINGS[name]
+
+
+def _bytes(wide: Tensor) -> Tensor:
+    """The bytes of integers as int8, lowest first, along the last axis."""
+    # By way of one axis: rows of length 0 or 1 have strides that a view of other-sized elements refuses.
+    narrow = wide.reshape(-1).view(torch.int8)
+    return narrow.view(*wide.shape[:-1], wide.shape[-1] * wide.element_size())
 
 
 def _columns(codes: Tensor, per_byte: int) -> tuple[Tensor, ...]:
