@@ -163,8 +163,10 @@ def test_paths_are_set_counted_and_explained() -> None:
     assert list(quant_layers(model)) == ["a", "b"]
     assert paths(model) == {"a8-int8": 1, "a16": 1}
     assert "integer" in quant_layers(model)["a"].choice().reason
+    set_path(model, "a8-fp8")
+    assert paths(model) == {"a8-fp8": 1, "a16": 1}, "a layer solved for 16-bit activations keeps them"
     set_path(model, "a4")
-    assert paths(model) == {"a4": 2}
+    assert paths(model) == {"a4": 1, "a16": 1}
     x = torch.randn(2, 64)
     a4 = model["a"](x)
     set_path(model, "auto")

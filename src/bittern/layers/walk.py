@@ -6,6 +6,8 @@ from collections import Counter
 
 from torch import nn
 
+from bittern import ops
+from bittern.errors import UserError, did_you_mean
 from bittern.layers.linear import QuantLinear
 
 
@@ -19,13 +21,21 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def set_path(model: nn.Module, path: str) -> None:
-    """Forces an arithmetic on all few-bit layers, or gives the choice back with "auto".
+    """Forces an arithmetic on a model, or gives the choice back with "auto".
+
+    It reaches the layers that were solved for the model's least precise activations. Those solved for more (the
+    adaLN linears under most recipes) keep their own choice: forcing shows what a checkpoint is worth on hardware
+    of that width, not a checkpoint nobody made. `layer.path` forces a single layer regardless.
 
     Raises:
         UserError: if there is no such path.
     """
-    for layer in quant_layers(model).values():
-        layer.path = path
+    if path not in (*ops.PATHS, "auto"):
+        raise UserError(f"unknown path {path!r}: {did_you_mean(path, (*ops.PATHS, 'auto'))}")
+    layers = quant_layers(model).values()
+    least = min((layer.scheme.activations for layer in layers), default=16)
+    for layer in layers:
+        layer.path = path if layer.scheme.activations == least else "auto"
 
 
 def paths(model: nn.Module) -> dict[str, int]:
