@@ -1,5 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
+# One thread a worker: two workers with two threads each would wait for one another's cores.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Without an NVIDIA driver the CPU build serves, instead of gigabytes of CUDA that nothing would use.
@@ -20,13 +22,13 @@ demo: setup
 	$(BIN)/bittern demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu -n 0
+	$(PYTEST) -m gpu -n 0
 
 lint: setup
 	$(BIN)/ruff check .
