@@ -12,9 +12,7 @@ release = version = installed("bittern")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
-# The page of quality figures is generated: a checkout without one still builds.
-suppress_warnings = ["toc.empty_glob"]
+exclude_patterns = ["_build", "quality_table.md"]  # the table is a part of the page on quality
 
 html_theme = "furo"
 html_title = "bittern"
