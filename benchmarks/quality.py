@@ -34,7 +34,7 @@ from bittern.layers import set_path
 
 ROUND_INT4 = {"scales": "absmax"}
 ROUND_TERNARY = {"codes": "absmean", "group_size": None}
-PLAIN = {"rank": 0, "rounds": 0, "smoothing": "none"}
+PLAIN = {"rank": 0, "rounds": 0, "smoothing": "none", "shift": 0.0}
 
 
 @dataclass(frozen=True)

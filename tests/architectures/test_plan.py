@@ -116,3 +116,18 @@ def test_adapters_and_foreign_linears_are_refused(flux: FluxTransformer2DModel) 
             plan(flux, recipes.load("int4"))
     finally:
         block.proj_out = original
+
+
+def test_shifts_reach_what_comes_out_of_a_gelu_and_nothing_else(flux: FluxTransformer2DModel) -> None:
+    made = plan(flux, recipes.load("svdquant-fast").override(default={"shift": 0.25}))
+    shifts = {path: job.scheme.shift for job in made.jobs for path in job.paths if job.scheme.shift}
+    double = {f"transformer_blocks.{i}.{name}.net.2": (0.25,) for i in range(2) for name in ("ff", "ff_context")}
+    single = {f"single_transformer_blocks.{i}.proj_out": (0.0, 0.25) for i in range(3)}
+    assert shifts == double | single
+    none = plan(flux, recipes.load("svdquant-fast").override(default={"shift": 0.0}))
+    assert not any(job.scheme.shift for job in none.jobs)
+
+
+def test_the_shift_of_the_recipe_covers_gelu() -> None:
+    least = nn.functional.gelu(torch.linspace(-8, 0, 100_001, dtype=torch.float64), approximate="tanh").min()
+    assert 0 <= least + recipes.load("svdquant-fast").default.shift < 0.003

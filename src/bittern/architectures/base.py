@@ -20,12 +20,14 @@ class Block:
         modulation: Linears that compute the adaLN shifts, scales and gates: one input row per image.
         groups: Linears that read one and the same tensor.
         segments: Linears whose input is a concatenation, with the siblings whose outputs it joins, in order.
+        after_gelu: Linears that read the output of a GELU, with the K-segments that do.
     """
 
     prefix: str
     modulation: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
     segments: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    after_gelu: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -60,6 +62,11 @@ class Site:
     def sources(self) -> tuple[str, ...]:
         """Paths of the linears whose outputs this one's input joins; empty for a plain input."""
         return tuple(f"{self.parent}.{source}" for source in self.block.segments.get(self.name, ()))
+
+    def shifts(self, shift: float, segments: int) -> tuple[float, ...]:
+        """`shift` for the K-segments that come out of a GELU and 0 for the others; empty if none does."""
+        shifted = self.block.after_gelu.get(self.name, ())
+        return tuple(shift if segment in shifted else 0.0 for segment in range(segments)) if shifted else ()
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,14 @@ FLUX = Architecture(
                 ("attn.to_q", "attn.to_k", "attn.to_v"),
                 ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
             ),
+            after_gelu={"ff.net.2": (0,), "ff_context.net.2": (0,)},
         ),
         Block(
             prefix="single_transformer_blocks.*",
             modulation=("norm.linear",),
             groups=(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),),
             segments={"proj_out": ("attn.to_v", "proj_mlp")},
+            after_gelu={"proj_out": (1,)},
         ),
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -117,6 +117,8 @@ def _single(path: str, site: Site, linears: Mapping[str, nn.Linear], recipe: Rec
     spec = recipe.spec(path, modulation=site.is_modulation)
     try:
         scheme = spec.scheme(n, k)
+        if spec.shift:
+            scheme = replace(scheme, shift=site.shifts(spec.shift, len(segments)))
     except UserError as error:
         raise UserError(f"recipe {recipe.name}, {path}: {error}") from None
     return Job((path,), ((n, k),), scheme, spec.solver(), segments)

@@ -65,6 +65,8 @@ class LayerSpec(BaseModel):
     """What one layer becomes (see `Scheme`) and how it is solved (see `SolverOptions`).
 
     `scales` is for int4 alone and `codes` for ternary alone, so that a patch may change `weight` by itself.
+    `shift` reaches only inputs that come out of a GELU: with it added nothing is negative, and 4-bit activations
+    have all 16 codes for what is positive (SVDQuant, arXiv:2411.05007).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -75,6 +77,7 @@ class LayerSpec(BaseModel):
     activations: Literal[4, 8, 16] = 16
     rank: Rank = 0
     branch_dtype: StoredType = "bf16"
+    shift: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     packing: Literal["nibbles", "crumbs", "trits"] | None = None
 
     scales: Literal["absmax", "search"] = "search"
@@ -86,7 +89,7 @@ class LayerSpec(BaseModel):
     svd_iterations: int = Field(default=4, ge=0)
 
     def scheme(self, n: int, k: int) -> Scheme:
-        """The scheme of an [n, k] layer, its rank resolved to a whole number."""
+        """The scheme of an [n, k] layer, its rank resolved to a whole number; shifts are the architecture's to place."""
         from bittern.scheme import Scheme
 
         return Scheme(
