@@ -89,7 +89,7 @@ class LayerSpec(BaseModel):
     svd_iterations: int = Field(default=4, ge=0)
 
     def scheme(self, n: int, k: int) -> Scheme:
-        """The scheme of an [n, k] layer, its rank resolved to a whole number; shifts are the architecture's to place."""
+        """The scheme of an [n, k] layer, its rank a whole number; shifts are the architecture's to place."""
         from bittern.scheme import Scheme
 
         return Scheme(
