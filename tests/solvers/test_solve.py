@@ -221,3 +221,19 @@ def test_relative_error_is_the_frobenius_ratio():
     solution = Solution(codes, torch.tensor([[2.0]]), None, None, None, KLayout((4,), None))
     w = torch.tensor([[3.0, 0.0, -2.0, 0.0]])
     assert relative_error(w, solution) == pytest.approx(1 / 13**0.5)
+
+
+def test_small_layers_have_the_same_bytes_for_any_number_of_threads():
+    weight = torch.randn(192, 256, generator=torch.Generator().manual_seed(5))
+    scheme, options = Scheme(rank=8, activations=4), SolverOptions()
+    before = torch.get_num_threads()
+    solved = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            solved += solve([weight], scheme, options, (256,), 0)
+            assert torch.get_num_threads() == threads, "the setting is the user's"
+    finally:
+        torch.set_num_threads(before)
+    for leaf in ("codes", "scales", "down", "up"):
+        assert torch.equal(getattr(solved[0], leaf), getattr(solved[1], leaf)), leaf

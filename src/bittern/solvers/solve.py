@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,9 @@ from bittern.solvers.solution import Solution, frobenius
 
 LARGEST = 1e30
 """Weights beyond this would overflow float32 in the products of the SVD."""
+
+SMALL = 2**22
+"""Weights that one thread solves by itself; FLUX.1's layers have 2^23 and more."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,29 @@ def solve(
     target = torch.cat([weight.float() for weight in weights])
     if smooth is not None:
         target *= smooth.float()
-    best = _alternate(target, layout, scheme, options, smooth, seed)
+    with _few_threads(target):
+        best = _alternate(target, layout, scheme, options, smooth, seed)
     rows = [weight.shape[0] for weight in weights]
     ups = [None] * len(rows) if best.up is None else torch.split(best.up, rows)
     parts = zip(torch.split(best.codes, rows), torch.split(best.scales, rows), ups, strict=True)
     return [Solution(codes, scales, smooth, best.down, up, layout) for codes, scales, up in parts]
+
+
+@contextmanager
+def _few_threads(target: Tensor) -> Generator[None]:
+    """One thread for a small problem.
+
+    Its steps are shorter than it takes threads to meet: on a busy machine they wait for each other, 30 times as long
+    as one alone needs. And one thread sums in one order, so that small models have the same bytes for any
+    number of threads.
+    """
+    before = torch.get_num_threads()
+    if target.numel() <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _alternate(
