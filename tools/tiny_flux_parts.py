@@ -100,8 +100,7 @@ def build_pipeline(seed: int = 0) -> FluxPipeline:
         axes_dims_rope=(8, 12, 12),
     )
     pipe = FluxPipeline(
-        # More of the steps where the layout is decided: position and attribution gain most.
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=clip,
         tokenizer=clip_tok,

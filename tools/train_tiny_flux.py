@@ -473,7 +473,7 @@ def score(
 def choose_shift(model: Student, pipe: FluxPipeline) -> float:
     """The shift that scores best on training prompts, so that the held-out score stays a fair one."""
     every = scenes.training_prompts()
-    prompts = [p for task in scenes.TASKS for p in random.Random(1).sample([q for q in every if q.tag == task], 300)]
+    prompts = [p for task in scenes.TASKS for p in random.Random(1).choices([q for q in every if q.tag == task], k=300)]
     overall = {}
     for shift in SHIFTS:
         pipe.scheduler.register_to_config(shift=shift)

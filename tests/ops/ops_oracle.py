@@ -1,4 +1,4 @@
-"""An independent evaluation of a few-bit layer: numpy, float32 only where the reference promises a rounding.
+"""An independent evaluation of a few-bit layer: numpy, float32 only where the reference promises one.
 
 Sums are float64, so that the oracle has no error of its own to speak of.
 """
@@ -110,7 +110,7 @@ def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ..
     for x, segment, h in zip(inputs, layer.layout, offsets, strict=True):
         raw = x.reshape(-1, x.shape[-1]).float().numpy()
         s = np.ones(raw.shape[1], F32) if layer.smooth is None else f32(layer.smooth[segment.logical])
-        u = (raw + F32(h)) / s
+        u = (raw + F32(h)) * (F32(1) / s)
         scales = f32(layer.scales[:, segment.groups])
         what = codes[:, segment.padded].reshape(*scales.shape, segment.size) * scales[..., None]
         what = what.reshape(len(what), -1)[:, : raw.shape[1]]
@@ -123,12 +123,12 @@ def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ..
         else:
             limit = 127 if path == "a8-int8" else 448
             a = maximum_over(u, limit)
-            qa = eight_bits(u / a, path)
+            qa = eight_bits(u * (F32(1) / a), path)
             if scales.shape[1] == 1:
                 c, qw = scales, codes[:, segment.padded][:, : raw.shape[1]]
             else:
                 c = maximum_over(what, limit)
-                qw = eight_bits(what / c, path)
+                qw = eight_bits(what * (F32(1) / c), path)
             part = dot(qa, qw) * a.astype(np.float64) * c.T.astype(np.float64)
             magnitude = dot(abs(qa), abs(qw)) * a.astype(np.float64) * abs(c.T.astype(np.float64))
         total, size = total + part, size + magnitude
@@ -160,7 +160,7 @@ def dot(a: Any, b: Any) -> Any:
 
 
 def maximum_over(values: Any, limit: int) -> Any:
-    return np.maximum(abs(values).max(-1, keepdims=True) / F32(limit), TINY)
+    return np.maximum(abs(values).max(-1, keepdims=True) * (F32(1) / F32(limit)), TINY)
 
 
 def eight_bits(values: Any, path: str) -> Any:
@@ -173,10 +173,10 @@ def four_bits(u: Any, unsigned: bool) -> Any:
     m, k = u.shape
     groups = np.pad(u, ((0, 0), (0, -k % 64))).reshape(m, -(-k // 64), 64)
     if unsigned:
-        scale = np.maximum(groups.max(-1, keepdims=True) / F32(15), TINY)
+        scale = np.maximum(groups.max(-1, keepdims=True) * (F32(1) / F32(15)), TINY)
         with np.errstate(over="ignore"):
-            codes = np.clip(np.rint(groups / scale), 0, 15)
+            codes = np.clip(np.rint(groups * (F32(1) / scale)), 0, 15)
     else:
         scale = maximum_over(groups, 7)
-        codes = np.rint(groups / scale)
+        codes = np.rint(groups * (F32(1) / scale))
     return (codes * scale).reshape(m, groups.shape[1] * 64)[:, :k]

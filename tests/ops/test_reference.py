@@ -88,8 +88,8 @@ def test_int8_sums_are_exact_to_the_last_bit(weight: str, group: int | None, lar
         c = layer.scales.float().numpy()
         folded = formats.get(weight).unpack(layer.codes, layer.layout.padded_k)[:, :k].numpy()
     else:
-        c = np.maximum(abs(block).max(1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
-        folded = np.rint(block / c)
+        c = np.maximum(abs(block).max(1, keepdims=True) * (1 / np.float32(127)), np.finfo(np.float32).tiny)
+        folded = np.rint(block * (1 / c))
     total = codes.numpy().astype(np.int64) @ folded.astype(np.int64).T
     assert not large or group is None or total.min() > 2**25
     want = total.astype(np.float32) * a.numpy() * c.T

@@ -12,6 +12,9 @@ segment has its own activation scales and its part of s and D, and the products 
 Rules that make the numbers definite
 - All arithmetic is float32; codes, scales, s, D, U and b are widened first. The result is rounded once, to
   the dtype of the input. Rounding is to nearest, ties to even, everywhere.
+- Whatever is divided by a scale, by s or by a format's largest code is multiplied by its reciprocal, rounded
+  to float32: one product is the same number on every device, while compilers and libraries differ in how they
+  divide. "amax / 127" below is amax · f32(1 / 127).
 - a16 multiplies x / s with What as they are.
 - a8-int8 and a8-fp8 have one activation scale per token and segment, amax / 127 or amax / 448, and fold the
   group scales of What into 8 bits: per output row and segment c = amax / 127 or amax / 448, and the folded
@@ -49,6 +52,8 @@ TINY = torch.finfo(torch.float32).tiny
 
 LIMITS: dict[str, int] = {"int8": 127, "fp8": 448, "int4": 7, "uint4": 15}
 """The largest code of each activation format: a scale is amax over this."""
+
+_RECIPROCAL: dict[str, float] = {name: torch.tensor(limit).reciprocal().item() for name, limit in LIMITS.items()}
 
 # Up to 2^24 every integer is a float32: sums of 127 * 127 over this many inputs are exact in any order.
 _EXACT_K = 1024
@@ -158,7 +163,7 @@ def few_bit_linear_backward(
         for segment in layout:
             result[:, segment.logical].addmm_(flat[:, rows], _unfolded(block, segment))
     if smooth is not None:
-        result.div_(smooth.float())
+        result.mul_(smooth.float().reciprocal())
     if down is not None and up is not None:
         result.addmm_(flat @ up.float(), down.float())
     return result.to(grad.dtype).reshape(*grad.shape[:-1], layout.k)
@@ -181,7 +186,7 @@ def dequantize(
     for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
         effective = torch.cat([_unfolded(block, segment) for segment in layout], dim=-1)
         if smooth is not None:
-            effective.div_(smooth.float())
+            effective.mul_(smooth.float().reciprocal())
         if down is not None and up is not None:
             effective.addmm_(up[rows].float(), down.float())
         out[rows] = effective
@@ -234,14 +239,14 @@ def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m pad
     else:
         groups = x.view(m, 1, k)
     peak = groups.amax(-1, keepdim=True) if format == "uint4" else _amax(groups)
-    scale = (peak / LIMITS[format]).clamp_min_(TINY)
-    return _rounded(groups / scale, format).flatten(1), scale.squeeze(-1)
+    scale = (peak * _RECIPROCAL[format]).clamp_min_(TINY)
+    return _rounded(groups * scale.reciprocal(), format).flatten(1), scale.squeeze(-1)
 
 
 def _smoothed(raw: Tensor, smooth: Tensor | None, segment: Segment, offset: float = 0.0) -> Tensor:
     """(raw + offset) / s of one segment."""
     shifted = raw + offset if offset else raw
-    return shifted if smooth is None else shifted / smooth[segment.logical].float()
+    return shifted if smooth is None else shifted * smooth[segment.logical].float().reciprocal()
 
 
 def _activations(smoothed: Tensor, format: str | None, offset: float) -> _Operand:
@@ -264,8 +269,8 @@ def _weights(block: tuple[Tensor, Tensor], segment: Segment, format: str | None)
     if groups.shape[1] == 1:
         return _Operand(codes[:, segment.unpadded], groups)
     values = _unfolded(block, segment)
-    scale = (_amax(values) / LIMITS[format]).clamp_min_(TINY)
-    return _Operand(_rounded(values.div_(scale), format), scale)
+    scale = (_amax(values) * _RECIPROCAL[format]).clamp_min_(TINY)
+    return _Operand(_rounded(values.mul_(scale.reciprocal()), format), scale)
 
 
 def _unfolded(block: tuple[Tensor, Tensor], segment: Segment) -> Tensor:
@@ -296,7 +301,7 @@ def _product(a: _Operand, w: _Operand, exact: bool) -> Tensor:
 def _rounded(values: Tensor, format: str) -> Tensor:
     """Values as codes of a format, in place where possible."""
     if format == "fp8":
-        # The cast overflows to NaN, and division can leave a maximum one rounding error above the limit.
+        # The cast overflows to NaN, and scaling can leave a maximum one rounding error above the limit.
         return values.clamp_(-LIMITS["fp8"], LIMITS["fp8"]).to(torch.float8_e4m3fn).float()
     return values.round_().clamp_(0, LIMITS[format]) if format == "uint4" else values.round_()
 
