@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+import bittern
 from bittern.architectures import of_class
 from bittern.checkpoints import CheckpointConfig, is_few_bit, read_headers, weight_files
 from bittern.errors import UserError, did_you_mean
-from bittern.quantization import Progress, Report, predict_size, quantize
+from bittern.quantization import Progress, Report, model_card, predict_size, quantize
 from bittern.quantization.report import COMPONENTS
 from bittern.recipes import Recipe
 
@@ -149,6 +150,9 @@ def quantize_folder(
             copy = shutil.copytree if other.is_dir() else shutil.copyfile
             copy(other, folder / other.name)
         denoiser.save_pretrained(folder / name)
+        before = sum(file.stat().st_size for file in weight_files(source / name))
+        card = model_card(str(model), source, report, before=before, seed=seed, version=bittern.__version__)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
@@ -189,6 +193,7 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         yield fresh
+        _open_to_readers(fresh)
         if path.exists():
             path.rename(aside)
         try:
@@ -207,6 +212,34 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def _open_to_readers(folder: Path) -> None:
+    """Give every file the mode that a plain `open` would have given it; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def check_file_out(file: Path, option: str) -> None:
+    """Refuses a file that could not be written, before time is spent.
+
+    Args:
+        file: what is to be written.
+        option: the option it was given with, for the message.
+
+    Raises:
+        UserError: if it is a folder, or its folder cannot be made or written.
+    """
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder: expected a file such as {file / 'name.ending'}")
+    parent = _existing_parent(file.expanduser())
+    if not parent.is_dir():
+        raise UserError(f"{option} {file}: {parent} is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {file}: {parent} is not writable; choose another place")
+
+
 def check_device(device: str | torch.device) -> None:
     """Refuses a device that torch does not know or this machine does not have.
 
@@ -217,6 +250,8 @@ def check_device(device: str | torch.device) -> None:
         wanted = torch.device(device)
     except RuntimeError:
         raise UserError(f"device {device!r} is unknown: expected cpu, cuda or cuda:N") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise UserError(f"device {str(device)!r}: bittern runs on cpu, cuda or cuda:N")
     if wanted.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:

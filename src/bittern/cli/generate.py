@@ -33,9 +33,12 @@ def generate(
         from bittern.evaluation.drawing import draw
         from bittern.evaluation.generate import save_png
         from bittern.evaluation.prompts import read_prompts
+        from bittern.pipelines import check_file_out
 
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
         files = _files(out, texts)
+        for file in files[:1]:
+            check_file_out(file, "--out")
         chosen = options.settings(seed, steps, batch_size, path, device, dtype)
         drawing = draw(model, texts, chosen, progress=output.progress)
         for index, file in enumerate(files):

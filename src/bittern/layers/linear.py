@@ -25,11 +25,16 @@ SHARED_LEAVES = ("smooth", "down")
 class Solved(Protocol):
     """What a layer needs of a solver's solution; `None` where the scheme has no such tensor."""
 
-    codes: Tensor
-    scales: Tensor
-    smooth: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
+    @property
+    def codes(self) -> Tensor: ...  # noqa: D102
+    @property
+    def scales(self) -> Tensor: ...  # noqa: D102
+    @property
+    def smooth(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def down(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def up(self) -> Tensor | None: ...  # noqa: D102
 
 
 class QuantLinear(nn.Linear):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bittern.quantization.conductor import quantize
 from bittern.quantization.jobs import Progress, check_seed, check_weight, checkpoint_config, solve_job, swap
+from bittern.quantization.model_card import model_card
 from bittern.quantization.report import Report, Row, inspect, predict, predict_size
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "check_weight",
     "checkpoint_config",
     "inspect",
+    "model_card",
     "predict",
     "predict_size",
     "quantize",
