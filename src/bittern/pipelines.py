@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 import bittern
-from bittern.architectures import of_class
 from bittern.checkpoints import CheckpointConfig, is_few_bit, read_headers, weight_files
 from bittern.errors import UserError, did_you_mean
 from bittern.quantization import Progress, Report, model_card, predict_size, quantize
@@ -296,7 +295,8 @@ def _load_denoiser(model: str | Path, folder: Path) -> nn.Module:
     import diffusers
 
     class_name = str(_read_json(folder / "config.json").get("_class_name"))
-    of_class(class_name)
+    if not hasattr(diffusers, class_name):
+        raise UserError(f"{folder / 'config.json'} names the class {class_name!r}, which diffusers does not have")
     dtype = _stored_dtype(folder)
     with _one_line(model):
         return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bittern.architectures.base import Architecture, Block, Site
-from bittern.architectures.known import ARCHITECTURES, of, of_class
+from bittern.architectures.known import ARCHITECTURES, install, known, of
 from bittern.architectures.plan import Job, Plan, plan
 
-__all__ = ["ARCHITECTURES", "Architecture", "Block", "Job", "Plan", "Site", "of", "of_class", "plan"]
+__all__ = ["ARCHITECTURES", "Architecture", "Block", "Job", "Plan", "Site", "install", "known", "of", "plan"]

@@ -5,12 +5,13 @@ The embedders, `norm_out` and the final `proj_out` lie outside the blocks and ke
 
 from __future__ import annotations
 
-from bittern.architectures.base import Architecture, Block
+from bittern.architectures.base import EMBEDDER, FIRST, LAST, Architecture, Block
 
 FLUX = Architecture(
     name="flux",
     class_names=("FluxTransformer2DModel",),
     forward="bittern.architectures.flux_forward",
+    outside={"x_embedder": FIRST, "*embed*": EMBEDDER, "norm_out.*": LAST, "proj_out": LAST},
     blocks=(
         Block(
             prefix="transformer_blocks.*",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import UserError
-from bittern.layers.linear import LEAVES, SHARED_LEAVES, QuantLinear
+from bittern.layers.few_bit import LEAVES, SHARED_LEAVES
+from bittern.layers.linear import QuantLinear
 
 
 class Group:

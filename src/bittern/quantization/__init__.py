@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from bittern.quantization.conductor import quantize
-from bittern.quantization.jobs import Progress, check_seed, check_weight, checkpoint_config, solve_job, swap
+from bittern.quantization.jobs import (
+    Progress,
+    check_seed,
+    check_weight,
+    checkpoint_config,
+    few_bit_class,
+    solve_job,
+    swap,
+)
 from bittern.quantization.model_card import model_card
 from bittern.quantization.report import Report, Row, inspect, predict, predict_size
 
@@ -14,6 +22,7 @@ __all__ = [
     "check_seed",
     "check_weight",
     "checkpoint_config",
+    "few_bit_class",
     "inspect",
     "model_card",
     "predict",
