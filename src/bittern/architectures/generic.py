@@ -77,10 +77,10 @@ def _places(model: nn.Module) -> list[str]:
 
     descend(model, "", alone=False)
     # Once more, now that the repeated classes are known, for lists that hold a single one of them.
-    outer = [f"{path}." for path in found]
     descend(model, "", alone=True)
+    outer = tuple(f"{path}." for path in found)
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    return sorted({path for path in found if not path.startswith(tuple(outer))}, key=order.__getitem__)
+    return sorted({path for path in found if not path.startswith(outer)}, key=order.__getitem__)
 
 
 def _elements(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

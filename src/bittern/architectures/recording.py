@@ -8,6 +8,7 @@ config. Where that fails, nothing is known, and the reason is said.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Reading:
 
     Attributes:
         inputs: For every linear that ran, what identifies its input.
-        per_image: The linears that saw no more rows than images.
+        per_image: The linears that saw rows, but no more of them than images.
     """
 
     inputs: Mapping[str, tuple[Any, ...]]
@@ -66,35 +67,44 @@ def read_inputs(model: nn.Module, call: Callable[[], object], images: int) -> Re
     finally:
         for handle in handles:
             handle.remove()
-    return Reading(inputs, frozenset(path for path, count in rows.items() if count <= images))
+    return Reading(inputs, frozenset(path for path, count in rows.items() if 0 < count <= images))
 
 
 def record(model: nn.Module) -> Reading | str:
     """What the linears of a diffusers model read, without its weights; or why that cannot be found out."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     config = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "from_config"):
         return "it has no config from which to make a second model"
-    problem = "none of its inputs is a known one"
+    problems: list[str] = []
     for sample in _samples(config):
         arguments = _arguments(model, config, sample)
         if isinstance(arguments, str):
             return arguments
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                # A pass that draws random numbers must leave no trace in the global state.
-                stack.enter_context(torch.random.fork_rng(devices=[]))
-                stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-                twin = type(model).from_config(dict(config)).eval()
-                made = {name: make() for name, make in arguments.items()}
-                return read_inputs(twin, lambda twin=twin, made=made: twin(**made), BATCH)
+            return _watch_twin(model, config, arguments)
         # Whatever a foreign forward may raise, on inputs that are a guess.
         except Exception as error:
-            text = " ".join(str(error).split())
-            problem = f"a pass on inputs made up from its config failed: {type(error).__name__}: {text[:120]}"
-    return problem
+            text = " ".join(str(error).split())[:120]
+            problems.append(f"a pass on inputs made up from its config failed: {type(error).__name__}: {text}")
+    return problems[0] if problems else "its config does not say how many channels its latents have"
+
+
+def _watch_twin(model: nn.Module, config: Mapping[str, Any], arguments: Mapping[str, Callable[[], object]]) -> Reading:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        # A pass that draws random numbers must leave no trace in the global state.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # It prints a trace for every pass that fails.
+        stack.callback(logger.setLevel, level)
+        logger.setLevel(logging.CRITICAL)
+        twin = type(model).from_config(dict(config)).eval()
+        made = {name: make() for name, make in arguments.items()}
+        return read_inputs(twin, lambda: twin(**made), BATCH)
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:
@@ -108,16 +118,20 @@ def _samples(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
     if channels is None:
         return []
     side = _first(config, "sample_size") or 4 * TOKENS
-    return [(BATCH, channels, side, side), (BATCH, TOKENS**2, channels), (BATCH, channels, 2, side, side)]
+    image, tokens, video = (BATCH, channels, side, side), (BATCH, TOKENS**2, channels), (BATCH, channels, 2, side, side)
+    patch = config.get("patch_size")
+    if isinstance(patch, list | tuple) and len(patch) == 3:
+        return [video, tokens, image]
+    return [image, tokens, video] if "sample_size" in config else [tokens, image, video]
 
 
 def _arguments(
     model: nn.Module, config: Mapping[str, Any], sample: tuple[int, ...]
-) -> dict[str, Callable[[], Tensor]] | str:
+) -> dict[str, Callable[[], object]] | str:
     """A way to make each argument that the forward needs; or the name of one that is unknown."""
     text = _first(
         config,
-        *("joint_attention_dim", "cross_attention_dim", "caption_channels", "text_embed_dim", "text_dim"),
+        *("joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim"),
         *("context_in_dim", "encoder_hidden_size", "text_states_dim", "caption_projection_dim", "cap_feat_dim"),
     )
     pooled = _first(config, "pooled_projection_dim", "pooled_projection_size", "text_embed_2_dim")
@@ -131,19 +145,19 @@ def _arguments(
         "txt_ids": (TOKENS, len(axes)),
         "encoder_attention_mask": (BATCH, TOKENS),
     }
-    known = {name: shape for name, shape in shapes.items() if shape is not None}
+    known: dict[str, Callable[[], object]] = {name: _ones(shape) for name, shape in shapes.items() if shape is not None}
+    known |= {name: lambda: TOKENS for name in ("height", "width")} | {"num_frames": lambda: 1}
     wanted = inspect.signature(type(model).forward).parameters
-    made: dict[str, Callable[[], Tensor]] = {}
+    made: dict[str, Callable[[], object]] = {}
     for name, parameter in list(wanted.items())[1:]:
         needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        optional = name in ("encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
-        guided = name == "guidance" and bool(config.get("guidance_embeds"))
-        if name in known and (needed or optional or guided):
-            made[name] = _ones(known[name])
+        unguided = name == "guidance" and config.get("guidance_embeds") is False
+        if name in known and (needed or not (unguided or name == "encoder_attention_mask")):
+            made[name] = known[name]
         elif needed:
             return f"no input is known for its parameter {name!r}"
     return made
 
 
-def _ones(shape: tuple[int, ...]) -> Callable[[], Tensor]:
+def _ones(shape: tuple[int, ...]) -> Callable[[], object]:
     return lambda: torch.ones(shape)
