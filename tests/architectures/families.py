@@ -70,6 +70,7 @@ FAMILIES: dict[str, Family] = {
             "img_ids": torch.rand(16, 3, generator=torch.Generator().manual_seed(0)),
         },
         targets=2 * 14 + 2 * 6,
+        full={"guidance_embeds": True},
     ),
     "flux2": Family(
         "Flux2Transformer2DModel",

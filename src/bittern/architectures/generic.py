@@ -22,6 +22,9 @@ from bittern.errors import UserError
 LEAST_SHARE = 0.5
 """Part of the weights of all linears and convolutions that blocks must hold."""
 
+EMBEDDERS = ("embed", "guidance")
+"""Parts of the names of what makes the conditioning, whose lists are no blocks."""
+
 _MODULATION = re.compile(r"(norm\w*\.(\w+\.)*linear|(\w*_)?ada\w*(\.\w+)*|(\w*_)?mod(ulation)?(\.\w+)*|time_emb_proj)")
 
 
@@ -68,7 +71,7 @@ def _places(model: nn.Module) -> list[str]:
         elements = list(_elements(module))
         classes = {type(element) for _, element in elements}
         equal = len(classes) == 1 and (len(elements) > 1 or alone) and all(_weights(e) for _, e in elements)
-        if equal and (not alone or classes <= repeated) and "embed" not in path:
+        if equal and (not alone or classes <= repeated) and not any(word in path for word in EMBEDDERS):
             found.extend(f"{path}.{key}" for key, _ in elements)
             repeated.update(classes, *(_repeated_inside(element) for _, element in elements))
             return

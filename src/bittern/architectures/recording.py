@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH, TOKENS = 2, 8
-"""Images, and tokens of text and of each side of an image, in the recorded pass."""
+BATCH, TOKENS, FRAMES = 2, 8, 2
+"""Images or videos, tokens of text and of each side of an image, and frames, in the recorded pass."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def read_inputs(model: nn.Module, call: Callable[[], object], images: int) -> Re
             if args and isinstance(x := args[0], Tensor):
                 alive.append(x)
                 where = (x.untyped_storage()._cdata, x.storage_offset(), *x.shape, *x.stride(), x._version)
-                inputs[path] = where
+                # Tensors without numbers may all lie in one place.
+                inputs[path] = where if x.numel() else (path,)
                 rows[path] = x.numel() // max(1, x.shape[-1])
 
         return hook
@@ -76,7 +77,7 @@ def record(model: nn.Module) -> Reading | str:
     if config is None or not hasattr(type(model), "from_config"):
         return "it has no config from which to make a second model"
     problems: list[str] = []
-    for sample in _samples(config):
+    for sample in _samples(model, config):
         arguments = _arguments(model, config, sample)
         if isinstance(arguments, str):
             return arguments
@@ -112,17 +113,17 @@ def _first(config: Mapping[str, Any], *keys: str) -> int | None:
     return next((value for key in keys if isinstance(value := config.get(key), int)), None)
 
 
-def _samples(config: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Shapes that the latents may have: an image, tokens, a video."""
+def _samples(model: nn.Module, config: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes that the latents may have: an image, tokens, a video, a video with its frames before the channels."""
     channels = _first(config, "in_channels", "num_channels", "latent_channels", "input_dim")
     if channels is None:
         return []
     side = _first(config, "sample_size") or 4 * TOKENS
-    image, tokens, video = (BATCH, channels, side, side), (BATCH, TOKENS**2, channels), (BATCH, channels, 2, side, side)
-    patch = config.get("patch_size")
-    if isinstance(patch, list | tuple) and len(patch) == 3:
-        return [video, tokens, image]
-    return [image, tokens, video] if "sample_size" in config else [tokens, image, video]
+    images, tokens = [(BATCH, channels, side, side)], [(BATCH, TOKENS**2, channels)]
+    videos = [(BATCH, channels, FRAMES, side, side), (BATCH, FRAMES, channels, side, side)]
+    if "3D" in type(model).__name__:
+        return [*videos, *tokens, *images]
+    return [*images, *tokens, *videos] if "sample_size" in config else [*tokens, *images, *videos]
 
 
 def _arguments(

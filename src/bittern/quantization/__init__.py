@@ -13,9 +13,12 @@ from bittern.quantization.jobs import (
     swap,
 )
 from bittern.quantization.model_card import model_card
+from bittern.quantization.preview import Kept, Preview, preview
 from bittern.quantization.report import Report, Row, inspect, predict, predict_size
 
 __all__ = [
+    "Kept",
+    "Preview",
     "Progress",
     "Report",
     "Row",
@@ -27,6 +30,7 @@ __all__ = [
     "model_card",
     "predict",
     "predict_size",
+    "preview",
     "quantize",
     "solve_job",
     "swap",

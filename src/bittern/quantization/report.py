@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bittern import recipes
-from bittern.architectures import known, plan
+from bittern.architectures import Plan, known, plan
 from bittern.checkpoints import CheckpointConfig, TensorSpec, is_few_bit, on_disk, read_headers, weight_files
 from bittern.checkpoints.files import file_bytes
 from bittern.errors import UserError
@@ -40,6 +40,7 @@ class Row:
         bytes: Of the tensors stored under its name, bias excluded. A group's shared tensors count for its
             first member.
         bits_per_weight: 8 bytes / (N K).
+        kernel: Of a convolution: height and width.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Row:
     shape: tuple[int, int]
     bytes: int
     bits_per_weight: float
+    kernel: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +110,10 @@ class Report:
             "ternary_share_blocks": self.ternary_share_blocks,
             "bytes": self.bytes,
             "parameters": self.parameters,
-            "targets": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
+            "targets": [
+                {**asdict(row), "shape": list(row.shape), "kernel": row.kernel and list(row.kernel)}
+                for row in self.rows
+            ],
         }
 
     def __repr__(self) -> str:
@@ -133,8 +138,13 @@ def inspect(target: DiffusionPipeline | nn.Module | str | Path) -> Report:
     return _report(type(model).__name__, _specs(model), CheckpointConfig.parse(config) if few_bit else None)
 
 
-def predict(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe) -> Report:
+def predict(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe, made: Plan | None = None) -> Report:
     """The report that quantizing would give, but for the errors; solves nothing.
+
+    Args:
+        target: A pipeline or a model.
+        recipe: As for `quantize`.
+        made: The plan, where it has been made.
 
     Raises:
         UserError: as `quantize` does, but for what only the weights' values tell.
@@ -142,7 +152,7 @@ def predict(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe) 
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     model = component(target)
     refuse_quantized(model)
-    config = checkpoint_config(plan(model, recipe), recipe, seed=0)
+    config = checkpoint_config(made or plan(model, recipe), recipe, seed=0)
     return _report(type(model).__name__, _specs(model), config)
 
 
@@ -241,6 +251,7 @@ def _row(path: str, config: CheckpointConfig) -> Row:
         shape=shape,
         bytes=nbytes,
         bits_per_weight=8 * nbytes / (shape[0] * shape[1]),
+        kernel=config.targets[path].kernel,
     )
 
 
