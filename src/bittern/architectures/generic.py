@@ -131,7 +131,7 @@ def _block(prefix: str, paths: list[str], model: nn.Module, reading: Reading | s
 def _groups(
     paths: list[str], names: dict[str, list[str]], model: nn.Module, reading: Reading
 ) -> tuple[tuple[str, ...], ...]:
-    """Names of linears that read one tensor in every copy of a block."""
+    """Names of linears that read one tensor in every copy of a block that has them."""
     counts: Counter[tuple[str, ...]] = Counter()
     for path in paths:
         readers: dict[Any, list[str]] = {}
@@ -141,4 +141,4 @@ def _groups(
                 k = model.get_submodule(place).in_features
                 readers.setdefault((reading.inputs[place], k), []).append(name)
         counts.update(tuple(group) for group in readers.values() if len(group) > 1)
-    return tuple(group for group, count in counts.items() if count == len(paths))
+    return tuple(group for group, count in counts.items() if count == min(len(names[name]) for name in group))
