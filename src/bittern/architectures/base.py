@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Parameters = Callable[[str], Tensor]
+"""A parameter's values by its full name."""
+
+
+@dataclass(frozen=True)
+class Modulated:
+    """An input that is LayerNorm(h) · (1 + scale) + shift, with scale and shift computed by an adaLN linear.
+
+    Attributes:
+        linear: The adaLN linear.
+        shift: Which chunk of its output is the shift.
+        scale: Which chunk is the scale.
+        chunks: How many chunks its output has.
+    """
+
+    linear: str
+    shift: int
+    scale: int
+    chunks: int
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,7 @@ class Block:
         groups: Linears that read one and the same tensor.
         segments: Linears whose input is a concatenation, with the siblings whose outputs it joins, in order.
         after_gelu: Linears that read the output of a GELU, with the K-segments that do.
+        modulated: Linears that read a modulated LayerNorm.
     """
 
     prefix: str
@@ -28,6 +50,7 @@ class Block:
     groups: tuple[tuple[str, ...], ...] = ()
     segments: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     after_gelu: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    modulated: Mapping[str, Modulated] = field(default_factory=dict[str, Modulated])
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -63,6 +86,12 @@ class Site:
         """Paths of the linears whose outputs this one's input joins; empty for a plain input."""
         return tuple(f"{self.parent}.{source}" for source in self.block.segments.get(self.name, ()))
 
+    @property
+    def modulated(self) -> Modulated | None:
+        """What modulates the input, under its full path; None for any other input."""
+        found = self.block.modulated.get(self.name)
+        return found and replace(found, linear=f"{self.parent}.{found.linear}")
+
     def shifts(self, shift: float, segments: int) -> tuple[float, ...]:
         """`shift` for the K-segments that come out of a GELU and 0 for the others; empty if none does."""
         shifted = self.block.after_gelu.get(self.name, ())
@@ -78,17 +107,24 @@ class Architecture:
         class_names: The diffusers classes it describes.
         blocks: The kinds of blocks whose linears are quantized.
         forward: The module whose `install` lets a model run its groups as one; None if there is none.
+        conditioning: The module whose `conditionings` gives samples of the vector that drives the modulation;
+            None if there is none.
     """
 
     name: str
     class_names: tuple[str, ...]
     blocks: tuple[Block, ...]
     forward: str | None = None
+    conditioning: str | None = None
 
     def install(self, model: nn.Module) -> None:
         """Makes a model run layers that share an input as one, once they are few-bit. Changes no tensor."""
         if self.forward is not None:
             import_module(self.forward).install(model)
+
+    def conditionings(self, model: nn.Module, parameters: Parameters) -> Float[Tensor, "samples dim"]:
+        """Samples of the vector that drives the modulation. Only for a family that has `conditioning`."""
+        return import_module(str(self.conditioning)).conditionings(model, parameters)
 
     def site(self, path: str) -> Site | None:
         """Where a module lies; None for everything outside the blocks."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from bittern.architectures.base import Architecture, Site
+from bittern.architectures.base import Architecture, Modulated, Site
 from bittern.architectures.known import of
 from bittern.errors import UserError
 from bittern.recipes import Recipe
@@ -26,6 +26,7 @@ class Job:
         scheme: What each of them becomes.
         solver: Keyword arguments of `SolverOptions`.
         segments: Lengths of the K-segments.
+        modulated: What modulates their input, if the smoothing is to know it.
     """
 
     paths: tuple[str, ...]
@@ -33,6 +34,7 @@ class Job:
     scheme: Scheme
     solver: Mapping[str, Any]
     segments: tuple[int, ...]
+    modulated: Modulated | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
     if not sites:
         raise UserError(f"recipe {recipe.name} keeps every layer: expected at least one target")
 
-    singles = {path: _single(path, site, linears, recipe) for path, site in sites.items()}
+    knows_modulation = architecture.conditioning is not None
+    singles = {path: _single(path, site, linears, recipe, knows_modulation) for path, site in sites.items()}
     jobs: list[Job] = []
     placed: set[str] = set()
     for path, site in sites.items():
@@ -92,6 +95,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 scheme=singles[path].scheme,
                 solver=singles[path].solver,
                 segments=singles[path].segments,
+                modulated=singles[path].modulated,
             )
         )
     return Plan(architecture, tuple(jobs), kept)
@@ -109,23 +113,26 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     return linears
 
 
-def _single(path: str, site: Site, linears: Mapping[str, nn.Linear], recipe: Recipe) -> Job:
+def _single(path: str, site: Site, linears: Mapping[str, nn.Linear], recipe: Recipe, knows_modulation: bool) -> Job:
     n, k = linears[path].out_features, linears[path].in_features
     segments = tuple(linears[source].out_features for source in site.sources) or (k,)
     if sum(segments) != k:
         raise UserError(f"{path} has {k} inputs: expected {sum(segments)}, the outputs of {site.sources}")
     spec = recipe.spec(path, modulation=site.is_modulation)
+    modulated = site.modulated if spec.smoothing == "modulation" and knows_modulation else None
+    if spec.smoothing == "modulation" and modulated is None:
+        spec = spec.model_copy(update={"smoothing": "none"})
     try:
         scheme = spec.scheme(n, k)
         if spec.shift:
             scheme = replace(scheme, shift=site.shifts(spec.shift, len(segments)))
     except UserError as error:
         raise UserError(f"recipe {recipe.name}, {path}: {error}") from None
-    return Job((path,), ((n, k),), scheme, spec.solver(), segments)
+    return Job((path,), ((n, k),), scheme, spec.solver(), segments, modulated)
 
 
 def _alike(one: Job, other: Job) -> bool:
-    return (one.scheme, one.solver, one.segments) == (other.scheme, other.solver, other.segments)
+    return replace(one, paths=(), shapes=()) == replace(other, paths=(), shapes=())
 
 
 def _expect_matches(recipe: Recipe, key: str, globs: Iterable[str], paths: Iterable[str]) -> None:
