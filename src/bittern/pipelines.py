@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ import torch
 from torch import nn
 
 import bittern
-from bittern.architectures import of_class
-from bittern.checkpoints import CheckpointConfig, is_few_bit, read_headers, weight_files
+from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UserError, did_you_mean
 from bittern.quantization import Progress, Report, model_card, predict_size, quantize
+from bittern.quantization.preview import stored_dtype
 from bittern.quantization.report import COMPONENTS
 from bittern.recipes import Recipe
 
@@ -95,7 +94,7 @@ def load(
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or not hasattr(diffusers, class_name):
         raise UserError(f"{folder / INDEX} names the pipeline class {class_name!r}, which diffusers does not have")
-    stored = _stored_dtype(folder / _denoiser(folder))
+    stored = _stored_dtype(folder / denoiser_name(folder))
     with _one_line(model):
         return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored).to(device)
 
@@ -126,9 +125,9 @@ def quantize_folder(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantizes a pipeline's transformer and writes the pipeline to `out`: all of it, or nothing.
+    """Quantizes a pipeline's transformer or U-Net and writes the pipeline to `out`: all of it, or nothing.
 
-    Only the transformer is loaded; the other components are copied as they are.
+    Only that model is loaded; the other components are copied as they are.
 
     Raises:
         UserError: as `load`, `quantize` and `new_folder` do, and if the disk is too small; what can be told
@@ -137,7 +136,7 @@ def quantize_folder(
     check_device(device)
     source = resolve(model)
     check_out(out, force=force, source=source)
-    name = _denoiser(source)
+    name = denoiser_name(source)
     denoiser = _load_denoiser(model, source / name).to(device)
     others = [source / INDEX, *_other_components(source, name)]
     needed = predict_size(denoiser, recipe) + sum(_bytes_of(other) for other in others)
@@ -276,7 +275,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _denoiser(folder: Path) -> str:
+def denoiser_name(folder: Path) -> str:
     """The name of the component that denoises."""
     index = _read_json(folder / INDEX)
     name = next((name for name in COMPONENTS if name in index), None)
@@ -296,28 +295,21 @@ def _load_denoiser(model: str | Path, folder: Path) -> nn.Module:
     import diffusers
 
     class_name = str(_read_json(folder / "config.json").get("_class_name"))
-    of_class(class_name)
+    if not hasattr(diffusers, class_name):
+        raise UserError(f"{folder / 'config.json'} names the class {class_name!r}, which diffusers does not have")
     dtype = _stored_dtype(folder)
     with _one_line(model):
         return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The float type of most bytes of a model's files, few-bit layers aside.
-
-    Reads the headers of all its files, so that a damaged one is reported before anything is loaded.
-    """
+    """The float type of most bytes of a model's files, few-bit layers aside."""
     file = folder / "config.json"
     config = _read_json(file)
     targets: Collection[str] = ()
     if is_few_bit(config):
         targets = CheckpointConfig.parse(config["quantization_config"], str(file)).targets
-    weight: Counter[torch.dtype] = Counter()
-    for name, (_, spec) in read_headers(weight_files(folder)).items():
-        path, _, leaf = name.rpartition(".")
-        if spec.dtype.is_floating_point and (path not in targets or leaf == "bias"):
-            weight[spec.dtype] += spec.nbytes
-    return max(weight, key=weight.__getitem__, default=torch.float32)
+    return stored_dtype(folder, targets)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bittern.architectures.base import Architecture, Block, Modulated, Parameters, Site
-from bittern.architectures.known import ARCHITECTURES, of, of_class
+from bittern.architectures.known import ARCHITECTURES, install, known, of
 from bittern.architectures.modulation import modulated_magnitudes
 from bittern.architectures.plan import Job, Plan, plan
 
@@ -16,8 +16,9 @@ __all__ = [
     "Parameters",
     "Plan",
     "Site",
+    "install",
+    "known",
     "modulated_magnitudes",
     "of",
-    "of_class",
     "plan",
 ]

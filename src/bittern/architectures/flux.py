@@ -5,7 +5,7 @@ The embedders, `norm_out` and the final `proj_out` lie outside the blocks and ke
 
 from __future__ import annotations
 
-from bittern.architectures.base import Architecture, Block, Modulated
+from bittern.architectures.base import EMBEDDER, FIRST, LAST, Architecture, Block, Modulated
 
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -15,6 +15,7 @@ FLUX = Architecture(
     class_names=("FluxTransformer2DModel",),
     forward="bittern.architectures.flux_forward",
     conditioning="bittern.architectures.flux_conditioning",
+    outside={"x_embedder": FIRST, "*embed*": EMBEDDER, "norm_out.*": LAST, "proj_out": LAST},
     blocks=(
         Block(
             prefix="transformer_blocks.*",

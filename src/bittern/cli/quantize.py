@@ -42,7 +42,7 @@ class Quantized:
         model: what it was made from.
         out: the folder.
         report: every target.
-        original_bytes: size of the transformer's weight files before.
+        original_bytes: size of the denoiser's weight files before.
         real_bytes: and after.
         seconds: loading, solving and writing.
     """
@@ -73,7 +73,7 @@ class Quantized:
 
         before, after, foretold = map(format_bytes, (self.original_bytes, self.real_bytes, self.report.file_bytes))
         return (
-            f"{self.out}: {self.report.recipe}, transformer {before} -> {after} (predicted {foretold}), "
+            f"{self.out}: {self.report.recipe}, denoiser {before} -> {after} (predicted {foretold}), "
             f"{self.report.bits_per_weight:.2f} bits per weight, {self.seconds:.1f} s"
         )
 
@@ -94,9 +94,8 @@ def run(model: str, recipe: str, out: Path, *, force: bool, seed: int, device: s
         force=force,
         progress=lambda _, done, total: output.progress(f"solving {recipe}", done, total),
     )
-    original, real = (
-        sum(file.stat().st_size for file in weight_files(folder / "transformer")) for folder in (source, out)
-    )
+    name = pipelines.denoiser_name(source)
+    original, real = (sum(file.stat().st_size for file in weight_files(folder / name)) for folder in (source, out))
     return Quantized(model, out, report, original, real, time.perf_counter() - began)
 
 

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from bittern.quantization.conductor import quantize
-from bittern.quantization.jobs import Progress, check_seed, check_weight, checkpoint_config, solve_job, swap
+from bittern.quantization.jobs import (
+    Progress,
+    check_seed,
+    check_weight,
+    checkpoint_config,
+    few_bit_class,
+    solve_job,
+    swap,
+)
 from bittern.quantization.model_card import model_card
+from bittern.quantization.preview import Kept, Preview, preview
 from bittern.quantization.report import Report, Row, inspect, predict, predict_size
 
 __all__ = [
+    "Kept",
+    "Preview",
     "Progress",
     "Report",
     "Row",
     "check_seed",
     "check_weight",
     "checkpoint_config",
+    "few_bit_class",
     "inspect",
     "model_card",
     "predict",
     "predict_size",
+    "preview",
     "quantize",
     "solve_job",
     "swap",

@@ -11,7 +11,7 @@ from torch import nn
 from bittern import recipes
 from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
-from bittern.layers import QuantLinear
+from bittern.layers import FewBitLayer
 from bittern.quantization.jobs import (
     Progress,
     check_seed,
@@ -35,7 +35,7 @@ def quantize(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Replaces the layers of a pipeline's transformer, or of a model, by few-bit ones.
+    """Replaces the layers of a pipeline's transformer or U-Net, or of a model, by few-bit ones.
 
     Every layer is solved on the device its weight is on. If anything fails, the model is as it was: layers
     are swapped only after the last one is solved.
@@ -70,7 +70,7 @@ def quantize(
 
     magnitudes = modulated_magnitudes(made, model, model.get_parameter)
     total = sum(len(job.paths) for job in made.jobs)
-    solved: dict[str, QuantLinear] = {}
+    solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     for job in made.jobs:
         if progress:

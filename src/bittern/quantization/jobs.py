@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
 from bittern.errors import UserError
-from bittern.layers import QuantLinear, join_group
+from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
 from bittern.recipes import Recipe
 from bittern.solvers import SolverOptions, relative_error, solve
 
@@ -45,28 +45,33 @@ def check_weight(path: str, weight: torch.Tensor) -> None:
 
 @torch.no_grad()
 def solve_job(
-    job: Job, linears: Sequence[nn.Linear], seed: int, magnitudes: Float[Tensor, " k"] | None = None
-) -> tuple[list[QuantLinear], list[float]]:
-    """The few-bit layers that replace a job's linears, and their relative weight errors.
+    job: Job, modules: Sequence[nn.Linear | nn.Conv2d], seed: int, magnitudes: Float[Tensor, " k"] | None = None
+) -> tuple[list[FewBitLayer], list[float]]:
+    """The few-bit layers that replace a job's linears or convolution, and their relative weight errors.
 
     The result depends on the arguments, not on the order in which jobs are done. Magnitudes are those of
     `architectures.modulated_magnitudes`, for a job that asks for them.
     """
-    weights = [linear.weight for linear in linears]
+    weights = [flat_weight(module) for module in modules]
     own_seed = (seed << 32) | zlib.crc32(job.paths[0].encode())
     if magnitudes is not None:
         magnitudes = magnitudes.to(weights[0].device)
     options = SolverOptions(**job.solver)
     solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths, magnitudes)
     layers = [
-        QuantLinear.from_solution(linear, job.scheme, job.segments, solution)
-        for linear, solution in zip(linears, solutions, strict=True)
+        few_bit_class(module).from_solution(module, job.scheme, job.segments, solution)
+        for module, solution in zip(modules, solutions, strict=True)
     ]
     if len(layers) > 1:
         join_group(layers)
     errors = [relative_error(weight, solution) for weight, solution in zip(weights, solutions, strict=True)]
     # Six digits are plenty, and short to write.
     return layers, [float(f"{error:.6g}") for error in errors]
+
+
+def few_bit_class(module: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
+    """What takes the place of a module."""
+    return QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
 
 
 def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -86,8 +91,10 @@ def checkpoint_config(
         recipe=recipe.dump(),
         seed=seed,
         schemes=tuple(schemes),
-        targets={path: Target(scheme=schemes.index(job.scheme), shape=shape) for job, path, shape in order},
+        targets={
+            path: Target(scheme=schemes.index(job.scheme), shape=shape, kernel=job.kernel) for job, path, shape in order
+        },
         groups=tuple(job.paths for job in plan.jobs if len(job.paths) > 1),
-        segments={path: job.segments for job, path, _ in order if len(job.segments) > 1},
+        segments={path: job.segments for job, path, _ in order if len(job.segments) > 1 and not job.kernel},
         errors={path: errors[path] for _, path, _ in order} if errors else {},
     )

@@ -28,6 +28,17 @@ SOLVER_FIELDS = (
 )
 """The keys that say how a layer is solved; the others say what it is."""
 
+CONVOLUTION: dict[str, Any] = {
+    "weight": "int4",
+    "group_size": 64,
+    "activations": 16,
+    "rank": 0,
+    "smoothing": "none",
+    "shift": 0.0,
+    "packing": None,
+}
+"""What a convolution differs in from a linear unless the recipe says more: 3 x 3 kernels run with 16 bits."""
+
 StoredType = Literal["bf16", "fp16", "fp32"]
 
 
@@ -118,6 +129,9 @@ class Recipe(BaseModel):
         summary: One line for people.
         default: The layers inside the blocks.
         modulation: What is different for the adaLN linears, which see one row per image.
+        convolution: What is different for convolutions with kernels larger than 1 x 1, and for layers that read the
+            residual stream without a norm, beyond `CONVOLUTION`: int4 weights in groups of 64 channels, 16-bit
+            activations. Null keeps them in 16 bits. Other 1 x 1 convolutions are treated as linears.
         overrides: What is different for the targets that a glob matches (`*` matches dots too); later
             globs win over earlier ones.
         keep: Globs of targets to leave in 16 bits.
@@ -129,6 +143,7 @@ class Recipe(BaseModel):
     summary: str = ""
     default: LayerSpec
     modulation: dict[str, Any] = {}
+    convolution: dict[str, Any] | None = {}
     overrides: dict[str, dict[str, Any]] = {}
     keep: list[str] = []
 
@@ -136,17 +151,23 @@ class Recipe(BaseModel):
     def _check(self) -> Recipe:
         self.default.scheme(1 << 20, 1 << 20)
         _patched(self.default, self.modulation, "modulation").scheme(1 << 20, 1 << 20)
+        self._convolution().scheme(1 << 20, 1 << 20)
         for glob, patch in self.overrides.items():
             _patched(self.default, patch, f"overrides[{glob!r}]").scheme(1 << 20, 1 << 20)
         return self
 
-    def spec(self, path: str, *, modulation: bool = False) -> LayerSpec:
-        """The spec of the target at `path`: default, then modulation, then every override that matches."""
-        spec = _patched(self.default, self.modulation, "modulation") if modulation else self.default
+    def spec(self, path: str, *, modulation: bool = False, convolution: bool = False) -> LayerSpec:
+        """The spec of the target at `path`: default, then its kind's, then every override that matches."""
+        spec = self._convolution() if convolution else self.default
+        if modulation:
+            spec = _patched(spec, self.modulation, "modulation")
         for glob, patch in self.overrides.items():
             if fnmatchcase(path, glob):
                 spec = _patched(spec, patch, f"overrides[{glob!r}]")
         return spec
+
+    def _convolution(self) -> LayerSpec:
+        return _patched(self.default, {**CONVOLUTION, **(self.convolution or {})}, "convolution")
 
     def keeps(self, path: str) -> bool:
         """Whether a `keep` glob matches `path`."""
