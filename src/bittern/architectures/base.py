@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib import import_module
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Parameters = Callable[[str], Tensor]
+"""A parameter's values by its full name."""
+
+
+@dataclass(frozen=True)
+class Modulated:
+    """An input that is LayerNorm(h) · (1 + scale) + shift, with scale and shift computed by an adaLN linear.
+
+    Attributes:
+        linear: The adaLN linear.
+        shift: Which chunk of its output is the shift.
+        scale: Which chunk is the scale.
+        chunks: How many chunks its output has.
+    """
+
+    linear: str
+    shift: int
+    scale: int
+    chunks: int
+
 
 REST = "*"
 """In place of the last name of a concatenation: all inputs that are left."""
@@ -29,6 +51,7 @@ class Block:
         segments: Linears whose input is a concatenation, with the layers whose outputs it joins, in order; `REST`
             stands for as many inputs as the others leave.
         after_gelu: Linears that read the output of a GELU, with the K-segments that do.
+        modulated: Linears that read a modulated LayerNorm.
         stream: Linears and 1 x 1 convolutions that read the residual stream as it is, without a norm: like larger
             convolutions they are solved with 16-bit activations.
     """
@@ -38,6 +61,7 @@ class Block:
     groups: tuple[tuple[str, ...], ...] = ()
     segments: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     after_gelu: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    modulated: Mapping[str, Modulated] = field(default_factory=dict[str, Modulated])
     stream: tuple[str, ...] = ()
 
     @cached_property
@@ -80,6 +104,12 @@ class Site:
         sources = self.block.segments.get(self.name, ())
         return tuple(source if source == REST else f"{self.parent}.{source}" for source in sources)
 
+    @property
+    def modulated(self) -> Modulated | None:
+        """What modulates the input, under its full path; None for any other input."""
+        found = self.block.modulated.get(self.name)
+        return found and replace(found, linear=f"{self.parent}.{found.linear}")
+
     def shifts(self, shift: float, segments: int) -> tuple[float, ...]:
         """`shift` for the K-segments that come out of a GELU and 0 for the others; empty if none does."""
         shifted = self.block.after_gelu.get(self.name, ())
@@ -97,6 +127,8 @@ class Architecture:
         outside: Globs of layers outside the blocks, with the reason why they are kept; the first that matches counts.
         forward: The module whose `install` lets a model run its groups as one. Without one the members of a group
             still share smoothing and the first factor of the branch, but run one by one.
+        conditioning: The module whose `conditionings` gives samples of the vector that drives the modulation;
+            without one nothing is smoothed by it.
         notes: What a person should know before trusting the declaration.
     """
 
@@ -105,12 +137,17 @@ class Architecture:
     blocks: tuple[Block, ...]
     outside: Mapping[str, str] = field(default_factory=dict[str, str])
     forward: str | None = None
+    conditioning: str | None = None
     notes: tuple[str, ...] = ()
 
     def install(self, model: nn.Module) -> None:
         """Makes a model run layers that share an input as one, once they are few-bit. Changes no tensor."""
         if self.forward is not None:
             import_module(self.forward).install(model)
+
+    def conditionings(self, model: nn.Module, parameters: Parameters) -> Float[Tensor, "samples dim"]:
+        """Samples of the vector that drives the modulation. Only for a family that has `conditioning`."""
+        return import_module(str(self.conditioning)).conditionings(model, parameters)
 
     def why_kept(self, path: str) -> str:
         """Why a layer outside the blocks keeps its 16 bits."""

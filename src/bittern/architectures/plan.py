@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from bittern.architectures.base import REST, Architecture, Site
+from bittern.architectures.base import REST, Architecture, Modulated, Site
 from bittern.architectures.known import of
 from bittern.errors import UserError
 from bittern.formats.layout import ROW_MULTIPLE
@@ -31,6 +31,7 @@ class Job:
         solver: Keyword arguments of `SolverOptions`.
         segments: Lengths of the K-segments; of a convolution C for every tap.
         kernel: Of a convolution, its height and width.
+        modulated: What modulates their input, if the smoothing is to know it.
     """
 
     paths: tuple[str, ...]
@@ -39,6 +40,7 @@ class Job:
     solver: Mapping[str, Any]
     segments: tuple[int, ...]
     kernel: tuple[int, int] | None = None
+    modulated: Modulated | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
     if not sites:
         raise UserError(f"recipe {recipe.name} keeps every layer: expected at least one target")
 
-    singles = {path: _single(path, site, layers, recipe) for path, site in sites.items()}
+    knows_modulation = architecture.conditioning is not None
+    singles = {path: _single(path, site, layers, recipe, knows_modulation) for path, site in sites.items()}
     jobs: list[Job] = []
     placed: set[str] = set()
     for path, site in sites.items():
@@ -103,6 +106,7 @@ def plan(model: nn.Module, recipe: Recipe) -> Plan:
                 solver=singles[path].solver,
                 segments=singles[path].segments,
                 kernel=singles[path].kernel,
+                modulated=singles[path].modulated,
             )
         )
     return Plan(architecture, tuple(jobs), kept)
@@ -138,9 +142,12 @@ def _is_convolution(layer: nn.Module, site: Site) -> bool:
     return site.reads_stream or (isinstance(layer, nn.Conv2d) and prod(layer.kernel_size) > 1)
 
 
-def _single(path: str, site: Site, layers: Mapping[str, nn.Module], recipe: Recipe) -> Job:
+def _single(path: str, site: Site, layers: Mapping[str, nn.Module], recipe: Recipe, knows_modulation: bool) -> Job:
     layer = layers[path]
     spec = recipe.spec(path, modulation=site.is_modulation, convolution=_is_convolution(layer, site))
+    modulated = site.modulated if spec.smoothing == "modulation" and knows_modulation else None
+    if spec.smoothing == "modulation" and modulated is None:
+        spec = spec.model_copy(update={"smoothing": "none"})
     try:
         if isinstance(layer, nn.Conv2d):
             return _convolution(path, layer, spec)
@@ -151,7 +158,7 @@ def _single(path: str, site: Site, layers: Mapping[str, nn.Module], recipe: Reci
             scheme = replace(scheme, shift=site.shifts(spec.shift, len(segments)))
     except UserError as error:
         raise UserError(f"recipe {recipe.name}, {path}: {error}") from None
-    return Job((path,), ((n, k),), scheme, spec.solver(), segments)
+    return Job((path,), ((n, k),), scheme, spec.solver(), segments, modulated=modulated)
 
 
 def _segments(k: int, site: Site, layers: Mapping[str, nn.Module]) -> tuple[int, ...]:
@@ -194,7 +201,7 @@ def fitting_group(channels: int, group_size: int | None) -> int | None:
 
 
 def _alike(one: Job, other: Job) -> bool:
-    return (one.scheme, one.solver, one.segments) == (other.scheme, other.solver, other.segments)
+    return replace(one, paths=(), shapes=()) == replace(other, paths=(), shapes=())
 
 
 def _expect_matches(recipe: Recipe, key: str, globs: Iterable[str], paths: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ knows; `tests/integrations/test_canary.py` fails when diffusers moves any of it.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Mapping
@@ -127,6 +128,7 @@ class BitternQuantizer(DiffusersQuantizer):
         self._files: list[Path] = []
         self._plan: Plan | None = None
         self._waiting: dict[str, Job] = {}
+        self._magnitudes: dict[str, Tensor] = {}
         self._errors: dict[str, float] = {}
         self._hidden: Any = None
         self._model: weakref.ref[nn.Module] | None = None
@@ -198,11 +200,17 @@ class BitternQuantizer(DiffusersQuantizer):
 
     def _prepare(self, model: nn.Module) -> None:
         """The plan of a model that is to be quantized while its weights arrive."""
-        from bittern.architectures import plan
+        from bittern.architectures import modulated_magnitudes, plan
+        from bittern.checkpoints import read_headers, read_tensor
         from bittern.quantization import check_seed
 
         check_seed(self.quantization_config.seed)
         self._plan = plan(model, self.quantization_config.recipe)
+        headers = functools.cache(lambda: read_headers(self._files))
+        # The modulation may lie behind the layers it smooths, in the files' order.
+        self._magnitudes = modulated_magnitudes(
+            self._plan, model, lambda name: read_tensor(headers(), name).to(model.get_parameter(name).dtype)
+        )
         self._waiting = {path: job for job in self._plan.jobs for path in job.paths}
 
     def check_if_quantized_param(
@@ -244,7 +252,10 @@ class BitternQuantizer(DiffusersQuantizer):
         if any(mate in self._waiting for mate in job.paths):
             return
         layers, errors = solve_job(
-            job, [model.get_submodule(mate) for mate in job.paths], self.quantization_config.seed
+            job,
+            [model.get_submodule(mate) for mate in job.paths],
+            self.quantization_config.seed,
+            self._magnitudes.get(job.paths[0]),
         )
         for mate, layer, error in zip(job.paths, layers, errors, strict=True):
             swap(model, mate, layer)

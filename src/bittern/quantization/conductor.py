@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bittern import recipes
-from bittern.architectures import plan
+from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
 from bittern.quantization.jobs import (
@@ -68,13 +68,15 @@ def quantize(
         for path in job.paths:
             check_weight(path, model.get_submodule(path).weight)
 
+    magnitudes = modulated_magnitudes(made, model, model.get_parameter)
     total = sum(len(job.paths) for job in made.jobs)
     solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     for job in made.jobs:
         if progress:
             progress(f"solving {job.paths[0]}", len(solved), total)
-        layers, missed = solve_job(job, [model.get_submodule(path) for path in job.paths], seed)
+        linears = [model.get_submodule(path) for path in job.paths]
+        layers, missed = solve_job(job, linears, seed, magnitudes.get(job.paths[0]))
         solved.update(zip(job.paths, layers, strict=True))
         errors.update(zip(job.paths, missed, strict=True))
     # Diffusers' registry knows which class carries the config; nothing here depends on its internals.

@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
@@ -43,14 +44,20 @@ def check_weight(path: str, weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def solve_job(job: Job, modules: Sequence[nn.Linear | nn.Conv2d], seed: int) -> tuple[list[FewBitLayer], list[float]]:
+def solve_job(
+    job: Job, modules: Sequence[nn.Linear | nn.Conv2d], seed: int, magnitudes: Float[Tensor, " k"] | None = None
+) -> tuple[list[FewBitLayer], list[float]]:
     """The few-bit layers that replace a job's linears or convolution, and their relative weight errors.
 
-    The result depends on the weights, the job and the seed, not on the order in which jobs are done.
+    The result depends on the arguments, not on the order in which jobs are done. Magnitudes are those of
+    `architectures.modulated_magnitudes`, for a job that asks for them.
     """
     weights = [flat_weight(module) for module in modules]
     own_seed = (seed << 32) | zlib.crc32(job.paths[0].encode())
-    solutions = solve(weights, job.scheme, SolverOptions(**job.solver), job.segments, own_seed, job.paths)
+    if magnitudes is not None:
+        magnitudes = magnitudes.to(weights[0].device)
+    options = SolverOptions(**job.solver)
+    solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths, magnitudes)
     layers = [
         few_bit_class(module).from_solution(module, job.scheme, job.segments, solution)
         for module, solution in zip(modules, solutions, strict=True)

@@ -21,6 +21,7 @@ SOLVER_FIELDS = (
     "codes",
     "smoothing",
     "smoothing_exponent",
+    "activation_exponent",
     "rounds",
     "svd_oversample",
     "svd_iterations",
@@ -93,8 +94,9 @@ class LayerSpec(BaseModel):
 
     scales: Literal["absmax", "search"] = "search"
     codes: Literal["absmean", "least-squares"] = "least-squares"
-    smoothing: Literal["none", "span"] = "none"
+    smoothing: Literal["none", "span", "modulation"] = "none"
     smoothing_exponent: float = Field(default=0.5, ge=0, le=1)
+    activation_exponent: float = Field(default=0.5, ge=0, le=1)
     rounds: int = Field(default=8, ge=0)
     svd_oversample: int = Field(default=10, ge=0)
     svd_iterations: int = Field(default=4, ge=0)

@@ -11,7 +11,7 @@ from bittern.scheme import WeightFormat
 
 ScaleRule = Literal["absmax", "search"]
 CodeRule = Literal["absmean", "least-squares"]
-Smoothing = Literal["none", "span"]
+Smoothing = Literal["none", "span", "modulation"]
 
 _INT4_RULES: dict[str, Rule] = {"absmax": int4.absmax, "search": int4.search}
 _TERNARY_RULES: dict[str, Rule] = {"absmean": ternary.absmean, "least-squares": ternary.least_squares}
@@ -25,8 +25,10 @@ class SolverOptions:
         scales: For int4: "absmax" (amax / 7) or "search" (least squared error).
         codes: For ternary: "absmean" (scale mean |w|, as in BitNet b1.58) or "least-squares" (exact, with its
             scale).
-        smoothing: "none", or "span": from the span of each input's weights.
-        smoothing_exponent: Power of the span; 0 smooths nothing, 1 makes all spans equal.
+        smoothing: "none"; "span": from the span of each input's weights; "modulation": from that and from the
+            magnitude that the model's modulation gives each input.
+        smoothing_exponent: Power of the span; 0 leaves it out, 1 makes all spans equal.
+        activation_exponent: Power of the magnitude; 0 leaves it out, 1 makes all magnitudes equal.
         rounds: How often at most branch and residual are solved again, each given the other.
         svd_oversample: Columns that the randomised SVD carries beyond the rank.
         svd_iterations: Its power iterations from a cold start; a later round starts warm and needs one.
@@ -36,6 +38,7 @@ class SolverOptions:
     codes: CodeRule = "least-squares"
     smoothing: Smoothing = "none"
     smoothing_exponent: float = 0.5
+    activation_exponent: float = 0.5
     rounds: int = 8
     svd_oversample: int = 10
     svd_iterations: int = 4
@@ -44,13 +47,14 @@ class SolverOptions:
         for name, known in (
             ("scales", _INT4_RULES),
             ("codes", _TERNARY_RULES),
-            ("smoothing", ("none", "span")),
+            ("smoothing", ("none", "span", "modulation")),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name} {value!r}: {did_you_mean(str(value), known)}")
-        if not 0 <= self.smoothing_exponent <= 1:
-            raise UserError(f"smoothing_exponent {self.smoothing_exponent}: expected 0 to 1")
+        for name in ("smoothing_exponent", "activation_exponent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)}: expected 0 to 1")
         for name in ("rounds", "svd_oversample", "svd_iterations"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)}: expected 0 or more")
