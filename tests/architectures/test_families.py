@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
-from families import BATCH, FAMILIES, Family, run
 from torch import Tensor, nn
 
 import bittern
@@ -17,6 +16,7 @@ from bittern import quantization, recipes
 from bittern.architectures import Plan, known, plan
 from bittern.architectures.recording import read_inputs
 from bittern.layers import FewBitWeight, QuantConv2d, QuantLinear, quant_layers
+from families import BATCH, FAMILIES, Family, run
 
 # Relative error of the prediction with 4-bit weights, a quarter above what was measured: it depends on how much of the
 # output comes straight from the residual stream, and in a U-Net without a trained one on nothing else than the blocks.
