@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import bittern
@@ -163,6 +164,13 @@ def test_groups_run_as_one_through_the_door_for_fused_projections(name: str) -> 
     assert apart.calls == jobs + 2
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
     handle.remove()
+    few.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))
+    assert torch.allclose(run(few, family), want, rtol=1e-4, atol=1e-5)
+    for key, parameter in few.named_parameters():
+        if "lora_B" in key:
+            parameter.data.fill_(0.05)
+    assert (run(few, family) - want).norm() > 0.001 * want.norm()
+    few.delete_adapters("default")
     few.unfuse_qkv_projections() if hasattr(few, "unfuse_qkv_projections") else None
     assert torch.allclose(run(few, family), want, rtol=1e-4, atol=1e-5)
 
