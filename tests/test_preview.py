@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ import bittern
 from bittern import pipelines, quantization
 from bittern.cli import main
 from bittern.errors import UserError
+from families import FAMILIES
 
 SDXL = {
     "_class_name": "UNet2DConditionModel",
@@ -53,6 +55,20 @@ def test_it_foresees_what_quantize_does(tiny_random_folder: Path, tmp_path: Path
     assert foreseen["architecture"] == "flux" and foreseen["notes"] == []
     assert {row["path"]: row["reason"] for row in foreseen["kept"]}["x_embedder"] == "first layer"
     assert {row["path"]: row["bytes"] for row in foreseen["kept"]}["x_embedder"] == 4 * 64 * 16
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "sana"])
+def test_it_foresees_buffers_and_layers_in_float32(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    family.build().to(torch.bfloat16).save_pretrained(tmp_path / "whole")
+    foreseen = quantization.preview(tmp_path / "whole", "int4")
+    config = bittern.QuantizationConfig("int4")
+    load = getattr(diffusers, family.class_name).from_pretrained
+    few = load(tmp_path / "whole", dtype=torch.bfloat16, quantization_config=config)
+    few.save_pretrained(tmp_path / "few")
+    assert foreseen.report.file_bytes == sum(file.stat().st_size for file in (tmp_path / "few").glob("*.safetensors"))
+    whole = load(tmp_path / "whole", dtype=torch.bfloat16)
+    assert foreseen.original_bytes == sum(tensor.nbytes for tensor in whole.state_dict().values())
 
 
 def test_sizes_follow_the_dtype_of_the_files_and_no_weight_is_read(tiny_random_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+import bittern
 from bittern import pipelines, quantization, recipes
 from bittern.cli import main
+from bittern.errors import UserError
 from bittern.layers import QuantConv2d, quant_layers
 
 UNET = {
@@ -72,6 +75,14 @@ def test_a_unet_is_quantized_in_its_folder_and_draws_nearly_the_same(folder: Pat
     assert quantization.inspect(copy).bits_per_weight == quantization.inspect(few).bits_per_weight
 
 
+def test_quantizing_while_loading_gives_the_same_bytes(folder: Path, few: Path, tmp_path: Path) -> None:
+    config = bittern.QuantizationConfig("int4")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", quantization_config=config)
+    unet.save_pretrained(tmp_path)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (few / "unet" / name).read_bytes()
+
+
 def test_the_command_line_knows_a_unet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main.run(["quantize", str(folder), "--recipe", "int4", "--out", str(out), "--json"]) == 0
@@ -121,3 +132,25 @@ def test_a_recipe_may_keep_convolutions_or_give_them_a_branch(folder: Path) -> N
     assert (fat["mid_block.resnets.0.conv1"].rank, fat["mid_block.resnets.0.conv1"].activations) == (16, 16)
     quantization.quantize(unet, recipe.override(convolution={"rank": 16}))
     assert unet.mid_block.resnets[0].conv1.down.shape == (16, 48 * 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"kernel": [9, 1]},
+            r"conv1' has shape \[32, 288\] and kernel \[9, 1\]: expected \[32, 288\] and kernel \[3, 3\]",
+        ),
+        ({"kernel": None}, r"'down_blocks\.0\.resnets\.0\.conv1' is no linear of UNet2DConditionModel"),
+        ({"shape": [32, 576]}, r"conv1' has shape \[32, 576\] and kernel \[3, 3\]: expected \[32, 288\]"),
+    ],
+)
+def test_a_config_of_another_kernel_is_refused(
+    few: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    shutil.copytree(few / "unet", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["targets"]["down_blocks.0.resnets.0.conv1"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        UNet2DConditionModel.from_pretrained(tmp_path)

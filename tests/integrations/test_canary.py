@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, ModelMixin
 from diffusers.quantizers import DiffusersAutoQuantizer, auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
@@ -33,7 +33,9 @@ def test_the_registry_is_where_it_was() -> None:
 
 def test_every_override_overrides_something() -> None:
     # What is our own, and what diffusers calls.
-    own = {"attach", "quantization_config"}
+    own = {"attach", "quantization_config", "use_keep_in_fp32_modules"}
+    # An attribute that no base class has, but that diffusers asks for.
+    assert '"use_keep_in_fp32_modules"' in inspect.getsource(ModelMixin.from_pretrained)
     public = {name for name in vars(BitternQuantizer) if not name.startswith("_")}
     for name in public - own:
         assert hasattr(DiffusersQuantizer, name), f"diffusers no longer has the hook {name}"

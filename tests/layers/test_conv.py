@@ -164,6 +164,20 @@ def test_gradients_reach_the_input_and_the_bias() -> None:
         assert torch.allclose(layer.bias.grad, module.bias.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_training_keeps_no_dequantized_weight_for_the_backward_pass() -> None:
+    layer, _ = quantized(dense(32, 64, kernel_size=3, padding=1))
+    x = randn(1, 32, 4, 4).requires_grad_()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        y = layer(x)
+    assert max(kept, default=0) < 64 * 32 * 9
+    y.square().sum().backward()
+    weight = layer.weight.dequantize().double()
+    exact = x.detach().double().requires_grad_()
+    nn.functional.conv2d(exact, weight, layer.bias.double(), padding=1).square().sum().backward()
+    assert torch.allclose(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_the_weight_is_a_read_only_kernel() -> None:
     module = dense(16, 8, kernel_size=3)
     layer, solution = quantized(module)

@@ -173,6 +173,8 @@ class CheckpointConfig(BaseModel):
                 raise UserError(f"group {list(group)} has fewer than two members: leave it out")
             for path in group:
                 self._expect_target("groups", path)
+                if self.targets[path].kernel:
+                    raise UserError(f"group member {path!r} is a convolution: expected linears")
                 if path in placed:
                     raise UserError(f"target {path!r} is in two groups: expected one")
                 placed.add(path)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bittern import ops
 from bittern.errors import UserError, did_you_mean
@@ -104,17 +106,18 @@ class QuantConv2d(FewBitLayer, nn.Conv2d):
         return y.movedim(-1, -3)
 
     def _as_convolution(self, x: Tensor) -> Tensor:
-        parts, bias = self.parts(), self.bias
         rows = max(1, BLOCK.get(x.device.type, LARGE_BLOCK) // sum(self.segments))
-        blocks = [
-            self._conv_forward(
-                x,
-                parts.rows(start, start + rows).dequantize(x.dtype),
-                None if bias is None else bias[start : start + rows].to(x.dtype),
-            )
-            for start in range(0, self.out_channels, rows)
-        ]
+        block = self._convolve
+        if torch.is_grad_enabled() and x.requires_grad:
+            # Autograd would keep the dequantized weight of every layer until the backward pass.
+            block = partial(checkpoint, self._convolve, use_reentrant=False, preserve_rng_state=False)
+        blocks = [block(x, start, start + rows) for start in range(0, self.out_channels, rows)]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-3)
+
+    def _convolve(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """These output channels."""
+        bias = None if self.bias is None else self.bias[start:stop].to(x.dtype)
+        return self._conv_forward(x, self.parts().rows(start, stop).dequantize(x.dtype), bias)
 
     @property
     def path(self) -> str:

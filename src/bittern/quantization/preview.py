@@ -143,10 +143,16 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in a dtype, but for what diffusers keeps in float32."""
+    """The model as diffusers loads it: what is in the files in a dtype, but for what it keeps in float32."""
     in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if in_fp32 & set(name.split(".")) else dtype)
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_floating_point() or name in module._non_persistent_buffers_set:
+                    continue
+                wide = in_fp32 & {*path.split("."), name}
+                cast = tensor.data.to(device="meta", dtype=torch.float32 if wide else dtype)
+                held[name] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
     return model
 
 
