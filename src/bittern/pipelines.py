@@ -22,7 +22,7 @@ from torch import nn
 from bittern.architectures import of_class
 from bittern.checkpoints import CheckpointConfig, is_few_bit, read_headers, weight_files
 from bittern.errors import UserError, did_you_mean
-from bittern.quantization import Progress, Report, predict_size, quantize
+from bittern.quantization import Progress, Report, component, predict_size, quantize
 from bittern.quantization.report import COMPONENTS
 from bittern.recipes import Recipe
 
@@ -80,7 +80,7 @@ def load(
 
     Args:
         model: A folder, a hub id, or `tiny-flux`.
-        dtype: What all layers but the few-bit ones compute in; None takes what the transformer is stored in.
+        dtype: What all layers but the few-bit ones compute in; None takes what the denoiser is stored in.
         device: Where to put it.
 
     Raises:
@@ -102,12 +102,15 @@ def load(
 def defaults(pipe: DiffusionPipeline) -> CallDefaults:
     """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
     call = python_inspect.signature(pipe.__call__).parameters
-    vae, transformer = getattr(pipe, "vae", None), getattr(pipe, "transformer", None)
+    vae = getattr(pipe, "vae", None)
     size = int(vae.config.sample_size) if vae is not None else 1024
     steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
-    if transformer is not None and transformer.config.get("guidance_embeds") is False:
-        # FLUX.1-schnell was distilled to 4 steps; a small model was not distilled.
-        steps, guidance = 4 if size >= 512 else 24, 0.0
+    if component(pipe).config.get("guidance_embeds") is False:
+        # FLUX.1-schnell was distilled to 4 steps.
+        steps, guidance = 4, 0.0
+    if size < 512:
+        # A small model was not distilled.
+        steps = 24
     length = None
     if "max_sequence_length" in call:
         tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer

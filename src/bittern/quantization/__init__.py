@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bittern.quantization.conductor import quantize
 from bittern.quantization.jobs import Progress, check_seed, check_weight, checkpoint_config, solve_job, swap
-from bittern.quantization.report import Report, Row, inspect, predict, predict_size
+from bittern.quantization.report import Report, Row, component, inspect, predict, predict_size
 
 __all__ = [
     "Progress",
@@ -13,6 +13,7 @@ __all__ = [
     "check_seed",
     "check_weight",
     "checkpoint_config",
+    "component",
     "inspect",
     "predict",
     "predict_size",
