@@ -23,7 +23,7 @@ import bittern
 from bittern import recipes
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UserError, did_you_mean
-from bittern.quantization import Progress, Report, inspect, model_card, predict_size, quantize
+from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
 from bittern.quantization.stream import can_stream, quantize_streaming, run_manifest
@@ -84,7 +84,7 @@ def load(
 
     Args:
         model: A folder, a hub id, or `tiny-flux`.
-        dtype: What all layers but the few-bit ones compute in; None takes what the transformer is stored in.
+        dtype: What all layers but the few-bit ones compute in; None takes what the denoiser is stored in.
         device: Where to put it.
 
     Raises:
@@ -106,12 +106,15 @@ def load(
 def defaults(pipe: DiffusionPipeline) -> CallDefaults:
     """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
     call = python_inspect.signature(pipe.__call__).parameters
-    vae, transformer = getattr(pipe, "vae", None), getattr(pipe, "transformer", None)
+    vae = getattr(pipe, "vae", None)
     size = int(vae.config.sample_size) if vae is not None else 1024
     steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
-    if transformer is not None and transformer.config.get("guidance_embeds") is False:
-        # FLUX.1-schnell was distilled to 4 steps; a small model was not distilled.
-        steps, guidance = 4 if size >= 512 else 24, 0.0
+    if component(pipe).config.get("guidance_embeds") is False:
+        # FLUX.1-schnell was distilled to 4 steps.
+        steps, guidance = 4, 0.0
+    if size < 512:
+        # A small model was not distilled.
+        steps = 24
     length = None
     if "max_sequence_length" in call:
         tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
