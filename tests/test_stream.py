@@ -95,7 +95,7 @@ def test_one_block_is_in_memory_at_a_time(model: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(stream, "solve_job", spy)
     recipe, place = recipes.load("svdquant-fast"), model / "transformer"
     blank, _ = skeleton(place)
-    with Workspace(tmp_path / "work", stream.run_manifest(place, recipe, 0)) as workspace:
+    with Workspace(tmp_path / "work", stream.run_manifest(place, recipe, 0, "1")) as workspace:
         stream.quantize_streaming(blank, place, recipe, workspace)
     assert len(loaded) == len(plan(skeleton(place)[0], recipe).jobs) == 13
     assert not any(p.is_meta for p in blank.parameters())

@@ -174,7 +174,7 @@ def quantize_folder(
         report = quantize(denoiser, recipe, seed=seed, progress=progress)
         _write(denoiser, model, out, others, report, place, seed, force)
         return report
-    with Workspace(work, run_manifest(place, recipe, seed), restart=restart) as workspace:
+    with Workspace(work, run_manifest(place, recipe, seed, bittern.__version__), restart=restart) as workspace:
         with _kept_if_worth_it(workspace, out):
             quantize_streaming(blank, place, recipe, workspace, seed=seed, device=device, progress=progress)
             report = inspect(blank)

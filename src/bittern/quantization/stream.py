@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import bittern
 from bittern.architectures import Job, modulated_magnitudes, plan
 from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, TensorSpec, read_headers, read_tensor, weight_files
 from bittern.layers import FewBitLayer, join_group
@@ -43,10 +42,10 @@ def can_stream(model: nn.Module, folder: Path) -> bool:
     return read_headers(weight_files(folder)).keys() >= model.state_dict().keys()
 
 
-def run_manifest(folder: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
+def run_manifest(folder: Path, recipe: Recipe, seed: int, version: str) -> dict[str, Any]:
     """What a run is about: model, recipe, seed and versions. Two runs with equal ones may share blocks."""
     return {
-        "bittern": bittern.__version__,
+        "bittern": version,
         "format_version": FORMAT_VERSION,
         "model": fingerprint([folder / "config.json", *weight_files(folder)]),
         "recipe": recipe.dump(),
