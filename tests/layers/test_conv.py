@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bittern import ops
 from bittern.errors import UserError
-from bittern.layers import FewBitWeight, QuantConv2d, QuantLinear, conv, flat_weight
+from bittern.layers import FewBitWeight, QuantConv2d, QuantLinear, conv, flat_weight, patches
 from bittern.scheme import Scheme
 from bittern.solvers import Solution, SolverOptions, solve
 
@@ -73,6 +73,19 @@ def test_it_convolves_with_the_solutions_weight(geometry: dict[str, Any], dtype:
     # 4-bit weights in groups of 16 miss about a tenth.
     error = (want - module.double()(x.double())).norm() / want.norm()
     assert 0.01 < error < 0.12
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_a_convolution_is_the_product_of_its_patches_and_its_flat_weight(
+    geometry: dict[str, Any], batch: tuple[int, ...]
+) -> None:
+    module = dense(5, 6, **geometry).double()
+    x = randn(*batch, 5, 9, 7).double()
+    got = patches(module, x) @ flat_weight(module).T
+    if module.bias is not None:
+        got = got + module.bias
+    assert torch.allclose(got.movedim(-1, -3), module(x), atol=1e-12)
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16, 65])

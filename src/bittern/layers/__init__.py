@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bittern.layers.conv import QuantConv2d, flat_weight
+from bittern.layers.conv import QuantConv2d, flat_weight, patches
 from bittern.layers.facade import FewBitWeight
 from bittern.layers.few_bit import LEAVES, FewBitLayer
 from bittern.layers.group import Group, group_linear, join_group, stacked_linear
@@ -19,6 +19,7 @@ __all__ = [
     "flat_weight",
     "group_linear",
     "join_group",
+    "patches",
     "paths",
     "quant_layers",
     "set_path",

@@ -39,6 +39,25 @@ def flat_weight(module: nn.Linear | nn.Conv2d) -> Float[Tensor, "n k"]:
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1) if isinstance(module, nn.Conv2d) else weight
 
 
+def patches(conv: nn.Conv2d, x: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch ho wo k"]:
+    """What each output pixel reads, in the order of the columns of `flat_weight`: their product is the convolution.
+
+    Of a 1 x 1 kernel without padding a view; of others a copy, kh · kw times as large as the input.
+    """
+    (high, wide), (down, right) = conv.kernel_size, conv.stride
+    if high == wide == 1 and not any(conv._reversed_padding_repeated_twice):
+        return x[..., ::down, ::right].movedim(-3, -1)
+    batch = x.shape[:-3]
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = nn.functional.pad(x.reshape(-1, *x.shape[-3:]), conv._reversed_padding_repeated_twice, mode)
+    columns = nn.functional.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+    # [b, c kh kw, ho wo], and the height follows from how often the kernel fits.
+    ho = (padded.shape[-2] - conv.dilation[0] * (high - 1) - 1) // down + 1
+    columns = columns.unflatten(1, (-1, high * wide)).unflatten(-1, (ho, -1))
+    rows = columns.permute(0, 3, 4, 2, 1).flatten(-2)
+    return rows.reshape(*batch, *rows.shape[1:])
+
+
 class QuantConv2d(FewBitLayer, nn.Conv2d):
     """A convolution whose kernel is few-bit codes, scales, smoothing and a low-rank branch.
 
@@ -84,7 +103,7 @@ class QuantConv2d(FewBitLayer, nn.Conv2d):
     @property
     def is_pointwise(self) -> bool:
         """Whether the kernel is 1 x 1 and reads no padding."""
-        return len(self.segments) == 1 and self.padding in (0, (0, 0), "valid")
+        return len(self.segments) == 1 and not any(self._reversed_padding_repeated_twice)
 
     def parts(self) -> Parts:
         """All tensors that make up the weight."""
@@ -97,8 +116,7 @@ class QuantConv2d(FewBitLayer, nn.Conv2d):
         return self._as_linear(x) if self.is_pointwise else self._as_convolution(x)
 
     def _as_linear(self, x: Tensor) -> Tensor:
-        down, right = self.stride
-        x = x[..., ::down, ::right].movedim(-3, -1)
+        x = patches(self, x)
         tensors, scheme = map(self._held, LEAVES), self.scheme
         y = ops.few_bit_linear(
             [x], *tensors, self.bias, scheme.weight, scheme.group_size, self.choice(x.device).path, scheme.shift
