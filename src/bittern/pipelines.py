@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 import errno
-import inspect as python_inspect
 import json
 import os
 import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from bittern import recipes
 from bittern.architectures import of_class
 from bittern.checkpoints import CheckpointConfig, is_few_bit, read_headers, weight_files
 from bittern.errors import UserError, did_you_mean
 from bittern.quantization import Progress, Report, predict_size, quantize
-from bittern.quantization.report import COMPONENTS
+from bittern.quantization.report import COMPONENTS, component
 from bittern.recipes import Recipe
+from bittern.trajectories import CallDefaults, defaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+__all__ = [
+    "CallDefaults",
+    "check_device",
+    "check_out",
+    "defaults",
+    "load",
+    "new_folder",
+    "quantize_folder",
+    "resolve",
+]
+
 BUILT_IN = "tiny-flux"
 INDEX = "model_index.json"
-
-
-@dataclass(frozen=True)
-class CallDefaults:
-    """How a pipeline wants to be called.
-
-    Attributes:
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
-        steps: Denoising steps.
-        max_sequence_length: Text tokens; None if the pipeline does not ask.
-        guidance: Guidance scale; 0 for a model that was not trained with one.
-    """
-
-    height: int
-    width: int
-    steps: int
-    max_sequence_length: int | None
-    guidance: float
 
 
 def resolve(model: str | Path) -> Path:
@@ -99,27 +91,13 @@ def load(
         return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored).to(device)
 
 
-def defaults(pipe: DiffusionPipeline) -> CallDefaults:
-    """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
-    call = python_inspect.signature(pipe.__call__).parameters
-    vae, transformer = getattr(pipe, "vae", None), getattr(pipe, "transformer", None)
-    size = int(vae.config.sample_size) if vae is not None else 1024
-    steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
-    if transformer is not None and transformer.config.get("guidance_embeds") is False:
-        # FLUX.1-schnell was distilled to 4 steps; a small model was not distilled.
-        steps, guidance = 4 if size >= 512 else 24, 0.0
-    length = None
-    if "max_sequence_length" in call:
-        tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
-        length = min(int(call["max_sequence_length"].default), int(tokenizer.model_max_length))
-    return CallDefaults(size, size, steps, length, guidance)
-
-
 def quantize_folder(
     model: str | Path,
     recipe: str | Path | Recipe,
     out: str | Path,
     *,
+    prompts: Sequence[str] | None = None,
+    samples: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     force: bool = False,
@@ -127,7 +105,8 @@ def quantize_folder(
 ) -> Report:
     """Quantizes a pipeline's transformer and writes the pipeline to `out`: all of it, or nothing.
 
-    Only the transformer is loaded; the other components are copied as they are.
+    Only the transformer is loaded, unless the recipe is calibrated and the pipeline has to draw; the other components
+    are copied as they are.
 
     Raises:
         UserError: as `load`, `quantize` and `new_folder` do, and if the disk is too small; what can be told
@@ -137,13 +116,15 @@ def quantize_folder(
     source = resolve(model)
     check_out(out, force=force, source=source)
     name = _denoiser(source)
-    denoiser = _load_denoiser(model, source / name).to(device)
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    target = load(model, device=device) if recipe.calibrated else _load_denoiser(model, source / name).to(device)
+    denoiser = component(target)
     others = [source / INDEX, *_other_components(source, name)]
     needed = predict_size(denoiser, recipe) + sum(_bytes_of(other) for other in others)
     free = shutil.disk_usage(_existing_parent(Path(out).expanduser())).free
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
-    report = quantize(denoiser, recipe, seed=seed, progress=progress)
+    report = quantize(target, recipe, prompts=prompts, samples=samples, seed=seed, progress=progress)
     with new_folder(out, force=force) as folder:
         for other in others:
             copy = shutil.copytree if other.is_dir() else shutil.copyfile

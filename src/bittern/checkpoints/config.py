@@ -56,6 +56,7 @@ class CheckpointConfig(BaseModel):
         groups: Paths of layers that read one tensor; the first carries the shared leaves.
         segments: Lengths of the K-segments, where there is more than one.
         errors: Relative weight error of each target.
+        stages: Relative output error after each of the solver's stages, of targets that were calibrated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +70,7 @@ class CheckpointConfig(BaseModel):
     groups: tuple[tuple[str, ...], ...] = ()
     segments: dict[str, tuple[StrictInt, ...]] = {}
     errors: dict[str, float] = {}
+    stages: dict[str, dict[str, float]] = {}
 
     @classmethod
     def parse(cls, data: object, where: str = "quantization_config") -> CheckpointConfig:
@@ -120,7 +122,7 @@ class CheckpointConfig(BaseModel):
                 raise UserError(f"target {path!r} has scheme {target.scheme}: expected 0 to {len(self.schemes) - 1}")
             if min(target.shape) < 1:
                 raise UserError(f"target {path!r} has shape {list(target.shape)}: expected positive numbers")
-        for key in ("segments", "errors"):
+        for key in ("segments", "errors", "stages"):
             for path in getattr(self, key):
                 self._expect_target(key, path)
         for path in self.targets:
@@ -131,6 +133,9 @@ class CheckpointConfig(BaseModel):
         for path, error in self.errors.items():
             if not (math.isfinite(error) and error >= 0):
                 raise UserError(f"error of {path!r} is {error}: expected a finite number of 0 or more")
+        for path, stages in self.stages.items():
+            if not all(math.isfinite(error) and error >= 0 for error in stages.values()):
+                raise UserError(f"stages of {path!r} are {stages}: expected finite numbers of 0 or more")
         self._check_groups()
         return self
 

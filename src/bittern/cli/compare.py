@@ -41,7 +41,7 @@ def compare(
         hush()
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare as run
-        from bittern.evaluation.prompts import read_prompts
+        from bittern.trajectories import read_prompts
 
         if report.is_dir():
             raise UserError(f"--report {report} is a folder: expected a file such as {report / 'report.html'}")

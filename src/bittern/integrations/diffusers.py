@@ -247,7 +247,7 @@ class BitternQuantizer(DiffusersQuantizer):
         job = self._waiting.pop(path)
         if any(mate in self._waiting for mate in job.paths):
             return
-        layers, errors = solve_job(
+        layers, errors, _ = solve_job(
             job, [model.get_submodule(mate) for mate in job.paths], self.quantization_config.seed
         )
         for mate, layer, error in zip(job.paths, layers, errors, strict=True):

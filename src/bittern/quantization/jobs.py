@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,11 +12,11 @@ from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
 from bittern.errors import UserError
 from bittern.layers import QuantLinear, join_group
-from bittern.recipes import Recipe
-from bittern.solvers import SolverOptions, relative_error, solve
+from bittern.quantization.calibration import Calibration, Progress
+from bittern.recipes import Recipe, needs_data
+from bittern.solvers import SolverOptions, Stages, relative_error, solve, solve_calibrated
 
-Progress = Callable[[str, float, float], None]
-"""Called with what is being done, how much of it is done and how much there is."""
+__all__ = ["Progress", "check_seed", "check_weight", "checkpoint_config", "solve_job", "swap"]
 
 
 def check_seed(seed: int) -> None:
@@ -43,14 +43,31 @@ def check_weight(path: str, weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def solve_job(job: Job, linears: Sequence[nn.Linear], seed: int) -> tuple[list[QuantLinear], list[float]]:
-    """The few-bit layers that replace a job's linears, and their relative weight errors.
+def solve_job(
+    job: Job, linears: Sequence[nn.Linear], seed: int, calibration: Calibration | None = None
+) -> tuple[list[QuantLinear], list[float], list[Stages]]:
+    """The few-bit layers that replace a job's linears, their relative weight errors, and those of their outputs.
 
-    The result depends on the weights, the job and the seed, not on the order in which jobs are done.
+    The result depends on the weights, the job, the seed and the calibration, not on the order in which jobs are done.
+
+    Raises:
+        UserError: as the solvers do, and if the job needs data and there is none.
     """
     weights = [linear.weight for linear in linears]
     own_seed = (seed << 32) | zlib.crc32(job.paths[0].encode())
-    solutions = solve(weights, job.scheme, SolverOptions(**job.solver), job.segments, own_seed, job.paths)
+    options, stages = SolverOptions(**job.solver), [Stages() for _ in job.paths]
+    if not needs_data(job.solver):
+        solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths)
+    elif calibration is None:
+        raise UserError(
+            f"{job.paths[0]} is solved with data: load the model whole and call bittern.quantize(pipe, ...)"
+        )
+    else:
+        statistics = calibration.statistics[job.paths[0]]
+        felt = [calibration.sensitivity[path] for path in job.paths] if options.sensitivity else None
+        solutions, stages = solve_calibrated(
+            weights, statistics, job.scheme, options, job.segments, own_seed, job.paths, felt
+        )
     layers = [
         QuantLinear.from_solution(linear, job.scheme, job.segments, solution)
         for linear, solution in zip(linears, solutions, strict=True)
@@ -59,7 +76,7 @@ def solve_job(job: Job, linears: Sequence[nn.Linear], seed: int) -> tuple[list[Q
         join_group(layers)
     errors = [relative_error(weight, solution) for weight, solution in zip(weights, solutions, strict=True)]
     # Six digits are plenty, and short to write.
-    return layers, [float(f"{error:.6g}") for error in errors]
+    return layers, [float(f"{error:.6g}") for error in errors], stages
 
 
 def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -70,7 +87,11 @@ def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def checkpoint_config(
-    plan: Plan, recipe: Recipe, seed: int, errors: Mapping[str, float] | None = None
+    plan: Plan,
+    recipe: Recipe,
+    seed: int,
+    errors: Mapping[str, float] | None = None,
+    stages: Mapping[str, Stages] | None = None,
 ) -> CheckpointConfig:
     """The `quantization_config` of a plan that has been carried out (or, without errors, will be)."""
     schemes = list(dict.fromkeys(job.scheme for job in plan.jobs))
@@ -83,4 +104,5 @@ def checkpoint_config(
         groups=tuple(job.paths for job in plan.jobs if len(job.paths) > 1),
         segments={path: job.segments for job, path, _ in order if len(job.segments) > 1},
         errors={path: errors[path] for _, path, _ in order} if errors else {},
+        stages={path: stages[path] for _, path, _ in order if stages.get(path)} if stages else {},
     )

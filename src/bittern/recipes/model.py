@@ -22,10 +22,21 @@ SOLVER_FIELDS = (
     "smoothing",
     "smoothing_exponent",
     "rounds",
+    "branch",
+    "rounding",
+    "refits",
+    "sensitivity",
+    "damping",
     "svd_oversample",
     "svd_iterations",
 )
 """The keys that say how a layer is solved; the others say what it is."""
+
+
+def needs_data(solver: Mapping[str, Any]) -> bool:
+    """Whether these solver settings need to know the layer's input."""
+    return solver["smoothing"] in ("grid", "descent") or solver["branch"] == "outputs" or solver["rounding"] == "gptq"
+
 
 StoredType = Literal["bf16", "fp16", "fp32"]
 
@@ -82,9 +93,14 @@ class LayerSpec(BaseModel):
 
     scales: Literal["absmax", "search"] = "search"
     codes: Literal["absmean", "least-squares"] = "least-squares"
-    smoothing: Literal["none", "span"] = "none"
+    smoothing: Literal["none", "span", "grid", "descent"] = "none"
     smoothing_exponent: float = Field(default=0.5, ge=0, le=1)
     rounds: int = Field(default=8, ge=0)
+    branch: Literal["weights", "outputs"] = "weights"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    refits: int = Field(default=0, ge=0)
+    sensitivity: bool = False
+    damping: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     svd_oversample: int = Field(default=10, ge=0)
     svd_iterations: int = Field(default=4, ge=0)
 
@@ -115,6 +131,8 @@ class Recipe(BaseModel):
         name: What reports and checkpoints call it.
         summary: One line for people.
         default: The layers inside the blocks.
+        samples: (prompt, step) pairs that a recipe with calibrated stages sees.
+        rows: Tokens of them that are kept of each layer's input.
         modulation: What is different for the adaLN linears, which see one row per image.
         overrides: What is different for the targets that a glob matches (`*` matches dots too); later
             globs win over earlier ones.
@@ -125,6 +143,8 @@ class Recipe(BaseModel):
 
     name: str
     summary: str = ""
+    samples: int = Field(default=256, ge=1)
+    rows: int = Field(default=16384, ge=64)
     default: LayerSpec
     modulation: dict[str, Any] = {}
     overrides: dict[str, dict[str, Any]] = {}
@@ -145,6 +165,13 @@ class Recipe(BaseModel):
             if fnmatchcase(path, glob):
                 spec = _patched(spec, patch, f"overrides[{glob!r}]")
         return spec
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any layer needs to know its input, so that prompts have to be drawn."""
+        patches = [*self.overrides.values(), self.modulation]
+        specs = [self.default, *(_patched(self.default, patch, "patch") for patch in patches)]
+        return any(needs_data(spec.solver()) for spec in specs)
 
     def keeps(self, path: str) -> bool:
         """Whether a `keep` glob matches `path`."""
