@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import inspect as python_inspect
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,40 +18,35 @@ from safetensors import SafetensorError
 from torch import nn
 
 import bittern
-from bittern import recipes
+from bittern.architectures import Plan
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UserError, did_you_mean
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
+from bittern.quantization.calibration import Calibration, calibrate
+from bittern.quantization.conductor import with_samples
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
 from bittern.quantization.stream import can_stream, quantize_streaming, run_manifest
 from bittern.quantization.workspace import Workspace
 from bittern.recipes import Recipe
+from bittern.trajectories import CallDefaults, check_prompts, default_prompts, defaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+__all__ = [
+    "CallDefaults",
+    "check_device",
+    "check_out",
+    "defaults",
+    "load",
+    "new_folder",
+    "quantize_folder",
+    "resolve",
+]
+
 BUILT_IN = "tiny-flux"
 INDEX = "model_index.json"
-
-
-@dataclass(frozen=True)
-class CallDefaults:
-    """How a pipeline wants to be called.
-
-    Attributes:
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
-        steps: Denoising steps.
-        max_sequence_length: Text tokens; None if the pipeline does not ask.
-        guidance: Guidance scale; 0 for a model that was not trained with one.
-    """
-
-    height: int
-    width: int
-    steps: int
-    max_sequence_length: int | None
-    guidance: float
 
 
 def resolve(model: str | Path) -> Path:
@@ -103,30 +96,13 @@ def load(
         return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored).to(device)
 
 
-def defaults(pipe: DiffusionPipeline) -> CallDefaults:
-    """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
-    call = python_inspect.signature(pipe.__call__).parameters
-    vae = getattr(pipe, "vae", None)
-    size = int(vae.config.sample_size) if vae is not None else 1024
-    steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
-    if component(pipe).config.get("guidance_embeds") is False:
-        # FLUX.1-schnell was distilled to 4 steps.
-        steps, guidance = 4, 0.0
-    if size < 512:
-        # A small model was not distilled.
-        steps = 24
-    length = None
-    if "max_sequence_length" in call:
-        tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
-        length = min(int(call["max_sequence_length"].default), int(tokenizer.model_max_length))
-    return CallDefaults(size, size, steps, length, guidance)
-
-
 def quantize_folder(
     model: str | Path,
     recipe: str | Path | Recipe,
     out: str | Path,
     *,
+    prompts: Sequence[str] | None = None,
+    samples: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     force: bool = False,
@@ -143,8 +119,10 @@ def quantize_folder(
         model: A folder, a hub id, or a built-in name.
         recipe: The name of a recipe, the path of a YAML file, or a `Recipe`.
         out: The folder to write.
+        prompts: To calibrate with; by default the pipeline's own, or the bundled ones. Only for calibrated recipes.
+        samples: (prompt, step) pairs to calibrate with; by default the recipe's number.
         seed: As for `quantize`.
-        device: Where layers are solved.
+        device: Where layers are solved, and where a calibrated recipe's pipeline draws: it must fit there whole.
         force: Whether to replace a model that is in `out`.
         restart: Whether to throw away what an unfinished run has left.
         progress: Called as blocks are finished.
@@ -154,7 +132,7 @@ def quantize_folder(
             `out` was about something else; what can be told beforehand is told before anything is solved.
     """
     check_device(device)
-    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    recipe = with_samples(recipe, prompts, samples)
     source = resolve(model)
     check_out(out, force=force, source=source)
     place = source / denoiser_name(source)
@@ -170,13 +148,24 @@ def quantize_folder(
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
     if not can_stream(blank, place):
-        denoiser = _load_denoiser(model, place).to(device)
-        report = quantize(denoiser, recipe, seed=seed, progress=progress)
-        _write(denoiser, model, out, others, report, place, seed, force)
+        target = load(model, device=device) if recipe.calibrated else _load_denoiser(model, place).to(device)
+        report = quantize(target, recipe, prompts=prompts, seed=seed, progress=progress)
+        _write(component(target), model, out, others, report, place, seed, force)
         return report
-    with Workspace(work, run_manifest(place, recipe, seed, bittern.__version__), restart=restart) as workspace:
+    if recipe.calibrated:
+        prompts = default_prompts(source) if prompts is None else check_prompts(prompts)
+
+    def calibrate_pipeline(made: Plan) -> Calibration:
+        pipe = load(model, device=device)
+        return calibrate(pipe, component(pipe), made, recipe, prompts, seed, progress)
+
+    manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts)
+    with Workspace(work, manifest, restart=restart) as workspace:
         with _kept_if_worth_it(workspace, out):
-            quantize_streaming(blank, place, recipe, workspace, seed=seed, device=device, progress=progress)
+            quantize_streaming(
+                blank, place, recipe, workspace, seed=seed, device=device, calibrate=calibrate_pipeline,
+                progress=progress,
+            )  # fmt: skip
             report = inspect(blank)
             _write(blank, model, out, others, report, place, seed, force)
         workspace.remove()

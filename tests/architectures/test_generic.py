@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
-from families import FAMILIES
 from torch import Tensor, nn
 
 import bittern
@@ -18,6 +17,7 @@ from bittern.architectures import generic, of, plan
 from bittern.architectures.recording import record
 from bittern.errors import UserError
 from bittern.layers import QuantLinear, quant_layers
+from families import FAMILIES
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "sd3", "pixart", "sana", "sd15", "wan", "ltx"])

@@ -81,6 +81,7 @@ class CheckpointConfig(BaseModel):
         groups: Paths of layers that read one tensor; the first carries the shared leaves.
         segments: Lengths of the K-segments, where there is more than one.
         errors: Relative weight error of each target.
+        stages: Relative output error after each of the solver's stages, of targets that were calibrated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -94,6 +95,7 @@ class CheckpointConfig(BaseModel):
     groups: tuple[tuple[str, ...], ...] = ()
     segments: dict[str, tuple[StrictInt, ...]] = {}
     errors: dict[str, float] = {}
+    stages: dict[str, dict[str, float]] = {}
 
     @classmethod
     def parse(cls, data: object, where: str = "quantization_config") -> CheckpointConfig:
@@ -152,7 +154,7 @@ class CheckpointConfig(BaseModel):
                 raise UserError(f"target {path!r} has {target.shape[1]} inputs: expected as many for each tap")
             if target.kernel and path in self.segments:
                 raise UserError(f"target {path!r} is a convolution: expected no segments of its own")
-        for key in ("segments", "errors"):
+        for key in ("segments", "errors", "stages"):
             for path in getattr(self, key):
                 self._expect_target(key, path)
         for path in self.targets:
@@ -163,6 +165,9 @@ class CheckpointConfig(BaseModel):
         for path, error in self.errors.items():
             if not (math.isfinite(error) and error >= 0):
                 raise UserError(f"error of {path!r} is {error}: expected a finite number of 0 or more")
+        for path, stages in self.stages.items():
+            if not all(math.isfinite(error) and error >= 0 for error in stages.values()):
+                raise UserError(f"stages of {path!r} are {stages}: expected finite numbers of 0 or more")
         self._check_groups()
         return self
 

@@ -40,8 +40,8 @@ def compare(
         hush()
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare as run
-        from bittern.evaluation.prompts import read_prompts
         from bittern.pipelines import check_file_out
+        from bittern.trajectories import read_prompts
 
         check_file_out(report, "--report")
         comparison = run(

@@ -38,8 +38,8 @@ def evaluate(
     """
     with Output(json) as out:
         hush()
-        from bittern.evaluation.prompts import read_prompts
         from bittern.evaluation.suites import evaluate as run
+        from bittern.trajectories import read_prompts
 
         result = run(
             model,

@@ -32,8 +32,8 @@ def generate(
         hush()
         from bittern.evaluation.drawing import draw
         from bittern.evaluation.generate import save_png
-        from bittern.evaluation.prompts import read_prompts
         from bittern.pipelines import check_file_out
+        from bittern.trajectories import read_prompts
 
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
         files = _files(out, texts)

@@ -24,6 +24,14 @@ def quantize(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is in the folder.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run has left.")] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Calibration prompts, .txt or .jsonl.", show_default="the model's own or ours"),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help="(prompt, step) pairs to calibrate with.", show_default="the recipe's"),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same model, recipe and seed: same bytes.")] = 0,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -31,8 +39,25 @@ def quantize(
     """Quantize a model and write it as a diffusers folder, whole or not at all."""
     with Output(json) as output:
         hush()
-        done = run(model, recipe, out, force=force, restart=restart, seed=seed, device=device, output=output)
-        output.result(done.to_dict(), scheme_table(done.report), done.summary)
+        texts = None
+        if prompts is not None:
+            from bittern.trajectories import read_prompts
+
+            texts = read_prompts(prompts)
+        done = run(
+            model,
+            recipe,
+            out,
+            prompts=texts,
+            samples=samples,
+            force=force,
+            restart=restart,
+            seed=seed,
+            device=device,
+            output=output,
+        )
+        stages = [stage_table(done.report)] if any(row.stages for row in done.report.rows) else []
+        output.result(done.to_dict(), scheme_table(done.report), *stages, done.summary)
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,8 @@ def run(
     *,
     force: bool,
     output: Output,
+    prompts: list[str] | None = None,
+    samples: int | None = None,
     restart: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -101,11 +128,13 @@ def run(
             model,
             recipe,
             out,
+            prompts=prompts,
+            samples=samples,
             seed=seed,
             device=options.resolve_device(device),
             force=force,
             restart=restart,
-            progress=lambda _, done, total: output.progress(f"solving {recipe}", done, total),
+            progress=lambda what, done, total: output.progress(f"{recipe}: {what}", done, total),
         )
     except KeyboardInterrupt:
         if pipelines.workspace_of(out).exists():
@@ -132,3 +161,18 @@ def scheme_table(report: Report) -> Table:
         lines.append((*kind, len(rows), *numbers))
     columns = ("format", "group", "rank", "activations", "layers", "weights", "bytes", "bits per weight", "error")
     return table(columns, lines)
+
+
+def stage_table(report: Report) -> Table:
+    """What each stage of calibration left of the output errors: a row for each kind of layer, its blocks' mean."""
+    kinds: dict[str, list[dict[str, float]]] = {}
+    for row in report.rows:
+        if row.stages:
+            kind = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
+            kinds.setdefault(kind, []).append(row.stages)
+    stages = list(dict.fromkeys(stage for tables in kinds.values() for found in tables for stage in found))
+    lines = []
+    for kind, tables in kinds.items():
+        found = [[each[stage] for each in tables if stage in each] for stage in stages]
+        lines.append((kind, len(tables), *(f"{sum(x) / len(x):.4f}" if x else "" for x in found)))
+    return table(("output error after", "layers", *stages), lines)

@@ -79,10 +79,7 @@ def generate(
     call = pipelines.defaults(pipe)
     steps = steps or call.steps
     batch_size = batch_size or default_batch_size(pipe, call.height * call.width)
-    options = {"height": call.height, "width": call.width, "num_inference_steps": steps, "output_type": "pt"}
-    options["guidance_scale"] = call.guidance
-    if call.max_sequence_length is not None:
-        options["max_sequence_length"] = call.max_sequence_length
+    options = call.options(steps) | {"output_type": "pt"}
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     drawn: list[Tensor] = []

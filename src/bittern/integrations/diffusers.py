@@ -251,11 +251,11 @@ class BitternQuantizer(DiffusersQuantizer):
         job = self._waiting.pop(path)
         if any(mate in self._waiting for mate in job.paths):
             return
-        layers, errors = solve_job(
+        layers, errors, _ = solve_job(
             job,
             [model.get_submodule(mate) for mate in job.paths],
             self.quantization_config.seed,
-            self._magnitudes.get(job.paths[0]),
+            magnitudes=self._magnitudes.get(job.paths[0]),
         )
         for mate, layer, error in zip(job.paths, layers, errors, strict=True):
             swap(model, mate, layer)

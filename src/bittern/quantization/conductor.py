@@ -12,6 +12,7 @@ from bittern import recipes
 from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
+from bittern.quantization.calibration import calibrate
 from bittern.quantization.jobs import (
     Progress,
     check_seed,
@@ -22,6 +23,8 @@ from bittern.quantization.jobs import (
 )
 from bittern.quantization.report import Report, component, inspect, refuse_quantized
 from bittern.recipes import Recipe
+from bittern.solvers import Stages
+from bittern.trajectories import check_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,6 +35,7 @@ def quantize(
     recipe: str | Path | Recipe,
     *,
     prompts: Sequence[str] | None = None,
+    samples: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
@@ -43,7 +47,9 @@ def quantize(
     Args:
         target: A diffusers pipeline, or one of its models.
         recipe: The name of a recipe, the path of a YAML file, or a `Recipe`.
-        prompts: Calibration prompts. The recipes of this version need none and refuse them.
+        prompts: Calibration prompts, for a recipe that is calibrated; None takes the pipeline's own or the bundled
+            ones. A data-free recipe refuses them.
+        samples: (prompt, step) pairs to calibrate with, in place of the recipe's own number.
         seed: The same model, recipe and seed give the same bytes on one machine with one number of threads: with
             another, the linear algebra under the SVD sums in another order.
         progress: Called as layers are solved.
@@ -53,11 +59,11 @@ def quantize(
 
     Raises:
         UserError: for an unknown recipe or model, a model that is quantized or wears adapters, weights that are
-            not finite or not loaded, a glob or rank that does not fit the model.
+            not finite or not loaded, a glob or rank that does not fit the model; for a calibrated recipe also prompts
+            that are unusable, a model without its pipeline, and one that gives NaN.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    if prompts is not None:
-        raise UserError(f"recipe {recipe.name} uses no prompts: leave them out")
+    recipe = with_samples(recipe, prompts, samples)
+    prompts = None if prompts is None else check_prompts(prompts)
     check_seed(seed)
     model = component(target)
     refuse_quantized(model)
@@ -67,19 +73,34 @@ def quantize(
             check_weight(path, model.get_submodule(path).weight)
 
     magnitudes = modulated_magnitudes(made, model, model.get_parameter)
+    calibration = calibrate(target, model, made, recipe, prompts, seed, progress) if recipe.calibrated else None
     total = sum(len(job.paths) for job in made.jobs)
     solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
+    stages: dict[str, Stages] = {}
     for job in made.jobs:
         if progress:
             progress(f"solving {job.paths[0]}", len(solved), total)
-        linears = [model.get_submodule(path) for path in job.paths]
-        layers, missed = solve_job(job, linears, seed, magnitudes.get(job.paths[0]))
+        modules = [model.get_submodule(path) for path in job.paths]
+        layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
         solved.update(zip(job.paths, layers, strict=True))
         errors.update(zip(job.paths, missed, strict=True))
+        stages.update(zip(job.paths, staged, strict=True))
     for path, layer in solved.items():
         swap(model, path, layer)
-    finish(model, made, recipe, seed, errors)
+    finish(model, made, recipe, seed, errors, stages)
     if progress:
         progress("solved", total, total)
     return inspect(model)
+
+
+def with_samples(recipe: str | Path | Recipe, prompts: Sequence[str] | None, samples: int | None) -> Recipe:
+    """The recipe that a caller means, with a number of samples of the caller's.
+
+    Raises:
+        UserError: for an unknown recipe, and for prompts or samples that a recipe without data has no use for.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    if not recipe.calibrated and (prompts is not None or samples is not None):
+        raise UserError(f"recipe {recipe.name} uses no prompts: leave them out")
+    return recipe if samples is None else recipe.override(samples=samples)

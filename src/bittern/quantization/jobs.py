@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,11 +13,9 @@ from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
-from bittern.recipes import Recipe
-from bittern.solvers import SolverOptions, relative_error, solve
-
-Progress = Callable[[str, float, float], None]
-"""Called with what is being done, how much of it is done and how much there is."""
+from bittern.quantization.calibration import Calibration
+from bittern.recipes import Recipe, needs_data
+from bittern.solvers import SolverOptions, Stages, relative_error, solve, solve_calibrated
 
 
 def check_seed(seed: int) -> None:
@@ -45,19 +43,37 @@ def check_weight(path: str, weight: torch.Tensor) -> None:
 
 @torch.no_grad()
 def solve_job(
-    job: Job, modules: Sequence[nn.Linear | nn.Conv2d], seed: int, magnitudes: Float[Tensor, " k"] | None = None
-) -> tuple[list[FewBitLayer], list[float]]:
-    """The few-bit layers that replace a job's linears or convolution, and their relative weight errors.
+    job: Job,
+    modules: Sequence[nn.Linear | nn.Conv2d],
+    seed: int,
+    calibration: Calibration | None = None,
+    magnitudes: Float[Tensor, " k"] | None = None,
+) -> tuple[list[FewBitLayer], list[float], list[Stages]]:
+    """The layers that replace a job's linears or convolution, their relative weight errors, and their outputs'.
 
     The result depends on the arguments, not on the order in which jobs are done. Magnitudes are those of
     `architectures.modulated_magnitudes`, for a job that asks for them.
+
+    Raises:
+        UserError: as the solvers do, and if the job needs data and there is none.
     """
     weights = [flat_weight(module) for module in modules]
     own_seed = (seed << 32) | zlib.crc32(job.paths[0].encode())
     if magnitudes is not None:
         magnitudes = magnitudes.to(weights[0].device)
-    options = SolverOptions(**job.solver)
-    solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths, magnitudes)
+    options, stages = SolverOptions(**job.solver), [Stages() for _ in job.paths]
+    if not needs_data(job.solver):
+        solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths, magnitudes)
+    elif calibration is None:
+        raise UserError(
+            f"{job.paths[0]} is solved with data: load the model whole and call bittern.quantize(pipe, ...)"
+        )
+    else:
+        statistics = calibration.statistics[job.paths[0]]
+        felt = [calibration.sensitivity[path] for path in job.paths] if options.sensitivity else None
+        solutions, stages = solve_calibrated(
+            weights, statistics, job.scheme, options, job.segments, own_seed, job.paths, felt
+        )
     layers = [
         few_bit_class(module).from_solution(module, job.scheme, job.segments, solution)
         for module, solution in zip(modules, solutions, strict=True)
@@ -66,7 +82,7 @@ def solve_job(
         join_group(layers)
     errors = [relative_error(weight, solution) for weight, solution in zip(weights, solutions, strict=True)]
     # Six digits are plenty, and short to write.
-    return layers, [float(f"{error:.6g}") for error in errors]
+    return layers, [float(f"{error:.6g}") for error in errors], stages
 
 
 def few_bit_class(module: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
@@ -81,20 +97,31 @@ def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
-def finish(model: nn.Module, made: Plan, recipe: Recipe, seed: int, errors: Mapping[str, float]) -> None:
+def finish(
+    model: nn.Module,
+    made: Plan,
+    recipe: Recipe,
+    seed: int,
+    errors: Mapping[str, float],
+    stages: Mapping[str, Stages] | None = None,
+) -> None:
     """Makes a model whose few-bit layers are in place one that diffusers saves as such, and runs groups as one."""
     from diffusers.quantizers import DiffusersAutoQuantizer
 
     # Diffusers' registry knows which class carries the config; nothing here depends on its internals.
     quantizer = DiffusersAutoQuantizer.from_config(
-        checkpoint_config(made, recipe, seed, errors).dump(), pre_quantized=True
+        checkpoint_config(made, recipe, seed, errors, stages).dump(), pre_quantized=True
     )
     made.architecture.install(model)
     quantizer.attach(model)
 
 
 def checkpoint_config(
-    plan: Plan, recipe: Recipe, seed: int, errors: Mapping[str, float] | None = None
+    plan: Plan,
+    recipe: Recipe,
+    seed: int,
+    errors: Mapping[str, float] | None = None,
+    stages: Mapping[str, Stages] | None = None,
 ) -> CheckpointConfig:
     """The `quantization_config` of a plan that has been carried out (or, without errors, will be)."""
     schemes = list(dict.fromkeys(job.scheme for job in plan.jobs))
@@ -109,4 +136,5 @@ def checkpoint_config(
         groups=tuple(job.paths for job in plan.jobs if len(job.paths) > 1),
         segments={path: job.segments for job, path, _ in order if len(job.segments) > 1 and not job.kernel},
         errors={path: errors[path] for _, path, _ in order} if errors else {},
+        stages={path: stages[path] for _, path, _ in order if stages.get(path)} if stages else {},
     )

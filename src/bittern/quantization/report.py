@@ -37,6 +37,7 @@ class Row:
         activations: Bits of the least precise activations it was solved for.
         error: Relative weight error |W - What| / |W|; None before it is solved.
         shape: (N, K); of a convolution K counts the inputs of all its taps.
+        stages: Relative output error after each of the solver's stages, if it was calibrated; None if not.
         bytes: Of the tensors stored under its name, bias excluded. A group's shared tensors count for its
             first member.
         bits_per_weight: 8 bytes / (N K).
@@ -49,6 +50,7 @@ class Row:
     rank: int
     activations: int
     error: float | None
+    stages: dict[str, float] | None
     shape: tuple[int, int]
     bytes: int
     bits_per_weight: float
@@ -248,6 +250,7 @@ def _row(path: str, config: CheckpointConfig) -> Row:
         rank=scheme.rank,
         activations=scheme.activations,
         error=config.errors.get(path),
+        stages=config.stages.get(path),
         shape=shape,
         bytes=nbytes,
         bits_per_weight=8 * nbytes / (shape[0] * shape[1]),

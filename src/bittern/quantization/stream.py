@@ -9,7 +9,8 @@ bytes of an undisturbed one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.architectures import Job, modulated_magnitudes, plan
+from bittern.architectures import Job, Plan, modulated_magnitudes, plan
 from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, TensorSpec, read_headers, read_tensor, weight_files
 from bittern.layers import FewBitLayer, join_group
+from bittern.quantization.calibration import Calibration
 from bittern.quantization.jobs import (
     Progress,
     check_seed,
@@ -33,6 +35,7 @@ from bittern.quantization.jobs import (
 from bittern.quantization.report import refuse_quantized
 from bittern.quantization.workspace import Workspace, fingerprint
 from bittern.recipes import Recipe
+from bittern.solvers import Stages
 
 Headers = Mapping[str, tuple[Path, TensorSpec]]
 
@@ -42,14 +45,17 @@ def can_stream(model: nn.Module, folder: Path) -> bool:
     return read_headers(weight_files(folder)).keys() >= model.state_dict().keys()
 
 
-def run_manifest(folder: Path, recipe: Recipe, seed: int, version: str) -> dict[str, Any]:
-    """What a run is about: model, recipe, seed and versions. Two runs with equal ones may share blocks."""
+def run_manifest(
+    folder: Path, recipe: Recipe, seed: int, version: str, prompts: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What a run is about: model, recipe, seed, prompts and versions. Two runs with equal ones may share blocks."""
     return {
         "bittern": version,
         "format_version": FORMAT_VERSION,
         "model": fingerprint([folder / "config.json", *weight_files(folder)]),
         "recipe": recipe.dump(),
         "seed": seed,
+        "prompts": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
     }
 
 
@@ -62,6 +68,7 @@ def quantize_streaming(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    calibrate: Callable[[Plan], Calibration] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Makes a model few-bit while its weights are read.
@@ -69,10 +76,11 @@ def quantize_streaming(
     Args:
         model: On meta, as `skeleton` makes it; it becomes the few-bit model, on the CPU, ready to be saved.
         folder: The model's own, with its weight files.
-        recipe: One that needs no data.
+        recipe: What to make of it.
         workspace: Open, and of this run.
         seed: As for `quantize`.
         device: Where layers are solved.
+        calibrate: Gives what a calibrated recipe must know; called once, and only if a block is not finished.
         progress: Called as blocks are finished.
 
     Raises:
@@ -90,7 +98,9 @@ def quantize_streaming(
         return read_tensor(headers, name).to(dtypes[name])
 
     magnitudes: dict[str, Tensor] | None = None
+    calibration: Calibration | None = None
     errors: dict[str, float] = {}
+    stages: dict[str, Stages] = {}
     parents = [str(getattr(made.architecture.site(job.paths[0]), "parent", "")) for job in made.jobs]
     blocks = [
         (parent, [job for _, job in pairs])
@@ -104,27 +114,37 @@ def quantize_streaming(
         if not workspace.has(name):
             if magnitudes is None:
                 magnitudes = modulated_magnitudes(made, model, read)
+                calibration = calibrate(made) if calibrate and recipe.calibrated else None
             tensors: dict[str, Tensor] = {}
-            notes: dict[str, float] = {}
+            notes: dict[str, dict[str, Any]] = {"errors": {}, "stages": {}}
             for job in jobs:
-                solved, missed = _solve(model, job, read, seed, device, magnitudes.get(job.paths[0]))
-                notes.update(zip(job.paths, missed, strict=True))
+                known = calibration, magnitudes.get(job.paths[0])
+                solved, missed, staged = _solve(model, job, read, seed, device, *known)
+                notes["errors"].update(zip(job.paths, missed, strict=True))
+                notes["stages"].update(zip(job.paths, staged, strict=True))
                 for path, layer in zip(job.paths, solved, strict=True):
                     tensors.update({f"{path}.{leaf}": tensor for leaf, tensor in layer.tensors().items()})
             workspace.save(name, tensors, notes)
         tensors, notes = workspace.load(name)
-        errors.update(notes)
+        errors.update(notes["errors"])
+        stages.update(notes["stages"])
         _put(model, config, [path for job in jobs for path in job.paths], tensors)
-    _fill(model, config, read)
-    finish(model, made, recipe, seed, errors)
+    _fill(model, read)
+    finish(model, made, recipe, seed, errors, stages)
     if progress:
         progress("solved", len(blocks), len(blocks))
     return model
 
 
 def _solve(
-    model: nn.Module, job: Job, read: Any, seed: int, device: str | torch.device, magnitudes: Tensor | None
-) -> tuple[list[FewBitLayer], list[float]]:
+    model: nn.Module,
+    job: Job,
+    read: Callable[[str], Tensor],
+    seed: int,
+    device: str | torch.device,
+    calibration: Calibration | None,
+    magnitudes: Tensor | None,
+) -> tuple[list[FewBitLayer], list[float], list[Stages]]:
     """A job's layers, from weights that are read for it and let go again."""
     modules: list[Any] = [model.get_submodule(path) for path in job.paths]
     empty = [(module.weight, module.bias) for module in modules]
@@ -133,7 +153,7 @@ def _solve(
             weight = read(f"{path}.weight").to(device)
             check_weight(path, weight)
             module.weight, module.bias = nn.Parameter(weight, requires_grad=False), None
-        return solve_job(job, modules, seed, magnitudes)
+        return solve_job(job, modules, seed, calibration, magnitudes)
     finally:
         for module, (weight, bias) in zip(modules, empty, strict=True):
             module.weight, module.bias = weight, bias
@@ -154,7 +174,7 @@ def _put(model: nn.Module, config: CheckpointConfig, paths: Iterable[str], tenso
         swap(model, path, layer)
 
 
-def _fill(model: nn.Module, config: CheckpointConfig, read: Any) -> None:
+def _fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
     """The parameters that keep their bits, biases of few-bit layers included."""
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:

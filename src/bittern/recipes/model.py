@@ -23,6 +23,11 @@ SOLVER_FIELDS = (
     "smoothing_exponent",
     "activation_exponent",
     "rounds",
+    "branch",
+    "rounding",
+    "refits",
+    "sensitivity",
+    "damping",
     "svd_oversample",
     "svd_iterations",
 )
@@ -34,10 +39,19 @@ CONVOLUTION: dict[str, Any] = {
     "activations": 16,
     "rank": 0,
     "smoothing": "none",
+    "branch": "weights",
+    "rounding": "nearest",
+    "sensitivity": False,
     "shift": 0.0,
     "packing": None,
 }
 """What a convolution differs in from a linear unless the recipe says more: 3 x 3 kernels run with 16 bits."""
+
+
+def needs_data(solver: Mapping[str, Any]) -> bool:
+    """Whether these solver settings need to know the layer's input."""
+    return solver["smoothing"] in ("grid", "descent") or solver["branch"] == "outputs" or solver["rounding"] == "gptq"
+
 
 StoredType = Literal["bf16", "fp16", "fp32"]
 
@@ -94,10 +108,15 @@ class LayerSpec(BaseModel):
 
     scales: Literal["absmax", "search"] = "search"
     codes: Literal["absmean", "least-squares"] = "least-squares"
-    smoothing: Literal["none", "span", "modulation"] = "none"
+    smoothing: Literal["none", "span", "modulation", "grid", "descent"] = "none"
     smoothing_exponent: float = Field(default=0.5, ge=0, le=1)
     activation_exponent: float = Field(default=0.5, ge=0, le=1)
     rounds: int = Field(default=8, ge=0)
+    branch: Literal["weights", "outputs"] = "weights"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    refits: int = Field(default=0, ge=0)
+    sensitivity: bool = False
+    damping: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     svd_oversample: int = Field(default=10, ge=0)
     svd_iterations: int = Field(default=4, ge=0)
 
@@ -128,6 +147,8 @@ class Recipe(BaseModel):
         name: What reports and checkpoints call it.
         summary: One line for people.
         default: The layers inside the blocks.
+        samples: (prompt, step) pairs that a recipe with calibrated stages sees.
+        rows: Tokens of them that are kept of each layer's input.
         modulation: What is different for the adaLN linears, which see one row per image.
         convolution: What is different for convolutions with kernels larger than 1 x 1, and for layers that read the
             residual stream without a norm, beyond `CONVOLUTION`: int4 weights in groups of 64 channels, 16-bit
@@ -141,6 +162,8 @@ class Recipe(BaseModel):
 
     name: str
     summary: str = ""
+    samples: int = Field(default=256, ge=1)
+    rows: int = Field(default=16384, ge=64)
     default: LayerSpec
     modulation: dict[str, Any] = {}
     convolution: dict[str, Any] | None = {}
@@ -168,6 +191,13 @@ class Recipe(BaseModel):
 
     def _convolution(self) -> LayerSpec:
         return _patched(self.default, {**CONVOLUTION, **(self.convolution or {})}, "convolution")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any layer needs to know its input, so that prompts have to be drawn."""
+        patches = [*self.overrides.values(), self.modulation]
+        specs = [self.default, *(_patched(self.default, patch, "patch") for patch in patches)]
+        return any(needs_data(spec.solver()) for spec in specs)
 
     def keeps(self, path: str) -> bool:
         """Whether a `keep` glob matches `path`."""

@@ -1,9 +1,10 @@
-"""Solvers: a weight (later with its input's statistics) and a scheme -> the tensors of a few-bit layer."""
+"""Solvers: a weight, with its input's statistics or without, and a scheme -> the tensors of a few-bit layer."""
 
 from __future__ import annotations
 
+from bittern.solvers.calibrated import Stages, solve_calibrated
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.solution import Solution, relative_error
 from bittern.solvers.solve import solve
 
-__all__ = ["Solution", "SolverOptions", "relative_error", "solve"]
+__all__ = ["Solution", "SolverOptions", "Stages", "relative_error", "solve", "solve_calibrated"]

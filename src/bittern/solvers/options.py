@@ -11,7 +11,9 @@ from bittern.scheme import WeightFormat
 
 ScaleRule = Literal["absmax", "search"]
 CodeRule = Literal["absmean", "least-squares"]
-Smoothing = Literal["none", "span", "modulation"]
+Smoothing = Literal["none", "span", "modulation", "grid", "descent"]
+Branch = Literal["weights", "outputs"]
+Rounding = Literal["nearest", "gptq"]
 
 _INT4_RULES: dict[str, Rule] = {"absmax": int4.absmax, "search": int4.search}
 _TERNARY_RULES: dict[str, Rule] = {"absmean": ternary.absmean, "least-squares": ternary.least_squares}
@@ -19,17 +21,23 @@ _TERNARY_RULES: dict[str, Rule] = {"absmean": ternary.absmean, "least-squares": 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """Choices of the data-free solver.
+    """Choices of the solvers.
 
     Attributes:
         scales: For int4: "absmax" (amax / 7) or "search" (least squared error).
         codes: For ternary: "absmean" (scale mean |w|, as in BitNet b1.58) or "least-squares" (exact, with its
             scale).
         smoothing: "none"; "span": from the span of each input's weights; "modulation": from that and from the
-            magnitude that the model's modulation gives each input.
+            magnitude that the model's modulation gives each input; "grid": the candidate of least output error, and
+            "descent": gradient descent from there, which both need data.
         smoothing_exponent: Power of the span; 0 leaves it out, 1 makes all spans equal.
         activation_exponent: Power of the magnitude; 0 leaves it out, 1 makes all magnitudes equal.
         rounds: How often at most branch and residual are solved again, each given the other.
+        branch: What the branch keeps small: the error of "weights", or of "outputs", which needs data.
+        rounding: "nearest" codes, or "gptq", which needs data.
+        refits: How often at most the branch is fitted again to the codes of GPTQ, while the output error falls.
+        sensitivity: Whether output errors count as much as the model's output feels them, which needs data.
+        damping: Share of its mean diagonal that is added to GPTQ's Hessian.
         svd_oversample: Columns that the randomised SVD carries beyond the rank.
         svd_iterations: Its power iterations from a cold start; a later round starts warm and needs one.
     """
@@ -40,6 +48,11 @@ class SolverOptions:
     smoothing_exponent: float = 0.5
     activation_exponent: float = 0.5
     rounds: int = 8
+    branch: Branch = "weights"
+    rounding: Rounding = "nearest"
+    refits: int = 0
+    sensitivity: bool = False
+    damping: float = 0.01
     svd_oversample: int = 10
     svd_iterations: int = 4
 
@@ -47,7 +60,9 @@ class SolverOptions:
         for name, known in (
             ("scales", _INT4_RULES),
             ("codes", _TERNARY_RULES),
-            ("smoothing", ("none", "span", "modulation")),
+            ("smoothing", ("none", "span", "modulation", "grid", "descent")),
+            ("branch", ("weights", "outputs")),
+            ("rounding", ("nearest", "gptq")),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -55,7 +70,9 @@ class SolverOptions:
         for name in ("smoothing_exponent", "activation_exponent"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)}: expected 0 to 1")
-        for name in ("rounds", "svd_oversample", "svd_iterations"):
+        if not self.damping > 0:
+            raise UserError(f"damping {self.damping}: expected more than 0")
+        for name in ("rounds", "refits", "svd_oversample", "svd_iterations"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)}: expected 0 or more")
 

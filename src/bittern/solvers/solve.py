@@ -71,12 +71,12 @@ def solve(
             fit the scheme.
     """
     layout = scheme.layout(segments)
-    _check(weights, layout, names or [f"weights[{i}]" for i in range(len(weights))])
+    check_weights(weights, layout, names or [f"weights[{i}]" for i in range(len(weights))])
     smooth = _smooth(weights, layout, scheme, options, magnitudes)
     target = torch.cat([weight.float() for weight in weights])
     if smooth is not None:
         target *= smooth.float()
-    with _few_threads(target):
+    with few_threads(target.numel()):
         best = _alternate(target, layout, scheme, options, smooth, seed)
     rows = [weight.shape[0] for weight in weights]
     ups = [None] * len(rows) if best.up is None else torch.split(best.up, rows)
@@ -85,7 +85,7 @@ def solve(
 
 
 @contextmanager
-def _few_threads(target: Tensor) -> Generator[None]:
+def few_threads(weights: int) -> Generator[None]:
     """One thread for a small problem.
 
     Its steps are shorter than it takes threads to meet: on a busy machine they wait for each other, 30 times as long
@@ -93,7 +93,7 @@ def _few_threads(target: Tensor) -> Generator[None]:
     number of threads.
     """
     before = torch.get_num_threads()
-    if target.numel() <= SMALL:
+    if weights <= SMALL:
         torch.set_num_threads(1)
     try:
         yield
@@ -145,8 +145,8 @@ def _smooth(
 ) -> Float[Tensor, " k"] | None:
     if not scheme.smooth:
         return None
-    if options.smoothing == "none":
-        raise UserError("the scheme has smooth: true and the solver smoothing: none; make them agree")
+    if options.smoothing not in ("span", "modulation"):
+        raise UserError(f"the scheme has smooth: true and the solver smoothing: {options.smoothing}; make them agree")
     dtype = dtype_of(scheme.branch_dtype)
     if options.smoothing == "span":
         return span_smoothing(weights, layout, options.smoothing_exponent, dtype)
@@ -156,7 +156,12 @@ def _smooth(
     return span_smoothing(weights, layout, exponents[0], dtype, magnitudes, exponents[1])
 
 
-def _check(weights: Sequence[Tensor], layout: KLayout, names: Sequence[str]) -> None:
+def check_weights(weights: Sequence[Tensor], layout: KLayout, names: Sequence[str]) -> None:
+    """Refuses weights that no solver could take.
+
+    Raises:
+        UserError: for a wrong shape or type, NaN, infinities and numbers beyond `LARGEST`.
+    """
     if not weights:
         raise UserError("no weights to solve: expected at least one")
     for weight, name in zip(weights, names, strict=True):

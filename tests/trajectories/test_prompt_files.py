@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bittern.errors import UserError
-from bittern.evaluation.prompts import read_prompts
+from bittern.trajectories import read_prompts
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""GPTQ: codes that answer for each other's rounding errors.
+
+Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization" (2022, arXiv:2210.17323). Columns are
+rounded one after another; each one's error is made good, as well as the inputs' correlation allows, by the columns
+that are not rounded yet. With H = X^T X the squared output error is tr((W - What) H (W - What)^T).
+
+Choices: columns in the order of falling H_jj (act-order); scales of all groups fixed beforehand, so that the order
+does not matter to the format (static groups); H damped by a share of its mean diagonal; blocks of columns, whose
+errors reach the columns behind the block in one product.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from bittern.formats import KLayout, Rule, encode, int4
+
+BLOCK = 128
+
+_linalg = cast(Any, torch.linalg)
+
+
+def gptq(
+    weight: Float[Tensor, "n {layout.k}"],
+    hessian: Float[Tensor, "{layout.k} {layout.k}"],
+    layout: KLayout,
+    rule: Rule,
+    scale_dtype: torch.dtype,
+    damping: float = 0.01,
+) -> tuple[Int8[Tensor, "n {layout.padded_k}"], Float[Tensor, "n {layout.num_groups}"]]:
+    """int4 codes and scales of a float32 weight.
+
+    Args:
+        weight: [n, k], finite.
+        hessian: X^T X of the inputs as the layer will see them, up to a factor.
+        layout: Segments and groups of K.
+        rule: How each group gets its scale; the codes it would choose are not used.
+        scale_dtype: Stored type of the scales.
+        damping: Share of the mean diagonal of the Hessian that is added to it.
+    """
+    _, scales = encode(weight, layout, rule, scale_dtype)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], damping)
+    steps = layout.unpad(layout.expand_scales(scales.float()))[:, order]
+    # A group of zeros has scale 0, and code 0.
+    inverse = torch.where(steps == 0, 0.0, steps.reciprocal())
+    rest = weight[:, order]
+    chosen = torch.empty_like(rest)
+    for start in range(0, layout.k, BLOCK):
+        stop = min(start + BLOCK, layout.k)
+        errors = torch.empty_like(rest[:, start:stop])
+        for column in range(start, stop):
+            value = rest[:, column]
+            code = (value * inverse[:, column]).round_().clamp_(int4.LOW, int4.HIGH)
+            chosen[:, column] = code
+            error = (value - code * steps[:, column]) / factor[column, column]
+            rest[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
+            errors[:, column - start] = error
+        rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    codes = torch.empty_like(chosen)
+    codes[:, order] = chosen
+    return layout.pad(codes.to(torch.int8)), scales
+
+
+def _inverse_factor(hessian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, "k k"]:
+    """The upper triangular U with U^T U = (H + damping)^-1, in float32; computed in float64."""
+    damped = hessian.double()
+    mean = float(damped.diagonal().mean())
+    # Inputs that are always zero: every code is as good as another, and the nearest one is natural.
+    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(_linalg.cholesky(damped))
+    return _linalg.cholesky(inverse, upper=True).float()

@@ -1,0 +1,61 @@
+"""How a pipeline wants to be called."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class CallDefaults:
+    """How a pipeline wants to be called.
+
+    Attributes:
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+        steps: Denoising steps.
+        max_sequence_length: Text tokens; None if the pipeline does not ask.
+        guidance: Guidance scale; 0 for a model that was not trained with one.
+    """
+
+    height: int
+    width: int
+    steps: int
+    max_sequence_length: int | None
+    guidance: float
+
+    def options(self, steps: int | None = None) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call; `steps` in place of its own number."""
+        options: dict[str, Any] = {
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": steps or self.steps,
+            "guidance_scale": self.guidance,
+        }
+        if self.max_sequence_length is not None:
+            options["max_sequence_length"] = self.max_sequence_length
+        return options
+
+
+def defaults(pipe: DiffusionPipeline) -> CallDefaults:
+    """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
+    call = python_inspect.signature(pipe.__call__).parameters
+    vae = getattr(pipe, "vae", None)
+    size = int(vae.config.sample_size) if vae is not None else 1024
+    steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    if denoiser.config.get("guidance_embeds") is False:
+        # FLUX.1-schnell was distilled to 4 steps.
+        steps, guidance = 4, 0.0
+    if size < 512:
+        # A small model was not distilled.
+        steps = 24
+    length = None
+    if "max_sequence_length" in call:
+        tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
+        length = min(int(call["max_sequence_length"].default), int(tokenizer.model_max_length))
+    return CallDefaults(size, size, steps, length, guidance)

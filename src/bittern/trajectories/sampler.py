@@ -1,0 +1,140 @@
+"""Denoising from noise in full precision, and keeping the calls of the denoiser that were chosen beforehand.
+
+A *sample* is one (prompt, step) pair. The pairs are drawn first; a prompt's trajectory then ends after the last of
+its steps, and nothing is decoded. Prompts run one by one, so that guidance needs no special case: whatever the
+pipeline gives its denoiser in a step (both branches in one batch, or two calls) is what is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern.errors import UserError
+from bittern.trajectories.calling import defaults
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+STEPS_PER_PROMPT = 8
+"""Steps kept of one trajectory: fewer would waste the steps before them, more would see too few prompts."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One call of the denoiser.
+
+    Attributes:
+        prompt: Index of the prompt.
+        step: Index of the denoising step.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    prompt: int
+    step: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors; those that do not change with the step are shared by a prompt's states."""
+        values = (*self.args, *self.kwargs.values())
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def choose(prompts: int, steps: int, samples: int, seed: int) -> dict[int, tuple[int, ...]]:
+    """The steps to keep of each prompt that is used.
+
+    As many prompts as `STEPS_PER_PROMPT` steps each ask for, drawn without repetition; more steps of each where
+    prompts are few. A prompt's steps are drawn one from each of as many equal stretches of the trajectory, so that
+    early and late steps are met equally often.
+
+    Args:
+        prompts: How many there are.
+        steps: Denoising steps of a trajectory.
+        samples: Pairs wanted; at most prompts x steps are given.
+        seed: The same seed gives the same pairs.
+    """
+    rng = random.Random(f"samples:{seed}")
+    samples = min(samples, prompts * steps)
+    used = min(prompts, -(-samples // min(STEPS_PER_PROMPT, steps)))
+    chosen: dict[int, tuple[int, ...]] = {}
+    for turn, prompt in enumerate(sorted(rng.sample(range(prompts), used))):
+        count = samples * (turn + 1) // used - samples * turn // used
+        starts = [steps * i // count for i in range(count + 1)]
+        chosen[prompt] = tuple(rng.randrange(a, b) for a, b in itertools.pairwise(starts))
+    return chosen
+
+
+@torch.no_grad()
+def sample(
+    pipe: DiffusionPipeline,
+    denoiser: nn.Module,
+    prompts: Sequence[str],
+    samples: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[float, float], None] | None = None,
+) -> list[State]:
+    """The denoiser's calls at seeded (prompt, step) pairs; see `choose`.
+
+    A prompt's noise comes from a generator of its own, so that a state depends on nothing but its prompt, step and
+    seed. The states stay on the pipeline's device and take their `nbytes` each.
+
+    Args:
+        pipe: In full precision.
+        denoiser: The one of its components that is to be quantized.
+        prompts: Texts.
+        samples: (prompt, step) pairs.
+        seed: Of the pairs and of the noise.
+        progress: Called with trajectories done and their number.
+
+    Raises:
+        UserError: if a trajectory stops being finite.
+    """
+    call = defaults(pipe)
+    chosen = choose(len(prompts), call.steps, samples, seed)
+    states: list[State] = []
+    position = [0, 0]
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        prompt, step = position
+        if step in chosen[prompt]:
+            states.append(State(prompt, step, args, kwargs))
+
+    def advance(pipe: Any, step: int, _time: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        position[1] = step + 1
+        # Diffusers' loops pass over the steps that follow.
+        pipe._interrupt = step >= chosen[position[0]][-1]
+        if not torch.isfinite(tensors["latents"]).all():
+            text = prompts[position[0]]
+            raise UserError(f"the model gives NaN or infinity at step {step + 1} of {text!r}: try another dtype")
+        return tensors
+
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for done, prompt in enumerate(chosen):
+            position[:] = prompt, 0
+            generator = torch.Generator("cpu").manual_seed((seed << 20) + prompt)
+            pipe(
+                prompt=prompts[prompt],
+                generator=generator,
+                output_type="latent",
+                callback_on_step_end=advance,
+                **call.options(),
+            )
+            if progress:
+                progress(done + 1, len(chosen))
+    finally:
+        handle.remove()
+        pipe.set_progress_bar_config(**({"disable": False} | bar))
+    return states
