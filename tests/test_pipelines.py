@@ -329,8 +329,14 @@ for limit in (60_000, 190_000):
     done = subprocess.run(
         [sys.executable, "-c", code, str(model), str(out)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("cannot be written: the disk is full; nothing was left behind") == 2
-    assert listing(tmp_path) == sorted(["model", *(f"model/{name}" for name in listing(model))])
+    first, second = done.stdout.splitlines()
+    assert "cannot be written: the disk is full; nothing is left behind" in first
+    assert "cannot be written: the disk is full; 2 finished blocks are kept, run the same command again" in second
+    assert not out.exists()
+    pipelines.quantize_folder(model, "int4", out)
+    pipelines.quantize_folder(model, "int4", tmp_path / "other" / "out")
+    assert contents(out) == contents(tmp_path / "other" / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "other", "out"]
 
 
 def test_a_disk_that_is_too_small_is_told_beforehand(

@@ -9,21 +9,25 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import bittern
+from bittern import recipes
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UserError, did_you_mean
-from bittern.quantization import Progress, Report, model_card, predict_size, quantize
-from bittern.quantization.preview import stored_dtype
+from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
+from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
+from bittern.quantization.stream import can_stream, quantize_streaming, run_manifest
+from bittern.quantization.workspace import Workspace
 from bittern.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -80,7 +84,7 @@ def load(
 
     Args:
         model: A folder, a hub id, or `tiny-flux`.
-        dtype: What all layers but the few-bit ones compute in; None takes what the transformer is stored in.
+        dtype: What all layers but the few-bit ones compute in; None takes what the denoiser is stored in.
         device: Where to put it.
 
     Raises:
@@ -102,12 +106,15 @@ def load(
 def defaults(pipe: DiffusionPipeline) -> CallDefaults:
     """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
     call = python_inspect.signature(pipe.__call__).parameters
-    vae, transformer = getattr(pipe, "vae", None), getattr(pipe, "transformer", None)
+    vae = getattr(pipe, "vae", None)
     size = int(vae.config.sample_size) if vae is not None else 1024
     steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
-    if transformer is not None and transformer.config.get("guidance_embeds") is False:
-        # FLUX.1-schnell was distilled to 4 steps; a small model was not distilled.
-        steps, guidance = 4 if size >= 512 else 24, 0.0
+    if component(pipe).config.get("guidance_embeds") is False:
+        # FLUX.1-schnell was distilled to 4 steps.
+        steps, guidance = 4, 0.0
+    if size < 512:
+        # A small model was not distilled.
+        steps = 24
     length = None
     if "max_sequence_length" in call:
         tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
@@ -123,36 +130,107 @@ def quantize_folder(
     seed: int = 0,
     device: str | torch.device = "cpu",
     force: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantizes a pipeline's transformer or U-Net and writes the pipeline to `out`: all of it, or nothing.
 
-    Only that model is loaded; the other components are copied as they are.
+    The model is read, solved and kept block by block (see `quantization.stream`): finished blocks lie in
+    `workspace_of(out)` until `out` is written, and a run that was killed goes on from them when it is called again.
+    The other components are copied as they are.
+
+    Args:
+        model: A folder, a hub id, or a built-in name.
+        recipe: The name of a recipe, the path of a YAML file, or a `Recipe`.
+        out: The folder to write.
+        seed: As for `quantize`.
+        device: Where layers are solved.
+        force: Whether to replace a model that is in `out`.
+        restart: Whether to throw away what an unfinished run has left.
+        progress: Called as blocks are finished.
 
     Raises:
-        UserError: as `load`, `quantize` and `new_folder` do, and if the disk is too small; what can be told
-            beforehand is told before anything is solved.
+        UserError: as `load`, `quantize` and `new_folder` do, if the disk is too small, or if an unfinished run for
+            `out` was about something else; what can be told beforehand is told before anything is solved.
     """
     check_device(device)
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     source = resolve(model)
     check_out(out, force=force, source=source)
-    name = denoiser_name(source)
-    denoiser = _load_denoiser(model, source / name).to(device)
-    others = [source / INDEX, *_other_components(source, name)]
-    needed = predict_size(denoiser, recipe) + sum(_bytes_of(other) for other in others)
-    free = shutil.disk_usage(_existing_parent(Path(out).expanduser())).free
+    place = source / denoiser_name(source)
+    with _one_line(model):
+        stored_dtype(place)  # a damaged file is told as such, before anything is made of its config
+        blank, _ = skeleton(place)
+    others = [source / INDEX, *_other_components(source, place.name)]
+    work = workspace_of(out)
+    size = predict_size(blank, recipe)
+    # Finished blocks stay until the whole is written.
+    needed = 2 * size + sum(_bytes_of(other) for other in others) - (_bytes_of(work) if work.exists() else 0)
+    free = shutil.disk_usage(_existing_parent(work)).free
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
-    report = quantize(denoiser, recipe, seed=seed, progress=progress)
+    if not can_stream(blank, place):
+        denoiser = _load_denoiser(model, place).to(device)
+        report = quantize(denoiser, recipe, seed=seed, progress=progress)
+        _write(denoiser, model, out, others, report, place, seed, force)
+        return report
+    with Workspace(work, run_manifest(place, recipe, seed, bittern.__version__), restart=restart) as workspace:
+        with _kept_if_worth_it(workspace, out):
+            quantize_streaming(blank, place, recipe, workspace, seed=seed, device=device, progress=progress)
+            report = inspect(blank)
+            _write(blank, model, out, others, report, place, seed, force)
+        workspace.remove()
+    return report
+
+
+def workspace_of(out: str | Path) -> Path:
+    """Where an unfinished run for `out` keeps its blocks."""
+    path = Path(out).expanduser().resolve()
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def _write(
+    denoiser: nn.Module,
+    model: str | Path,
+    out: str | Path,
+    others: Sequence[Path],
+    report: Report,
+    place: Path,
+    seed: int,
+    force: bool,
+) -> None:
+    """The whole few-bit pipeline: its denoiser, copies of the other components, and its card."""
+    before = sum(file.stat().st_size for file in weight_files(place))
+    card = model_card(str(model), place.parent, report, before=before, seed=seed, version=bittern.__version__)
     with new_folder(out, force=force) as folder:
         for other in others:
             copy = shutil.copytree if other.is_dir() else shutil.copyfile
             copy(other, folder / other.name)
-        denoiser.save_pretrained(folder / name)
-        before = sum(file.stat().st_size for file in weight_files(source / name))
-        card = model_card(str(model), source, report, before=before, seed=seed, version=bittern.__version__)
+        denoiser.save_pretrained(folder / place.name)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return report
+
+
+@contextmanager
+def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
+    """Leaves finished blocks behind for the next run, unless there are none or the model must change first."""
+    try:
+        yield
+    except (UserError, OSError, SafetensorError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
+        reason = _disk_problem(cause)
+        if reason is None or not workspace.finished:
+            workspace.remove()
+        if reason is None:
+            raise
+        finished = workspace.finished
+        left = (
+            f"{finished} finished blocks are kept, run the same command again" if finished else "nothing is left behind"
+        )
+        raise UserError(f"output {str(out)!r} cannot be written: {reason}; {left}") from error
+    except BaseException:
+        if not workspace.finished:
+            workspace.remove()
+        raise
 
 
 def check_out(out: str | Path, *, force: bool = False, source: Path | None = None) -> None:
@@ -315,8 +393,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 @contextmanager
 def _one_line(model: str | Path) -> Iterator[None]:
     """Turns what diffusers and transformers say about a damaged folder into one line."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except UserError:
@@ -347,7 +423,7 @@ def _existing_parent(path: Path) -> Path:
 def _disk_problem(error: Exception) -> str | None:
     """What the disk said, if this is the disk's error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"):
+    if number is None and isinstance(error, shutil.Error | SafetensorError):
         # These two give the number only in their text.
         match = re.search(r"(?:os error|Errno) (\d+)", str(error))
         number = int(match[1]) if match else None

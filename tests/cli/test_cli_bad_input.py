@@ -99,7 +99,7 @@ def test_unknown_recipe_key_is_refused_with_the_nearest(
     assert "did you mean 'group_size'" in refused(arguments, capsys)
 
 
-def test_full_disk_leaves_nothing(
+def test_full_disk_leaves_finished_blocks_and_nothing_else(
     tiny_random_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -109,7 +109,8 @@ def test_full_disk_leaves_nothing(
     out = tmp_path / "out"
     line = refused(["quantize", str(tiny_random_folder), "--recipe", "int4", "--out", str(out)], capsys)
     assert str(out) in line and "full" in line
-    assert list(tmp_path.iterdir()) == []
+    assert "2 finished blocks are kept, run the same command again" in line
+    assert [file.name for file in tmp_path.iterdir()] == [".out.unfinished"]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ def quantize(
     recipe: Annotated[str, typer.Option("--recipe", help="A recipe's name or a .yaml file; see bittern recipes.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is in the folder.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run has left.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Same model, recipe and seed: same bytes.")] = 0,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -30,7 +31,7 @@ def quantize(
     """Quantize a model and write it as a diffusers folder, whole or not at all."""
     with Output(json) as output:
         hush()
-        done = run(model, recipe, out, force=force, seed=seed, device=device, output=output)
+        done = run(model, recipe, out, force=force, restart=restart, seed=seed, device=device, output=output)
         output.result(done.to_dict(), scheme_table(done.report), done.summary)
 
 
@@ -78,22 +79,38 @@ class Quantized:
         )
 
 
-def run(model: str, recipe: str, out: Path, *, force: bool, seed: int, device: str, output: Output) -> Quantized:
+def run(
+    model: str,
+    recipe: str,
+    out: Path,
+    *,
+    force: bool,
+    output: Output,
+    restart: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+) -> Quantized:
     """Quantize `model` into `out`, with progress."""
     from bittern import pipelines
     from bittern.checkpoints import weight_files
 
     began = time.perf_counter()
     source = pipelines.resolve(model)
-    report = pipelines.quantize_folder(
-        model,
-        recipe,
-        out,
-        seed=seed,
-        device=options.resolve_device(device),
-        force=force,
-        progress=lambda _, done, total: output.progress(f"solving {recipe}", done, total),
-    )
+    try:
+        report = pipelines.quantize_folder(
+            model,
+            recipe,
+            out,
+            seed=seed,
+            device=options.resolve_device(device),
+            force=force,
+            restart=restart,
+            progress=lambda _, done, total: output.progress(f"solving {recipe}", done, total),
+        )
+    except KeyboardInterrupt:
+        if pipelines.workspace_of(out).exists():
+            output.step("finished blocks are kept: the same command goes on from them")
+        raise
     name = pipelines.denoiser_name(source)
     original, real = (sum(file.stat().st_size for file in weight_files(folder / name)) for folder in (source, out))
     return Quantized(model, out, report, original, real, time.perf_counter() - began)

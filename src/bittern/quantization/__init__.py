@@ -14,7 +14,7 @@ from bittern.quantization.jobs import (
 )
 from bittern.quantization.model_card import model_card
 from bittern.quantization.preview import Kept, Preview, preview
-from bittern.quantization.report import Report, Row, inspect, predict, predict_size
+from bittern.quantization.report import Report, Row, component, inspect, predict, predict_size
 
 __all__ = [
     "Kept",
@@ -25,6 +25,7 @@ __all__ = [
     "check_seed",
     "check_weight",
     "checkpoint_config",
+    "component",
     "few_bit_class",
     "inspect",
     "model_card",

@@ -16,7 +16,7 @@ from bittern.quantization.jobs import (
     Progress,
     check_seed,
     check_weight,
-    checkpoint_config,
+    finish,
     solve_job,
     swap,
 )
@@ -55,8 +55,6 @@ def quantize(
         UserError: for an unknown recipe or model, a model that is quantized or wears adapters, weights that are
             not finite or not loaded, a glob or rank that does not fit the model.
     """
-    from diffusers.quantizers import DiffusersAutoQuantizer
-
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     if prompts is not None:
         raise UserError(f"recipe {recipe.name} uses no prompts: leave them out")
@@ -79,15 +77,9 @@ def quantize(
         layers, missed = solve_job(job, linears, seed, magnitudes.get(job.paths[0]))
         solved.update(zip(job.paths, layers, strict=True))
         errors.update(zip(job.paths, missed, strict=True))
-    # Diffusers' registry knows which class carries the config; nothing here depends on its internals.
-    quantizer = DiffusersAutoQuantizer.from_config(
-        checkpoint_config(made, recipe, seed, errors).dump(), pre_quantized=True
-    )
-
     for path, layer in solved.items():
         swap(model, path, layer)
-    made.architecture.install(model)
-    quantizer.attach(model)
+    finish(model, made, recipe, seed, errors)
     if progress:
         progress("solved", total, total)
     return inspect(model)

@@ -81,6 +81,18 @@ def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
+def finish(model: nn.Module, made: Plan, recipe: Recipe, seed: int, errors: Mapping[str, float]) -> None:
+    """Makes a model whose few-bit layers are in place one that diffusers saves as such, and runs groups as one."""
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    # Diffusers' registry knows which class carries the config; nothing here depends on its internals.
+    quantizer = DiffusersAutoQuantizer.from_config(
+        checkpoint_config(made, recipe, seed, errors).dump(), pre_quantized=True
+    )
+    made.architecture.install(model)
+    quantizer.attach(model)
+
+
 def checkpoint_config(
     plan: Plan, recipe: Recipe, seed: int, errors: Mapping[str, float] | None = None
 ) -> CheckpointConfig:

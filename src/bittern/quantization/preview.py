@@ -91,7 +91,7 @@ def preview(target: DiffusionPipeline | nn.Module | str | Path, recipe: str | Pa
         UserError: as `quantize` does, but for what only the weights' values tell; and for a folder that is no model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    model, notes = _skeleton(Path(target).expanduser()) if isinstance(target, str | Path) else (component(target), ())
+    model, notes = skeleton(Path(target).expanduser()) if isinstance(target, str | Path) else (component(target), ())
     refuse_quantized(model)
     made = plan(model, recipe)
     weights = {path: model.get_submodule(path).weight for path in made.kept}
@@ -107,7 +107,7 @@ def preview(target: DiffusionPipeline | nn.Module | str | Path, recipe: str | Pa
     )
 
 
-def _skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
+def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     """The model of a folder on the meta device, in the dtypes it would be loaded in, and what to say about them."""
     import diffusers
     from accelerate import init_empty_weights
