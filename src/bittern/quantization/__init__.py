@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bittern.quantization.calibration import Progress
 from bittern.quantization.conductor import quantize
 from bittern.quantization.jobs import (
-    Progress,
     check_seed,
     check_weight,
     checkpoint_config,

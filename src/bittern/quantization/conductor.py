@@ -12,9 +12,8 @@ from bittern import recipes
 from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import calibrate
+from bittern.quantization.calibration import Progress, calibrate
 from bittern.quantization.jobs import (
-    Progress,
     check_seed,
     check_weight,
     finish,

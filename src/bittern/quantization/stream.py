@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from bittern.architectures import Job, Plan, modulated_magnitudes, plan
 from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, TensorSpec, read_headers, read_tensor, weight_files
 from bittern.layers import FewBitLayer, join_group
-from bittern.quantization.calibration import Calibration
+from bittern.quantization.calibration import Calibration, Progress
 from bittern.quantization.jobs import (
-    Progress,
     check_seed,
     check_weight,
     checkpoint_config,
