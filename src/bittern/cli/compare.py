@@ -43,6 +43,7 @@ def compare(
         from bittern.evaluation.prompts import read_prompts
         from bittern.pipelines import check_file_out
 
+        report = report.expanduser()
         check_file_out(report, "--report")
         comparison = run(
             models[0],
