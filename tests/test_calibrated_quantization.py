@@ -142,7 +142,7 @@ def test_what_cannot_be_calibrated_is_refused_and_left_as_it_was(
     for key, value in (("samples", 0), ("rows", 1)):
         with pytest.raises(UserError, match=f"{key} {value}: expected"):
             recipe.override(**{key: value})
-    with pytest.raises(UserError, match="unknown key 'default.roundng': did you mean 'rounding'"):
+    with pytest.raises(UserError, match=r"unknown key 'default.roundng': did you mean 'rounding'"):
         recipe.override(default={"roundng": "gptq"})
     pipe.transformer.single_transformer_blocks[0].act_mlp = torch.nn.Threshold(1e9, torch.inf)
     with pytest.raises(UserError, match="NaN or infin"):

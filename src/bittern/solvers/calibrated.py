@@ -32,7 +32,7 @@ from bittern.solvers.lowrank import LowRank, low_rank, random_start
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.smooth_descent import descend
 from bittern.solvers.smooth_grid import best_smoothing
-from bittern.solvers.solution import Solution
+from bittern.solvers.solution import Solution, frobenius
 from bittern.solvers.solve import check_weights, few_threads
 from bittern.solvers.weighted import Metric, input_weight, refitted, stored, weighted_low_rank
 from bittern.trajectories import Statistics
@@ -275,7 +275,7 @@ class _Problem:
     def norms(self, outputs: Float[Tensor, "n m"]) -> list[float]:
         """Size of each layer's part, as far as it is felt."""
         felt = outputs if self.metric is None else self.metric.left(outputs)
-        return [float(part.norm()) for part in torch.split(felt, self.sizes)]
+        return [frobenius(part) for part in torch.split(felt, self.sizes)]
 
 
 def _spread(rows: Float[Tensor, "m k"], most: int) -> Float[Tensor, "_ k"]:

@@ -116,7 +116,9 @@ def stored(
     up: Float[Tensor, "n r"], down: Float[Tensor, "r k"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r k"]]:
     """Factors in their stored type, each component's size shared evenly between the two."""
-    ratio = (down.norm(dim=1) / up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    tiny = torch.finfo(torch.float32).tiny
+    sizes: list[Tensor] = [_linalg.vector_norm(down, dim=1), _linalg.vector_norm(up, dim=0).clamp(min=tiny)]
+    ratio = (sizes[0] / sizes[1]).sqrt()
     ratio = torch.where(ratio > 0, ratio, 1.0)
     return round_to(up * ratio, dtype), round_to(down / ratio[:, None], dtype)
 
