@@ -20,7 +20,7 @@ from bittern.errors import UserError
 from bittern.layers import QuantLinear, quant_layers
 
 NewPipeline = Callable[[], FluxPipeline]
-RECIPES = recipes.names()
+RECIPES = [name for name in recipes.names() if not recipes.load(name).calibrated]
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def model(new_tiny_random_pipeline: Callable[[], FluxPipeline]) -> FluxTransform
 TOLERANCES = {"int4": 1e-5, "svdquant-fast": 2e-3, "ternary-fast": 2e-3}
 
 
-@pytest.mark.parametrize("recipe", recipes.names())
+@pytest.mark.parametrize("recipe", [name for name in recipes.names() if not recipes.load(name).calibrated])
 def test_same_numbers_as_diffusers(model: FluxTransformer2DModel, recipe: str) -> None:
     bittern.quantize(model, recipe)
     grouped, single = run(model), run(ungrouped(model))

@@ -26,7 +26,7 @@ from bittern.errors import UserError
 from bittern.layers import QuantLinear, quant_layers
 
 NewPipeline = Callable[[], FluxPipeline]
-RECIPES = recipes.names()
+RECIPES = [name for name in recipes.names() if not recipes.load(name).calibrated]
 TRITS = recipes.load("ternary-fast").override(name="trits", default={"packing": "trits", "group_size": None})
 
 

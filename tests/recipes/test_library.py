@@ -11,7 +11,7 @@ from bittern.errors import UserError
 
 
 def test_named_recipes() -> None:
-    assert recipes.names() == ["int4", "svdquant-fast", "ternary-fast"]
+    assert recipes.names() == ["int4", "svdquant", "svdquant-fast", "ternary-fast"]
     for name in recipes.names():
         recipe = recipes.load(name)
         assert recipe.name == name
@@ -33,7 +33,7 @@ def test_a_file_is_a_recipe_named_after_itself(tmp_path: Path) -> None:
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"unknown recipe 'svdqant': did you mean 'svdquant-fast'\?"):
+    with pytest.raises(UserError, match=r"unknown recipe 'svdqant': did you mean 'svdquant'\?"):
         recipes.load("svdqant")
 
 

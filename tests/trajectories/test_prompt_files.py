@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from bittern import tiny_flux
 from bittern.errors import UserError
-from bittern.trajectories import read_prompts
+from bittern.evaluation import scenes
+from bittern.trajectories import check_prompts, default_prompts, read_prompts
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:
@@ -42,3 +44,31 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_prompts(tmp_path / "nowhere.txt")
     with pytest.raises(UserError, match="is a directory"):
         read_prompts(tmp_path)
+
+
+def test_bundled_prompts_are_many_and_different() -> None:
+    prompts = default_prompts()
+    assert len(prompts) == len({prompt.lower() for prompt in prompts}) == 256
+    assert all(prompt == prompt.strip() and prompt.isascii() for prompt in prompts)
+    assert sum(len(prompt.split()) >= 15 for prompt in prompts) > 100
+    assert sum(len(prompt.split()) <= 12 for prompt in prompts) > 100
+
+
+def test_tiny_flux_is_calibrated_with_training_prompts_alone() -> None:
+    prompts = default_prompts(tiny_flux.path())
+    scenes.refuse_held_out(prompts)
+    assert set(prompts) <= {prompt.prompt for prompt in scenes.training_prompts()}
+    assert len(set(prompts)) == 256
+
+
+def test_a_folder_without_prompts_gets_ours(tmp_path: Path) -> None:
+    assert default_prompts(tmp_path) == default_prompts("nowhere/at-all") == default_prompts()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([], "no prompts"), ("a star", "one text"), (["a", " "], "prompt 2"), (["a", 3], "prompt 2 is 3")],
+)
+def test_unusable_prompts_are_refused(prompts: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_prompts(prompts)  # type: ignore[arg-type]

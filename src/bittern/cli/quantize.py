@@ -135,7 +135,7 @@ def run(
             device=options.resolve_device(device),
             force=force,
             restart=restart,
-            progress=lambda what, done, total: output.progress(f"{recipe}: {what}", done, total),
+            progress=lambda what, done, total: output.progress(_said(what, recipe), done, total),
         )
     except KeyboardInterrupt:
         if pipelines.workspace_of(out).exists():
@@ -144,6 +144,11 @@ def run(
     name = pipelines.denoiser_name(source)
     original, real = (sum(file.stat().st_size for file in weight_files(folder / name)) for folder in (source, out))
     return Quantized(model, out, report, original, real, time.perf_counter() - began)
+
+
+def _said(what: str, recipe: str) -> str:
+    """One bar for all layers; trajectories and what is recorded of them have their own."""
+    return f"solving {recipe}" if what.startswith("solving") else what
 
 
 def scheme_table(report: Report) -> Table:

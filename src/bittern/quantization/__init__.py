@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bittern.quantization.calibration import Progress
+from bittern.quantization.calibration import Calibration, Progress, calibrate, calibration_bytes
 from bittern.quantization.conductor import quantize
 from bittern.quantization.jobs import (
     check_seed,
@@ -17,11 +17,14 @@ from bittern.quantization.preview import Kept, Preview, preview
 from bittern.quantization.report import Report, Row, component, inspect, predict, predict_size
 
 __all__ = [
+    "Calibration",
     "Kept",
     "Preview",
     "Progress",
     "Report",
     "Row",
+    "calibrate",
+    "calibration_bytes",
     "check_seed",
     "check_weight",
     "checkpoint_config",

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from bittern.errors import UserError
-from bittern.formats import KLayout, decode, dtype_of, encode
+from bittern.formats import KLayout, Rule, decode, dtype_of, encode, int4
 from bittern.scheme import Scheme
 from bittern.solvers.gptq import gptq
 from bittern.solvers.inputs import rounded, smoothed
@@ -32,14 +32,17 @@ from bittern.solvers.lowrank import LowRank, low_rank, random_start
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.smooth_descent import descend
 from bittern.solvers.smooth_grid import best_smoothing
-from bittern.solvers.solution import Solution
+from bittern.solvers.solution import Solution, frobenius
 from bittern.solvers.solve import SMALL, check_weights
 from bittern.solvers.weighted import Metric, input_weight, refitted, stored, weighted_low_rank
 from bittern.threads import one_thread
 from bittern.trajectories import Statistics
 
-GRID_ROWS = 512
+GRID_ROWS = 256
 """Rows on which smoothing candidates are scored."""
+
+DESCENT_ROWS = 512
+"""Rows on which smoothing descends."""
 
 ERROR_ROWS = 2048
 """Rows on which a stage's error is measured."""
@@ -127,6 +130,7 @@ class _Problem:
         self.branch_dtype = dtype_of(scheme.branch_dtype)
         columns = min(scheme.rank + options.svd_oversample, *self.weight.shape)
         self.start = random_start(layout.k, columns, seed, self.weight.device)
+        self.outputs: dict[int, list[float]] = {}
         self.judged = _spread(statistics.rows, ERROR_ROWS)
 
     def solve(self) -> tuple[_Draft, list[Stages]]:
@@ -181,14 +185,15 @@ class _Problem:
         rows = _spread(self.statistics.rows, GRID_ROWS)
 
         def error(smooth: Float[Tensor, " k"]) -> float:
-            return math.hypot(*self.errors(self.nearest(self.plain_branch(smooth)), rows))
+            # Candidates differ by more than the search of scales gives, and it takes most of the time.
+            return math.hypot(*self.errors(self.nearest(self.plain_branch(smooth), int4.absmax), rows))
 
         spans = self.weight.abs().amax(dim=0)
         return best_smoothing(inputs, spans, self.layout, self.branch_dtype, error)[0]
 
     def descent(self, start: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         """The smoothing by gradient descent from another."""
-        rows = _spread(self.statistics.rows, GRID_ROWS)
+        rows = _spread(self.statistics.rows, DESCENT_ROWS)
 
         def residual(smooth: Float[Tensor, " k"]) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
             rest = self.weight
@@ -231,9 +236,9 @@ class _Problem:
             rest = torch.addmm(rest, draft.up.float(), draft.down.float(), alpha=-1)
         return rest if draft.smooth is None else rest * draft.smooth.float()
 
-    def nearest(self, draft: _Draft) -> _Draft:
+    def nearest(self, draft: _Draft, rule: Rule | None = None) -> _Draft:
         """Nearest codes of the residual."""
-        codes, scales = encode(self.residual(draft), self.layout, self.rule, self.scale_dtype)
+        codes, scales = encode(self.residual(draft), self.layout, rule or self.rule, self.scale_dtype)
         return replace(draft, codes=codes, scales=scales)
 
     def by_gptq(self, draft: _Draft, hessian: Float[Tensor, "k k"]) -> _Draft:
@@ -259,11 +264,19 @@ class _Problem:
         if draft.up is not None and draft.down is not None:
             branch = torch.addmm(branch, draft.up.float(), draft.down.float(), alpha=-1)
         missed = branch @ wide.T - effective @ rounded(rows, draft.smooth, self.layout, self.scheme).T
-        given = self.weight @ wide.T
-        if self.metric is not None:
-            missed, given = self.metric.left(missed), self.metric.left(given)
-        pairs = zip(torch.split(missed, self.sizes), torch.split(given, self.sizes), strict=True)
-        return [float(a.norm() / b.norm()) if b.any() else 0.0 for a, b in pairs]
+        pairs = zip(self.norms(missed), self.given(wide), strict=True)
+        return [missing / whole if whole else 0.0 for missing, whole in pairs]
+
+    def given(self, rows: Float[Tensor, "m k"]) -> list[float]:
+        """Size of each layer's output, worked out once for a number of rows."""
+        if len(rows) not in self.outputs:
+            self.outputs[len(rows)] = self.norms(self.weight @ rows.T)
+        return self.outputs[len(rows)]
+
+    def norms(self, outputs: Float[Tensor, "n m"]) -> list[float]:
+        """Size of each layer's part, as far as it is felt."""
+        felt = outputs if self.metric is None else self.metric.left(outputs)
+        return [frobenius(part) for part in torch.split(felt, self.sizes)]
 
 
 def _spread(rows: Float[Tensor, "m k"], most: int) -> Float[Tensor, "_ k"]:

@@ -58,11 +58,11 @@ class Metric:
             # A layer that the output does not feel at all still gets codes.
             damped.diagonal().add_(OUTPUT_DAMPING * max(float(damped.diagonal().mean()), 1e-6))
             self.factors.append(_linalg.cholesky(damped))
+        self._transposed = [factor.T.float() for factor in self.factors]
 
     def left(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """C^T rows."""
-        parts = zip(self.factors, self._split(rows), strict=True)
-        return torch.cat([factor.T.to(part.dtype) @ part for factor, part in parts])
+        return torch.cat([factor @ part for factor, part in zip(self._transposed, self._split(rows), strict=True)])
 
     def unleft(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """C^-T rows."""
@@ -116,7 +116,9 @@ def stored(
     up: Float[Tensor, "n r"], down: Float[Tensor, "r k"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r k"]]:
     """Factors in their stored type, each component's size shared evenly between the two."""
-    ratio = (down.norm(dim=1) / up.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    tiny = torch.finfo(torch.float32).tiny
+    sizes: list[Tensor] = [_linalg.vector_norm(down, dim=1), _linalg.vector_norm(up, dim=0).clamp(min=tiny)]
+    ratio = (sizes[0] / sizes[1]).sqrt()
     ratio = torch.where(ratio > 0, ratio, 1.0)
     return round_to(up * ratio, dtype), round_to(down / ratio[:, None], dtype)
 
@@ -134,10 +136,11 @@ def refitted(
     """The branch that, the codes being fixed, leaves the least output error: reduced-rank regression.
 
     The output misses Z = u T^T - Qa(u) What^T. Regressed on u without a limit of rank it gives
-    B = T - What (Qa(u)^T u) (u^T u)^-1, and the best B of rank r is weighted by u^T u (Izenman 1975): a weighted SVD of
-    B. A damping of 0.001 of the mean diagonal keeps directions out that no row shows.
+    B = (T (u^T u) - What (Qa(u)^T u)) (u^T u)^-1, and the best B of rank r is weighted by u^T u (Izenman 1975): a
+    weighted SVD of B. A damping of 0.001 of the mean diagonal keeps directions out that no row shows.
     """
     gram = (u.T @ u).double()
+    missed = gram @ target.double().T - (u.T @ rounded).double() @ coded.double().T
     gram.diagonal().add_(1e-3 * max(float(gram.diagonal().mean()), 1e-30))
-    regression = _linalg.solve(gram, (u.T @ rounded).double() @ coded.double().T).T
-    return weighted_low_rank((target.double() - regression).float(), gram.float(), metric, rank, start, iterations)
+    regression = _linalg.solve(gram, missed).T.float()
+    return weighted_low_rank(regression, gram.float(), metric, rank, start, iterations)

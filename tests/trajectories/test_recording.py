@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bittern.errors import UserError
+from bittern.trajectories import State, record, record_bytes, sensitivities
+
+
+class Toy(nn.Module):
+    """Two layers that share an input, one that follows, and one that nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.idle = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 5), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.c(torch.tanh(self.a(x)) * self.b(x)),)
+
+
+def states(count: int, tokens: int = 7) -> list[State]:
+    generator = torch.Generator().manual_seed(1)
+    return [State(i, 0, (), {"x": torch.randn(2, tokens, 6, generator=generator) * (i + 1)}) for i in range(count)]
+
+
+def test_sums_are_over_all_tokens_and_rows_are_a_sample_of_them() -> None:
+    given = states(5)
+    x = torch.cat([state.kwargs["x"].reshape(-1, 6) for state in given])
+    found = record(Toy(), ["a", "c"], given, rows=20, seed=2)
+    a = found["a"]
+    assert a.count == len(x) == 70
+    torch.testing.assert_close(a.gram.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(a.amax, x.abs().amax(0))
+    assert a.rows.shape == (20, 6)
+    match = (a.rows[:, None] == x).all(-1)
+    assert (match.sum(1) == 1).all()
+    positions = match.int().argmax(1)
+    assert torch.bincount(positions // 14, minlength=5).tolist() == [4] * 5
+    # Layers that see the same tokens are recorded at the same ones.
+    model = Toy()
+    middle = torch.tanh(model.a(a.rows)) * model.b(a.rows)
+    torch.testing.assert_close(found["c"].rows, middle)
+
+
+def test_recording_repeats_itself_and_leaves_nothing_behind() -> None:
+    model = Toy()
+    one, two = (record(model, ["b"], states(3), rows=9, seed=4)["b"] for _ in range(2))
+    assert torch.equal(one.rows, two.rows)
+    assert torch.equal(one.gram, two.gram)
+    other = record(model, ["b"], states(3), rows=9, seed=5)["b"]
+    assert not torch.equal(one.rows, other.rows)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_fewer_tokens_than_rows_are_all_kept() -> None:
+    found = record(Toy(), ["a"], states(2, tokens=1), rows=100)["a"]
+    assert found.rows.shape == (4, 6)
+    torch.testing.assert_close(found.rows.T @ found.rows, found.gram)
+    assert record_bytes([6], 4, 4) == found.rows.nbytes + found.gram.nbytes + found.amax.nbytes
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_are_named(value: float) -> None:
+    given = states(2)
+    given[1].kwargs["x"][0, 0, 3] = value
+    with pytest.raises(UserError, match="the input of b is NaN or infinite"):
+        record(Toy(), ["b"], given, rows=4)
+
+
+def test_no_states_and_modules_that_are_not_called() -> None:
+    with pytest.raises(UserError, match="no samples"):
+        record(Toy(), ["a"], [], rows=4)
+    with pytest.raises(UserError, match="idle is never called"):
+        record(Toy(), ["a", "idle"], states(1), rows=4)
+
+
+def test_sensitivity_is_the_gauss_newton_matrix() -> None:
+    """Against explicit Jacobians in float64, up to the noise of as many random projections."""
+    model, given = Toy(), states(40)
+    found = sensitivities(model, ["b", "c"], given * 25, seed=0)
+    exact = torch.zeros(4, 4, dtype=torch.float64)
+    wide = Toy().double()
+    for state in given:
+        x = state.kwargs["x"].double()
+        # dv / db at one token is the weight of c times what a's branch multiplies with.
+        gate = torch.tanh(wide.a(x)).reshape(-1, 4)
+        jacobian = wide.c.weight[None] * gate[:, None]
+        exact += torch.einsum("toi,toj->ij", jacobian, jacobian).detach()
+    relative = (found["b"] / 25 - exact).norm() / exact.norm()
+    assert relative < 0.1
+    # The last layer's output is the model's.
+    identity = torch.eye(5) * 40 * 14
+    assert (found["c"] / 25 - identity).norm() / identity.norm() < 0.1
+    assert all(parameter.grad is None for parameter in model.parameters())
