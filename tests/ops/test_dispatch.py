@@ -55,15 +55,16 @@ def test_four_bits_need_a_native_kernel_and_a_scheme_that_allows_them(
     ops.register(ops.Kernel("a4", "made up", reference.few_bit_linear, devices=("cuda",)))
     choice = ops.choose_path(Scheme(activations=activations), "cuda", capability=capability)
     assert choice.path == path
-    assert choice.backend == ("made up" if path == "a4" else "torch")
+    assert choice.backend == ("made up" if path == "a4" else "triton")
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_native_kernel_beats_an_emulation_of_a_narrower_path() -> None:
     ops.register(ops.Kernel("a16", "made up", reference.few_bit_linear, devices=("cuda",), rows=(1, 16)))
     scheme = Scheme(activations=8)
-    assert ops.choose_path(scheme, "cuda", 1, capability=(9, 0)).path == "a16"
-    assert ops.choose_path(scheme, "cuda", 100, capability=(9, 0)).path == "a8-fp8"
+    # Triton has no kernels for so old a GPU, and the reference emulates.
+    assert ops.choose_path(scheme, "cuda", 1, capability=(7, 5)).path == "a16"
+    assert ops.choose_path(scheme, "cuda", 100, capability=(7, 5)).path == "a8-int8"
 
 
 def test_every_verdict_has_its_reason() -> None:
@@ -73,7 +74,7 @@ def test_every_verdict_has_its_reason() -> None:
             verdicts = ops.explain(Scheme(activations=activations), device, capability=capability)
             assert {v.path for v in verdicts} == set(ops.PATHS)
             assert all(v.reason for v in verdicts)
-            assert verdicts[[v.path for v in verdicts].index("a16")].accepted
+            assert any(v.path == "a16" and v.accepted for v in verdicts)
 
 
 def test_reasons_name_what_is_missing() -> None:

@@ -1,0 +1,137 @@
+"""How each kernel is tiled and launched, and when a configuration is valid.
+
+Frozen dataclasses; `problem` is the one place that says what a device can hold. `default_*` are safe on unknown
+devices and good on Hopper, on which they were measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from bittern.errors import UserError
+
+SCRATCH_MULTIPLE = 128
+"""8-bit operands are filled up to this many inputs a segment, so that no tile of the GEMM needs a mask along K."""
+
+
+@dataclass(frozen=True)
+class PrologueConfig:
+    """Tiles of tokens and inputs."""
+
+    block_m: int = 16
+    block_k: int = 256
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class UnpackConfig:
+    """Tiles of output rows and inputs; `block_k` is a multiple of the group."""
+
+    block_n: int = 8
+    block_k: int = 512
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of the 8-bit GEMM.
+
+    Attributes:
+        block_m: Tokens.
+        block_n: Outputs.
+        block_k: Inputs; divides `SCRATCH_MULTIPLE`.
+        group_m: Tiles of tokens that share tiles of weights in the L2 cache.
+        warps: Warps a program.
+        stages: Tiles in flight.
+        descriptors: Whether tiles are loaded by tensor descriptors.
+        store_descriptors: Whether the result is stored by them, too.
+        programs: Programs for each multiprocessor.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    group_m: int = 8
+    warps: int = 8
+    stages: int = 3
+    descriptors: bool = False
+    store_descriptors: bool = False
+    programs: int = 1
+
+    def problem(self, shared_memory: int) -> str | None:
+        """Why the configuration cannot run with so many bytes of shared memory; None if it can."""
+        if SCRATCH_MULTIPLE % self.block_k:
+            return f"block_k {self.block_k} does not divide {SCRATCH_MULTIPLE}"
+        needed = self.stages * (self.block_m + self.block_n) * self.block_k
+        if needed > shared_memory:
+            return f"tiles take {needed} bytes of shared memory, the device has {shared_memory}"
+        accumulators = self.block_m * self.block_n // (32 * self.warps)
+        if accumulators > 128:
+            return f"{accumulators} accumulators a thread do not fit its registers"
+        return None
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """Tiles of the product with few tokens: outputs, packed bytes of inputs, tokens."""
+
+    block_n: int = 32
+    block_b: int = 128
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a configuration depends on; capability (0, 0) for the interpreter."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The properties of a torch device."""
+    if device.type != "cuda":
+        return Device((0, 0), 2**17)
+    properties = torch.cuda.get_device_properties(device)
+    return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+
+
+def prologue_for(m: int, k: int) -> PrologueConfig:
+    """The configuration for M tokens of K inputs."""
+    return PrologueConfig()
+
+
+def unpack_for(n: int, k: int) -> UnpackConfig:
+    """The configuration for a segment [N, K]."""
+    return UnpackConfig()
+
+
+def skinny_for(n: int) -> SkinnyConfig:
+    """The configuration for N outputs."""
+    return SkinnyConfig()
+
+
+_HOPPER = GemmConfig(128, 256, 128, 8, 8, 3, descriptors=True, store_descriptors=True)
+_HOPPER_NARROW = GemmConfig(128, 128, 128, 8, 8, 4, descriptors=True, store_descriptors=True)
+
+
+def gemm_for(device: Device, m: int, n: int, segments: int) -> GemmConfig:
+    """The configuration for M tokens and N outputs: the first that the device can hold."""
+    candidates = [GemmConfig(), GemmConfig(64, 64, 64, 8, 4, 2)]
+    if device.capability[0] == 9:
+        # A second segment needs a second set of accumulators.
+        candidates.insert(0, _HOPPER_NARROW if segments > 1 or m <= 1024 else _HOPPER)
+    if device.capability == (0, 0):
+        # The interpreter pays for each operation, whatever its size.
+        candidates = [GemmConfig(32, 32, 64)]
+    for candidate in candidates:
+        if candidate.problem(device.shared_memory) is None:
+            return candidate
+    raise UserError(f"no GEMM configuration fits {device.shared_memory} bytes of shared memory; expected 48 KiB")
