@@ -117,7 +117,8 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
         width = want.values.shape[1] + 40
         out = torch.full((N, width), 77, device=DEVICE).to(linear.CODES[format])
         scales = torch.full((N,), float("nan"), device=DEVICE)
-        unpack_segment(there.codes, there.scales, layer.weight, segment, out, scales, config.unpack_for(N, width))
+        here = config.device_of(out.device)
+        unpack_segment(there.codes, there.scales, layer.weight, segment, out, scales, config.unpack_for(here))
         assert torch.equal(out.float().cpu()[:, : width - 40], want.values)
         assert not out.float()[:, width - 40 :].any()
         assert want.scale is not None and torch.equal(scales.cpu(), want.scale[:, 0])

@@ -78,6 +78,8 @@ def test_error_against_the_canonical_layer(path: str, limit: float) -> None:
     "chosen",
     [
         GemmConfig(128, 256, 128, 8, 8, 3, True, True),
+        GemmConfig(128, 256, 128, 16, 8, 3, True, True, early=True),
+        GemmConfig(128, 256, 128, 8, 8, 4, True, True, halves=True),
         GemmConfig(128, 128, 128, 8, 4, 4, True, False),
         GemmConfig(64, 128, 128, 8, 4, 3, False, False, 2),
         GemmConfig(),

@@ -19,12 +19,13 @@ SCRATCH_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class PrologueConfig:
-    """Tiles of tokens and inputs."""
+    """Tiles of tokens and inputs; whether they are loaded by tensor descriptors."""
 
     block_m: int = 16
     block_k: int = 256
     warps: int = 4
     stages: int = 3
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class GemmConfig:
         descriptors: Whether tiles are loaded by tensor descriptors.
         store_descriptors: Whether the result is stored by them, too.
         programs: Programs for each multiprocessor.
+        halves: Whether the result is stored in two halves, which leaves shared memory for another stage.
+        early: Whether the low-rank factors are loaded before the products; they then take shared memory.
     """
 
     block_m: int = 128
@@ -62,6 +65,8 @@ class GemmConfig:
     descriptors: bool = False
     store_descriptors: bool = False
     programs: int = 1
+    halves: bool = False
+    early: bool = False
 
     def problem(self, shared_memory: int) -> str | None:
         """Why the configuration cannot run with so many bytes of shared memory; None if it can."""
@@ -78,10 +83,19 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Tiles of the product with few tokens: outputs, packed bytes of inputs, tokens."""
+    """Tiles of the product with few tokens.
+
+    Attributes:
+        block_n: Outputs.
+        block_b: Packed bytes of inputs, where rows have one scale; otherwise a group is a tile.
+        unroll: Groups in one step, 1 or 4.
+        warps: Warps a program.
+        stages: Steps in flight.
+    """
 
     block_n: int = 32
     block_b: int = 128
+    unroll: int = 4
     warps: int = 4
     stages: int = 3
 
@@ -103,34 +117,40 @@ def device_of(device: torch.device) -> Device:
     return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
 
-def prologue_for(m: int, k: int) -> PrologueConfig:
-    """The configuration for M tokens of K inputs."""
-    return PrologueConfig()
+def prologue_for(device: Device, m: int) -> PrologueConfig:
+    """The configuration for M tokens."""
+    hopper = device.capability[0] == 9
+    # Few tokens need small tiles to occupy the device.
+    return PrologueConfig(8, 512, 4, 3, hopper) if m <= 1024 else PrologueConfig(16, 256, 4, 3, hopper)
 
 
-def unpack_for(n: int, k: int) -> UnpackConfig:
-    """The configuration for a segment [N, K]."""
-    return UnpackConfig()
+def unpack_for(device: Device) -> UnpackConfig:
+    """The configuration for any weight."""
+    return UnpackConfig(4, 1024, 4, 2)
 
 
-def skinny_for(n: int) -> SkinnyConfig:
-    """The configuration for N outputs."""
-    return SkinnyConfig()
+def skinny_for(device: Device, m: int, grouped: bool) -> SkinnyConfig:
+    """The configuration for M tokens and weights with or without groups."""
+    if grouped and m > 8:
+        return SkinnyConfig(32, 128, 4, 2, 3)
+    return SkinnyConfig(64, 128, 4, 4, 3) if grouped else SkinnyConfig(32, 128, 1, 2, 4)
 
 
-_HOPPER = GemmConfig(128, 256, 128, 8, 8, 3, descriptors=True, store_descriptors=True)
-_HOPPER_NARROW = GemmConfig(128, 128, 128, 8, 8, 4, descriptors=True, store_descriptors=True)
+_HOPPER = GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True, early=True)
+_HOPPER_NARROW = GemmConfig(128, 128, 128, 16, 8, 4, descriptors=True, store_descriptors=True)
+_HOPPER_FEW = GemmConfig(64, 128, 128, 8, 4, 4, descriptors=True, store_descriptors=True, programs=2)
 
 
-def gemm_for(device: Device, m: int, n: int, segments: int) -> GemmConfig:
-    """The configuration for M tokens and N outputs: the first that the device can hold."""
-    candidates = [GemmConfig(), GemmConfig(64, 64, 64, 8, 4, 2)]
+def gemm_for(device: Device, m: int, segments: int, integers: bool) -> GemmConfig:
+    """The configuration for M tokens: the first that the device can hold."""
+    # A second segment of integers needs a second set of accumulators.
+    double = segments > 1 and integers
+    candidates = [GemmConfig(64, 128, 64, 8, 8, 3) if segments > 1 else GemmConfig(), GemmConfig(64, 64, 64, 8, 4, 2)]
     if device.capability[0] == 9:
-        # A second segment needs a second set of accumulators.
-        candidates.insert(0, _HOPPER_NARROW if segments > 1 or m <= 1024 else _HOPPER)
+        candidates.insert(0, _HOPPER_FEW if m <= 1024 else _HOPPER_NARROW if double else _HOPPER)
     if device.capability == (0, 0):
         # The interpreter pays for each operation, whatever its size.
-        candidates = [GemmConfig(32, 32, 64)]
+        candidates = [GemmConfig(32, 64, 128)]
     for candidate in candidates:
         if candidate.problem(device.shared_memory) is None:
             return candidate

@@ -7,7 +7,8 @@ The maths, for M tokens, N outputs, segments of K, and rank R:
 with codes Qa [M, K] and Qw [N, K] in int8 (summed in int32, exactly) or e4m3 (in float32, on Hopper with the
 tensor cores' own fast accumulation), one scale a for each token and segment and one c for each output and
 segment. Each is applied once per element of a tile, and the result is rounded once. The low-rank product takes
-`low` rounded to U's dtype: half a unit of bf16 in a part of the sum.
+`low` rounded to U's dtype: half a unit of bf16 in a part of the sum. In fp8 a first segment's sums are brought to
+the scales of the second, which is then added to them: sums · (a1 / a2) · (c1 / c2).
 
 Layout: both operands are row-major, K contiguous; segments start at multiples of 128 and are filled with
 zeros, so that no tile needs a mask along K. One program per multiprocessor walks over output tiles, GROUP_M
@@ -68,7 +69,7 @@ def gemm(
         first = TensorDescriptor.from_tensor(a, [config.block_m, config.block_k])
         second = TensorDescriptor.from_tensor(b, [config.block_n, config.block_k])
     if store_descriptors:
-        result = TensorDescriptor.from_tensor(out, [config.block_m, config.block_n])
+        result = TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // (2 if config.halves else 1)])
     with on_device_of(a):
         gemm_kernel[(min(tiles, config.programs * multiprocessors(a.device)),)](
             first,
@@ -95,6 +96,8 @@ def gemm(
             GROUP_M=config.group_m,
             DESCRIPTORS=config.descriptors,
             STORE_DESCRIPTORS=store_descriptors,
+            HALVES=config.halves,
+            EARLY=config.early,
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -104,12 +107,11 @@ _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 
 
 @triton.jit
-def _partial(
-    a, b, k_start, k_stop, m, n, k, row_start, column_start, a_rows, b_rows, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, INTEGERS: tl.constexpr,
+def _add_products(
+    accumulator, a, b, k_start, k_stop, k, row_start, column_start, a_rows, b_rows, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
-    """The sum of one segment's products [BLOCK_M, BLOCK_N], in float32."""
-    accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGERS else tl.float32)
+    """Adds one segment's products to a tile of sums."""
     for start in range(k_start, k_stop, BLOCK_K):
         if DESCRIPTORS:
             left = a.load([row_start, start])
@@ -122,7 +124,27 @@ def _partial(
             accumulator = tl.dot(left, right.T, accumulator, out_dtype=tl.int32)
         else:
             accumulator = tl.dot(left, right.T, accumulator)
-    return accumulator.to(tl.float32)
+    return accumulator
+
+
+@triton.jit
+def _factors(low, up, a_rows, b_rows, rank, stride_up, RANK: tl.constexpr):
+    """The tile's rows of the low-rank branch, both in the dtype of U."""
+    ranks = tl.arange(0, RANK)
+    known = (ranks < rank)[None, :]
+    u = tl.load(up + b_rows[:, None] * stride_up + ranks[None, :], mask=known, other=0.0)
+    return tl.load(low + a_rows[:, None] * rank + ranks[None, :], mask=known, other=0.0).to(u.dtype), u
+
+
+@triton.jit
+def _floored(last, first):
+    """The scale `last`, but not nearer to 0 than 2^-40 of `first`, with the ratio of the two.
+
+    What is below that would be lost beside the other segment's sum in any case, and the ratio stays finite.
+    """
+    least = tl.abs(first) * 9.094947017729282e-13
+    floored = tl.where(tl.abs(last) < least, least, last)
+    return floored, tl.where(floored == 0.0, 0.0, first / floored)
 
 
 @triton.jit
@@ -151,6 +173,8 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTORS: tl.constexpr,
+    HALVES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """See the module; `a`, `b` and `out` are tensor descriptors or pointers."""
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
@@ -165,29 +189,57 @@ def gemm_kernel(
         # Rows beyond the last repeat it and are not stored.
         a_rows, b_rows = tl.minimum(rows, m - 1).to(tl.int64), tl.minimum(columns, n - 1).to(tl.int64)
 
-        y = _partial(
-            a, b, 0, first_segment, m, n, k, row_start, column_start, a_rows, b_rows, BLOCK_M, BLOCK_N, BLOCK_K,
-            DESCRIPTORS, INTEGERS,
-        )  # fmt: skip
-        y *= tl.load(row_scales + a_rows)[:, None]
-        y *= tl.load(column_scales + b_rows)[None, :]
+        if EARLY:
+            # What the epilogue reads is asked for now and arrives during the products.
+            row_scale, column_scale = tl.load(row_scales + a_rows), tl.load(column_scales + b_rows)
+            if RANK > 0:
+                projected, u = _factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+            if BIAS:
+                shift = tl.load(bias + b_rows)
+
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGERS else tl.float32)
+        sums = _add_products(
+            zeros, a, b, 0, first_segment, k, row_start, column_start, a_rows, b_rows, BLOCK_K, DESCRIPTORS, INTEGERS
+        )
+        if not EARLY:
+            row_scale, column_scale = tl.load(row_scales + a_rows), tl.load(column_scales + b_rows)
         if SEGMENTS == 2:
-            second = _partial(
-                a, b, first_segment, k, m, n, k, row_start, column_start, a_rows, b_rows, BLOCK_M, BLOCK_N, BLOCK_K,
-                DESCRIPTORS, INTEGERS,
-            )  # fmt: skip
-            second *= tl.load(row_scales + m + a_rows)[:, None]
-            y += second * tl.load(column_scales + n + b_rows)[None, :]
+            last_row_scale = tl.load(row_scales + m + a_rows)
+            last_column_scale = tl.load(column_scales + n + b_rows)
+            if INTEGERS:
+                y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+                sums = _add_products(
+                    zeros, a, b, first_segment, k, k, row_start, column_start, a_rows, b_rows, BLOCK_K, DESCRIPTORS,
+                    INTEGERS,
+                )  # fmt: skip
+                y += sums.to(tl.float32) * last_row_scale[:, None] * last_column_scale[None, :]
+            else:
+                # The sums change to the scales of the last segment: a second set would not fit the registers.
+                row_scale, row_ratio = _floored(last_row_scale, row_scale)
+                column_scale, column_ratio = _floored(last_column_scale, column_scale)
+                sums = sums * row_ratio[:, None] * column_ratio[None, :]
+                sums = _add_products(
+                    sums, a, b, first_segment, k, k, row_start, column_start, a_rows, b_rows, BLOCK_K, DESCRIPTORS,
+                    INTEGERS,
+                )  # fmt: skip
+                y = sums * row_scale[:, None] * column_scale[None, :]
+        else:
+            y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
         if RANK > 0:
-            ranks = tl.arange(0, RANK)
-            known = (ranks < rank)[None, :]
-            projected = tl.load(low + a_rows[:, None] * rank + ranks[None, :], mask=known, other=0.0)
-            u = tl.load(up + b_rows[:, None] * stride_up + ranks[None, :], mask=known, other=0.0)
-            y = product(projected.to(u.dtype), u.T, y)
+            if not EARLY:
+                projected, u = _factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+            y = product(projected, u.T, y)
         if BIAS:
-            y += tl.load(bias + b_rows).to(tl.float32)[None, :]
+            if not EARLY:
+                shift = tl.load(bias + b_rows)
+            y += shift.to(tl.float32)[None, :]
         if STORE_DESCRIPTORS:
-            out.store([row_start, column_start], rounded(y, OUT_DTYPE))
+            if HALVES:
+                left, right = y.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+                out.store([row_start, column_start], rounded(left, OUT_DTYPE))
+                out.store([row_start, column_start + BLOCK_N // 2], rounded(right, OUT_DTYPE))
+            else:
+                out.store([row_start, column_start], rounded(y, OUT_DTYPE))
         else:
             at = out + rows.to(tl.int64)[:, None] * n + columns[None, :]
             tl.store(at, rounded(y, OUT_DTYPE), mask=(rows < m)[:, None] & (columns < n)[None, :])

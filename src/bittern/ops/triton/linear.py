@@ -52,6 +52,7 @@ def eight_bit_linear(
     """The layer on path "a8-int8" or "a8-fp8". Arguments as in `bittern.ops.few_bit_linear`."""
     first, n = inputs[0], codes.shape[0]
     m, device = first.shape[:-1].numel(), first.device
+    here = config.device_of(device)
     layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
     bounds = scratch_bounds(layout)
     width, count = bounds[-1][1], len(bounds)
@@ -69,12 +70,10 @@ def eight_bit_linear(
             a[:, start:stop],
             row_scales[i],
             low,
-            config.prologue_for(m, x.shape[-1]),
+            config.prologue_for(here, m),
             accumulate=i > 0,
         )
-        unpack_segment(
-            codes, scales, weight, segment, b[:, start:stop], column_scales[i], config.unpack_for(n, x.shape[-1])
-        )
+        unpack_segment(codes, scales, weight, segment, b[:, start:stop], column_scales[i], config.unpack_for(here))
     gemm(
         a,
         b,
@@ -85,7 +84,7 @@ def eight_bit_linear(
         bias,
         out,
         bounds[0][1],
-        config.gemm_for(config.device_of(device), m, n, count),
+        config.gemm_for(here, m, count, path == "a8-int8"),
     )
     return out.reshape(*first.shape[:-1], n)
 
@@ -127,7 +126,7 @@ def sixteen_bit_linear(
             up if i == last else None,
             bias if i == last else None,
             out,
-            config.skinny_for(n),
+            config.skinny_for(config.device_of(x.device), m, group_size is not None),
         )
         partial = out
     assert partial is not None
@@ -144,5 +143,7 @@ def quantize_activations(
     scales = torch.empty(len(flat), 1, dtype=torch.float32, device=x.device)
     low = torch.empty(len(flat), 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
     if len(flat):
-        quantize_rows(flat, smooth, down, codes, scales[:, 0], low, config.prologue_for(len(flat), k))
+        quantize_rows(
+            flat, smooth, down, codes, scales[:, 0], low, config.prologue_for(config.device_of(x.device), len(flat))
+        )
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])

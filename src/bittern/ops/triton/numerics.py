@@ -5,8 +5,7 @@ The reference (`bittern.ops.reference`) multiplies by float32 reciprocals and ro
 - rounding to an integer adds 1.5 * 2^23, after which the low bits of the float are the integer. A compiler
   that fused the product before it with this addition would round once where the reference rounds twice:
   kernels that produce codes are compiled with `enable_fp_fusion=False`;
-- maxima are taken over the bits of magnitudes, as integers: the order is that of the magnitudes, with NaN
-  above infinity, so that a token that is not finite gets a scale that is not finite either.
+- maxima keep NaN, so that a token that is not finite gets a scale that is not finite either.
 """
 
 # pyright: basic
@@ -36,7 +35,7 @@ def reciprocal(x):
 
 @triton.jit
 def reciprocal_of_smooth(s):
-    """1 / s for a divisor stored in 16 bits, without the branches of a division.
+    """1 / s, in a few instructions where s is stored in 16 bits and no subnormal number.
 
     One Newton step from an approximation within one unit in the last place is correctly rounded unless the
     divisor's 24-bit significand is all ones (Markstein, 1990), which no 16-bit number's is.
@@ -45,20 +44,23 @@ def reciprocal_of_smooth(s):
     if INTERPRETED or s.dtype == tl.float32:
         return reciprocal(wide)
     else:
-        near = 1.0 / wide
+        near = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [wide], dtype=tl.float32, is_pure=True, pack=1
+        )
         return tl.fma(near, tl.fma(-wide, near, tl.full(near.shape, 1.0, tl.float32)), near)
 
 
 @triton.jit
-def magnitude_bits(x):
-    """|x| as an integer of the same order."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def larger_magnitude(peak, x):
+    """max(peak, |x|), where NaN is the largest."""
+    return tl.maximum(peak, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def scale_of(peak_bits, FP8: tl.constexpr):
-    """The scale of rows whose largest magnitude has these bits: at least `TINY`, NaN stays NaN."""
-    peak = peak_bits.to(tl.float32, bitcast=True)
+def scale_of(magnitudes, FP8: tl.constexpr):
+    """The scale of rows of magnitudes: their maximum over the limit, at least `TINY`; NaN stays NaN."""
+    # As integers, magnitudes have the same order, with NaN above infinity.
+    peak = tl.max(magnitudes.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
     scale = peak * (E4M3_RECIPROCAL if FP8 else INT8_RECIPROCAL)
     return tl.where(scale < TINY, TINY, scale)
 

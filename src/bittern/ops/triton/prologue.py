@@ -23,12 +23,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bittern.ops.triton.config import PrologueConfig
-from bittern.ops.triton.launch import on_device_of
+from bittern.ops.triton.launch import describable, on_device_of
 from bittern.ops.triton.numerics import (
     eight_bits,
-    magnitude_bits,
+    larger_magnitude,
     product,
     reciprocal,
     reciprocal_of_smooth,
@@ -60,13 +61,20 @@ def quantize_rows(
     """
     m, k = x.shape
     rank = 0 if down is None else down.shape[0]
-    x = x if x.stride(1) == 1 else x.contiguous()
     width = codes.shape[1]
+    padded = triton.next_power_of_2(max(rank, 16)) if rank else 0
+    x = x if x.stride(1) == 1 else x.contiguous()
+    descriptors = config.descriptors and describable(x) and (down is None or describable(down))
+    tokens, factors = x, down
+    if descriptors:
+        tokens = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+        if down is not None:
+            factors = TensorDescriptor.from_tensor(down, [padded, config.block_k])
     with on_device_of(x):
         prologue_kernel[(triton.cdiv(m, config.block_m),)](
-            x,
+            tokens,
             smooth,
-            down,
+            factors,
             codes,
             scales,
             low,
@@ -78,22 +86,29 @@ def quantize_rows(
             codes.stride(0),
             rank,
             SMOOTH=smooth is not None,
-            RANK=triton.next_power_of_2(max(rank, 16)) if rank else 0,
+            RANK=padded,
             FP8=codes.dtype == torch.float8_e4m3fn,
             ACCUMULATE=accumulate,
             EVEN=k % config.block_k == 0 and width == k,
+            DESCRIPTORS=descriptors,
             BLOCK_M=config.block_m,
             BLOCK_K=config.block_k,
+            STAGES=config.stages,
             num_warps=config.warps,
-            num_stages=config.stages,
             enable_fp_fusion=False,
         )
 
 
 @triton.jit
-def _load(x_rows, smooth, columns, k, SMOOTH: tl.constexpr, EVEN: tl.constexpr):
+def _load(
+    x, x_rows, smooth, row_start, start, k, SMOOTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of x, and of x / s; beyond K both are 0."""
-    if EVEN:
+    columns = start + tl.arange(0, BLOCK_K)
+    if DESCRIPTORS:
+        raw = x.load([row_start, start])
+    elif EVEN:
         raw = tl.load(x_rows + columns[None, :])
     else:
         raw = tl.load(x_rows + columns[None, :], mask=(columns < k)[None, :], other=0.0)
@@ -127,16 +142,18 @@ def prologue_kernel(
     FP8: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """See the module; one program for each BLOCK_M tokens."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """See the module; one program for each BLOCK_M tokens. `x` and `down` are tensor descriptors or pointers."""
+    row_start = tl.program_id(0) * BLOCK_M
+    rows = row_start + tl.arange(0, BLOCK_M)
     inside = (rows < m)[:, None]
     # M · K can pass 2^31; rows beyond the last repeat it and are not stored.
     wide = tl.minimum(rows, m - 1).to(tl.int64)
-    offsets = tl.arange(0, BLOCK_K)
-    x_rows = x + wide[:, None] * stride_x
+    x_rows = x if DESCRIPTORS else x + wide[:, None] * stride_x
 
     if RANK > 0:
         ranks = tl.arange(0, RANK)
@@ -144,24 +161,28 @@ def prologue_kernel(
         low_inside = inside & (ranks < rank)[None, :]
         projected = tl.load(low_at, mask=low_inside, other=0.0) if ACCUMULATE else tl.zeros([BLOCK_M, RANK], tl.float32)
 
-    peak = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
-    for start in range(0, k, BLOCK_K):
-        columns = start + offsets
-        raw, smoothed = _load(x_rows, smooth, columns, k, SMOOTH, EVEN)
-        peak = tl.maximum(peak, magnitude_bits(smoothed))
+    peak = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
+        raw, smoothed = _load(x, x_rows, smooth, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
+        peak = larger_magnitude(peak, smoothed)
         if RANK > 0:
-            d_inside = (ranks < rank)[None, :] if EVEN else (ranks < rank)[None, :] & (columns < k)[:, None]
-            d = tl.load(down + ranks[None, :] * stride_down + columns[:, None], mask=d_inside, other=0.0)
-            projected = product(raw, d, projected)
-    scale = scale_of(tl.max(peak, axis=1), FP8)
+            if DESCRIPTORS:
+                d = down.load([0, start])
+            else:
+                columns = start + tl.arange(0, BLOCK_K)
+                d_inside = (ranks < rank)[:, None] if EVEN else (ranks < rank)[:, None] & (columns < k)[None, :]
+                d = tl.load(down + ranks[:, None] * stride_down + columns[None, :], mask=d_inside, other=0.0)
+            projected = product(raw, d.T, projected)
+    scale = scale_of(peak, FP8)
     tl.store(scales + rows, scale, mask=rows < m)
     if RANK > 0:
         tl.store(low_at, projected, mask=low_inside)
 
     inverse = reciprocal(scale)[:, None]
-    for back in range(0, width, BLOCK_K):
-        columns = (tl.cdiv(width, BLOCK_K) - 1) * BLOCK_K - back + offsets
-        raw, smoothed = _load(x_rows, smooth, columns, k, SMOOTH, EVEN)
+    for back in tl.range(0, width, BLOCK_K, num_stages=STAGES):
+        start = (tl.cdiv(width, BLOCK_K) - 1) * BLOCK_K - back
+        raw, smoothed = _load(x, x_rows, smooth, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
+        columns = start + tl.arange(0, BLOCK_K)
         inside_codes = inside if EVEN else inside & (columns < width)[None, :]
         at = codes + wide[:, None] * stride_codes + columns[None, :]
         tl.store(at, eight_bits(smoothed * inverse, FP8), mask=inside_codes)
