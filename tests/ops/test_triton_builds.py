@@ -70,7 +70,7 @@ def expect(compiled: Any, capability: int, instruction: str, folder: Path, stack
 )
 def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_path: Path) -> None:
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
-    chosen = config.gemm_for(device, 4096, 3072, segments)
+    chosen = config.gemm_for(device, 4096, segments, kind == INT8, 32)
     operands = {"a": "*" + kind, "b": "*" + kind, "out": "*bf16"}
     if chosen.descriptors:
         operands["a"] = f"tensordesc<{kind}[{chosen.block_m},{chosen.block_k}]>"
@@ -92,6 +92,8 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_p
             "GROUP_M": chosen.group_m,
             "DESCRIPTORS": chosen.descriptors,
             "STORE_DESCRIPTORS": chosen.store_descriptors,
+            "HALVES": chosen.halves,
+            "EARLY": chosen.early,
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
@@ -102,7 +104,7 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_p
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(("per_byte", "rows"), [(2, 1), (4, 16)])
 def test_skinny(capability: int, per_byte: int, rows: int, tmp_path: Path) -> None:
-    chosen = config.skinny_for(18432)
+    chosen = config.skinny_for(rows, per_byte == 2)
     compiled = build(
         skinny.skinny_kernel,
         capability,
@@ -140,14 +142,16 @@ def test_skinny(capability: int, per_byte: int, rows: int, tmp_path: Path) -> No
 def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None:
     if kind == FP8 and capability < 89:
         return
-    chosen = config.prologue_for(4096, 3072)
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    chosen = config.prologue_for(device, 4096)
+    descriptors = chosen.descriptors
     compiled = build(
         prologue.prologue_kernel,
         capability,
         {
-            "x": "*bf16",
+            "x": f"tensordesc<bf16[{chosen.block_m},{chosen.block_k}]>" if descriptors else "*bf16",
             "smooth": "*bf16",
-            "down": "*bf16",
+            "down": f"tensordesc<bf16[32,{chosen.block_k}]>" if descriptors else "*bf16",
             "codes": "*" + kind,
             "scales": "*fp32",
             "low": "*fp32",
@@ -158,15 +162,16 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
             "FP8": kind == FP8,
             "ACCUMULATE": False,
             "EVEN": True,
+            "DESCRIPTORS": descriptors,
             "BLOCK_M": chosen.block_m,
             "BLOCK_K": chosen.block_k,
+            "STAGES": chosen.stages,
         },
         num_warps=chosen.warps,
-        num_stages=chosen.stages,
         enable_fp_fusion=False,
     )
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
-    unpacking = config.unpack_for(3072, 3072)
+    unpacking = config.unpack_for(3072, grouped=True)
     compiled = build(
         unpack.unpack_kernel,
         capability,
@@ -178,9 +183,9 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
             "EVEN": True,
             "BLOCK_N": unpacking.block_n,
             "BLOCK_K": unpacking.block_k,
+            "STAGES": unpacking.stages,
         },
         num_warps=unpacking.warps,
-        num_stages=unpacking.stages,
         enable_fp_fusion=False,
     )
     # Whole rows of codes are loaded and stored 16 bytes at a time.

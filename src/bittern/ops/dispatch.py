@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-import importlib.util
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -73,7 +71,7 @@ class Kernel:
         run: Has the arguments of the operation `bittern::few_bit_linear`.
         prologue: Has the arguments of `bittern::quantize_activations`, for the path's format; None for the
             reference's.
-        requires: A package that must be installed.
+        lacks: A package that the kernel needs and that is not installed.
         native: Whether it uses the device's own arithmetic of that width, rather than emulate it.
         devices: Device types; None for all.
         capability: Lowest and highest compute capability; None for all.
@@ -96,14 +94,14 @@ class Kernel:
     groups: tuple[int, ...] | None = None
     segments: int | None = None
     prologue: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
-    requires: str | None = None
+    lacks: str | None = None
 
     def refusal(self, call: Call) -> str | None:
         """Why this kernel cannot take the call; None if it can."""
         if self.devices is not None and call.device not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {call.device}"
-        if self.requires is not None and not _is_installed(self.requires):
-            return f"needs the package {self.requires}, which is not installed"
+        if self.lacks is not None:
+            return f"needs the package {self.lacks}, which is not installed"
         if self.capability is not None:
             low, high = self.capability
             if call.capability is None:
@@ -294,11 +292,6 @@ def device_capability(device: torch.device) -> Capability | None:
 def _check_path(path: str) -> None:
     if path != "auto" and path not in PATHS:
         raise UserError(f"unknown path {path!r}: {did_you_mean(path, (*PATHS, 'auto'))}")
-
-
-@functools.cache
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _upwards(highest: Capability) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def kernels() -> tuple[Kernel, ...]:
         "devices": ("cuda",),
         "dtypes": _DTYPES,
         "groups": _GROUPS,
-        "requires": "triton",
+        # Asked once: a compiler cannot trace the search.
+        "lacks": None if importlib.util.find_spec("triton") else "triton",
     }
     eight: dict[str, Any] = {
         **common,
@@ -40,5 +42,5 @@ def kernels() -> tuple[Kernel, ...]:
     return (
         Kernel("a8-int8", capability=((8, 0), NEWEST), **eight),
         Kernel("a8-fp8", capability=((8, 9), NEWEST), **eight),
-        Kernel("a16", run=_lazily("sixteen_bit_linear"), capability=((8, 0), NEWEST), rows=(1, 64), **common),
+        Kernel("a16", run=_lazily("sixteen_bit_linear"), capability=((8, 0), NEWEST), rows=(1, None), **common),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -68,11 +69,17 @@ class GemmConfig:
     halves: bool = False
     early: bool = False
 
-    def problem(self, shared_memory: int) -> str | None:
-        """Why the configuration cannot run with so many bytes of shared memory; None if it can."""
+    def problem(self, shared_memory: int, rank: int = 0) -> str | None:
+        """Why the configuration cannot run for a rank with so many bytes of shared memory; None if it can."""
         if SCRATCH_MULTIPLE % self.block_k:
             return f"block_k {self.block_k} does not divide {SCRATCH_MULTIPLE}"
         needed = self.stages * (self.block_m + self.block_n) * self.block_k
+        if self.store_descriptors:
+            needed += 2 * self.block_m * self.block_n // (2 if self.halves else 1)
+        if self.early:
+            needed += 2 * self.block_n * padded_rank(rank)
+        # Barriers, and row and column scales on their way to other threads.
+        needed += 2048 if self.descriptors else 0
         if needed > shared_memory:
             return f"tiles take {needed} bytes of shared memory, the device has {shared_memory}"
         accumulators = self.block_m * self.block_n // (32 * self.warps)
@@ -88,16 +95,19 @@ class SkinnyConfig:
     Attributes:
         block_n: Outputs.
         block_b: Packed bytes of inputs, where rows have one scale; otherwise a group is a tile.
-        unroll: Groups in one step, 1 or 4.
         warps: Warps a program.
-        stages: Steps in flight.
+        stages: Tiles in flight.
     """
 
     block_n: int = 32
     block_b: int = 128
-    unroll: int = 4
     warps: int = 4
     stages: int = 3
+
+
+def padded_rank(rank: int) -> int:
+    """The rank that a tile has room for: a power of two, at least what a matrix instruction takes."""
+    return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ def device_of(device: torch.device) -> Device:
     """The properties of a torch device."""
     if device.type != "cuda":
         return Device((0, 0), 2**17)
-    properties = torch.cuda.get_device_properties(device)
+    properties = cast(Any, torch.cuda.get_device_properties(device))
     return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
 
@@ -121,37 +131,46 @@ def prologue_for(device: Device, m: int) -> PrologueConfig:
     """The configuration for M tokens."""
     hopper = device.capability[0] == 9
     # Few tokens need small tiles to occupy the device.
-    return PrologueConfig(8, 512, 4, 3, hopper) if m <= 1024 else PrologueConfig(16, 256, 4, 3, hopper)
+    return PrologueConfig(8, 512, 4, 3, hopper) if m <= 1024 else PrologueConfig(16, 256, 4, 4, hopper)
 
 
-def unpack_for(device: Device) -> UnpackConfig:
-    """The configuration for any weight."""
-    return UnpackConfig(4, 1024, 4, 2)
+def unpack_for(k: int, grouped: bool) -> UnpackConfig:
+    """The configuration for a segment of K inputs, in groups or with one scale a row."""
+    if not grouped:
+        return UnpackConfig(4, 1024, 4, 3)
+    return UnpackConfig(2, 1024, 2, 1) if k <= 4096 else UnpackConfig(2, 2048, 4, 1)
 
 
-def skinny_for(device: Device, m: int, grouped: bool) -> SkinnyConfig:
+def skinny_for(m: int, grouped: bool) -> SkinnyConfig:
     """The configuration for M tokens and weights with or without groups."""
-    if grouped and m > 8:
-        return SkinnyConfig(32, 128, 4, 2, 3)
-    return SkinnyConfig(64, 128, 4, 4, 3) if grouped else SkinnyConfig(32, 128, 1, 2, 4)
+    if grouped and m <= 8:
+        return SkinnyConfig(64, 128, 4, 6)
+    return SkinnyConfig(32, 128, 2, 6) if grouped or m <= 8 else SkinnyConfig(64, 64, 4, 6)
 
 
-_HOPPER = GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True, early=True)
-_HOPPER_NARROW = GemmConfig(128, 128, 128, 16, 8, 4, descriptors=True, store_descriptors=True)
-_HOPPER_FEW = GemmConfig(64, 128, 128, 8, 4, 4, descriptors=True, store_descriptors=True, programs=2)
+# Measured on an H100 (benchmarks/results/kernels_h100.json), best first.
+_HOPPER = (
+    GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True, early=True),
+    GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True),
+)
+_HOPPER_TWO_SUMS = (GemmConfig(128, 128, 128, 16, 8, 4, descriptors=True, store_descriptors=True),)
+_HOPPER_FEW_TOKENS = (
+    GemmConfig(64, 128, 128, 8, 4, 4, descriptors=True, store_descriptors=True, programs=2),
+    GemmConfig(64, 128, 64, 8, 4, 4, descriptors=True, store_descriptors=True),
+)
 
 
-def gemm_for(device: Device, m: int, segments: int, integers: bool) -> GemmConfig:
-    """The configuration for M tokens: the first that the device can hold."""
+def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:
+    """The configuration for M tokens, as many segments, codes and rank: the first that the device can hold."""
     # A second segment of integers needs a second set of accumulators.
     double = segments > 1 and integers
     candidates = [GemmConfig(64, 128, 64, 8, 8, 3) if segments > 1 else GemmConfig(), GemmConfig(64, 64, 64, 8, 4, 2)]
     if device.capability[0] == 9:
-        candidates.insert(0, _HOPPER_FEW if m <= 1024 else _HOPPER_NARROW if double else _HOPPER)
+        candidates[:0] = _HOPPER_FEW_TOKENS if m <= 1024 else _HOPPER_TWO_SUMS if double else _HOPPER
     if device.capability == (0, 0):
         # The interpreter pays for each operation, whatever its size.
         candidates = [GemmConfig(32, 64, 128)]
     for candidate in candidates:
-        if candidate.problem(device.shared_memory) is None:
+        if candidate.problem(device.shared_memory, rank) is None:
             return candidate
     raise UserError(f"no GEMM configuration fits {device.shared_memory} bytes of shared memory; expected 48 KiB")

@@ -19,7 +19,9 @@ Floor: 2·M·N·K operations at the rate of the 8-bit tensor cores; M·K + N·K 
 3072 is 232 GFLOP (.117 ms at Hopper's 1,979 TFLOP/s, .168 in cuBLAS' fp8) against 116 MB (.039 ms).
 """
 
-# pyright: basic
+# A type checker knows neither launch options nor the language inside kernels.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bittern.ops.triton.config import GemmConfig
-from bittern.ops.triton.launch import multiprocessors, on_device_of
+from bittern.ops.triton.config import GemmConfig, padded_rank
+from bittern.ops.triton.launch import cdiv, multiprocessors, on_device_of
 from bittern.ops.triton.numerics import product, rounded
 
 
@@ -62,7 +64,7 @@ def gemm(
     """
     m, n = out.shape
     rank = 0 if up is None else up.shape[1]
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     store_descriptors = config.store_descriptors and n % 8 == 0
     first, second, result = a, b, out
     if config.descriptors:
@@ -87,7 +89,7 @@ def gemm(
             rank,
             0 if up is None else up.stride(0),
             SEGMENTS=row_scales.shape[0],
-            RANK=triton.next_power_of_2(max(rank, 16)) if rank else 0,
+            RANK=padded_rank(rank),
             BIAS=bias is not None,
             OUT_DTYPE=_DTYPES[out.dtype],
             BLOCK_M=config.block_m,

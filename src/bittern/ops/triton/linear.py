@@ -1,7 +1,7 @@
 """The layer put together from the kernels: what the registry runs for a path.
 
     a8    per segment: prologue -> codes, scales, low;  per segment: unpack -> 8-bit weight;  one GEMM
-    a16   few tokens only: per segment one pass over the packed weight
+    a16   few tokens: per segment one pass over the packed weight;  more: a 16-bit weight, and the vendor's GEMM
 
 The 8-bit operands live in torch's caching allocator for the length of a call, so that layers share the memory;
 the largest of FLUX needs 71 MB for activations and 66 MB for weights.
@@ -17,10 +17,14 @@ from torch import Tensor
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import config
+from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
+
+FEW_TOKENS = 64
+"""Up to here the 16-bit path reads packed weights in the product itself."""
 
 CODES = {"a8-int8": torch.int8, "a8-fp8": torch.float8_e4m3fn, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -73,7 +77,15 @@ def eight_bit_linear(
             config.prologue_for(here, m),
             accumulate=i > 0,
         )
-        unpack_segment(codes, scales, weight, segment, b[:, start:stop], column_scales[i], config.unpack_for(here))
+        unpack_segment(
+            codes,
+            scales,
+            weight,
+            segment,
+            b[:, start:stop],
+            column_scales[i],
+            config.unpack_for(x.shape[-1], group_size is not None),
+        )
     gemm(
         a,
         b,
@@ -84,7 +96,7 @@ def eight_bit_linear(
         bias,
         out,
         bounds[0][1],
-        config.gemm_for(here, m, count, path == "a8-int8"),
+        config.gemm_for(here, m, count, path == "a8-int8", 0 if up is None else up.shape[1]),
     )
     return out.reshape(*first.shape[:-1], n)
 
@@ -102,11 +114,29 @@ def sixteen_bit_linear(
     path: str,
     shift: Sequence[float],
 ) -> Tensor:
-    """The layer on path "a16" for few tokens. Arguments as in `bittern.ops.few_bit_linear`."""
+    """The layer on path "a16". Arguments as in `bittern.ops.few_bit_linear`."""
     first, n = inputs[0], codes.shape[0]
     m = first.shape[:-1].numel()
     layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
     flat = [x.reshape(m, x.shape[-1]) for x in inputs]
+    if m > FEW_TOKENS:
+        whole = torch.empty(n, layout.k, dtype=first.dtype, device=first.device)
+        y = None if bias is None else bias.to(first.dtype)
+        for x, segment in zip(flat, layout, strict=True):
+            part = whole[:, segment.logical]
+            dequantize_segment(
+                codes,
+                scales,
+                None if smooth is None else smooth[segment.logical],
+                None if down is None else down[:, segment.logical],
+                up,
+                weight,
+                segment,
+                part,
+            )
+            y = x @ part.T if y is None else torch.addmm(y, x, part.T)
+        assert y is not None
+        return y.reshape(*first.shape[:-1], n)
     low: Tensor | None = None
     if down is not None:
         low = torch.cat(flat, dim=-1).float() @ down.float().T
@@ -126,7 +156,7 @@ def sixteen_bit_linear(
             up if i == last else None,
             bias if i == last else None,
             out,
-            config.skinny_for(config.device_of(x.device), m, group_size is not None),
+            config.skinny_for(m, group_size is not None),
         )
         partial = out
     assert partial is not None

@@ -15,7 +15,9 @@ at 3 TB/s, and 4608 x 12288 170 MB or 57 us. The down-projection is 2·M·K·R F
 D comes from the L2 cache once for every BLOCK_M tokens.
 """
 
-# pyright: basic
+# A type checker knows neither launch options nor the language inside kernels.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bittern.ops.triton.config import PrologueConfig
-from bittern.ops.triton.launch import describable, on_device_of
+from bittern.ops.triton.config import PrologueConfig, padded_rank
+from bittern.ops.triton.launch import cdiv, describable, on_device_of
 from bittern.ops.triton.numerics import (
     eight_bits,
     larger_magnitude,
@@ -62,7 +64,7 @@ def quantize_rows(
     m, k = x.shape
     rank = 0 if down is None else down.shape[0]
     width = codes.shape[1]
-    padded = triton.next_power_of_2(max(rank, 16)) if rank else 0
+    padded = padded_rank(rank)
     x = x if x.stride(1) == 1 else x.contiguous()
     descriptors = config.descriptors and describable(x) and (down is None or describable(down))
     tokens, factors = x, down
@@ -71,7 +73,7 @@ def quantize_rows(
         if down is not None:
             factors = TensorDescriptor.from_tensor(down, [padded, config.block_k])
     with on_device_of(x):
-        prologue_kernel[(triton.cdiv(m, config.block_m),)](
+        prologue_kernel[(cdiv(m, config.block_m),)](
             tokens,
             smooth,
             factors,

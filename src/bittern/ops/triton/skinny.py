@@ -7,17 +7,18 @@ The maths, for M tokens, segments and groups of K (the reference's a16):
 Codes are exact in bf16 and float16, so that products with an unsmoothed x are exact; sums are float32, group by
 group, in one fixed order: no atomics, no split of K between programs. A smoothed x is rounded to bf16.
 
-Layout: a first, small kernel smooths x and deals it out to one plane for each code of a byte (even and odd k for
-int4). A program of the second owns BLOCK_N rows of packed bytes and walks K. Weights are the left operand of the
-product, [BLOCK_N, bytes] · [bytes, BLOCK_M], once for each plane, so that codes are never interleaved. On NVIDIA a
-code becomes a bf16 in three steps for several at once: mask four bytes together, put the exponent of 128 above each
-by `prmt` (128 + code), subtract with one `fma` for two.
+Layout: a program owns BLOCK_N rows of packed bytes and walks K. Weights are the left operand of the product,
+[BLOCK_N, k] · [k, BLOCK_M]; a byte's codes go to as many operands as it has codes, and x is split to match, so
+that nothing is interleaved. On NVIDIA a code becomes a bf16 in three steps for several at once: mask four bytes
+together, put the exponent of 128 above each by `prmt` (128 + code), subtract with one `fma` for two.
 
 Floor: bytes alone, N·K·b/8 and the scales: 18432 x 3072 int4 g64 30.1 MB or 10.0 us at 3 TB/s, ternary with row
 scales 14.2 MB or 4.7 us, bf16 113 MB or 37.7 us. About 1.4 operations a weight on the general ALUs, 2.8 us.
 """
 
-# pyright: basic
+# A type checker knows neither launch options nor the language inside kernels.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bittern.formats import Segment
-from bittern.ops.triton.config import SkinnyConfig
-from bittern.ops.triton.launch import on_device_of
+from bittern.ops.triton.config import SkinnyConfig, padded_rank
+from bittern.ops.triton.launch import cdiv, on_device_of
 from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
 
 
@@ -63,41 +64,18 @@ def skinny_segment(
         config: Tile and launch.
     """
     (m, k), n = x.shape, codes.shape[0]
+    x = x if x.stride(1) == 1 else x.contiguous()
     per_byte = {"int4": 2, "ternary": 4}[weight]
     grouped = segment.groups.stop - segment.groups.start > 1
-    block_m = min(64, triton.next_power_of_2(m))
-    block_b = segment.size // per_byte if grouped else config.block_b
-    step = block_b * (config.unroll if grouped else 1)
-    width = triton.cdiv(k, per_byte)
-    padded_m, padded_width = triton.cdiv(m, block_m) * block_m, triton.cdiv(width, step) * step
+    block_m = min(64, 1 << (m - 1).bit_length())
     rank = 0 if up is None else up.shape[1]
-    planes = torch.empty(
-        per_byte,
-        padded_m,
-        padded_width,
-        dtype=torch.bfloat16 if smooth is not None else x.dtype,
-        device=x.device,
-    )
+    operand = torch.bfloat16 if smooth is not None else x.dtype
     with on_device_of(x):
-        planes_kernel[(triton.cdiv(padded_width, 512), padded_m)](
+        skinny_kernel[(cdiv(n, config.block_n), cdiv(m, block_m))](
             x,
-            smooth,
-            planes,
-            m,
-            k,
-            padded_m,
-            padded_width,
-            x.stride(0),
-            x.stride(1),
-            PER_BYTE=per_byte,
-            SMOOTH=smooth is not None,
-            BLOCK=512,
-            num_warps=4,
-        )
-        skinny_kernel[(triton.cdiv(n, config.block_n), padded_m // block_m)](
-            planes,
             codes,
             scales,
+            smooth,
             partial,
             low,
             up,
@@ -105,24 +83,25 @@ def skinny_segment(
             out,
             m,
             n,
-            width,
-            padded_m,
-            padded_width,
+            k,
+            cdiv(k, per_byte),
             segment.padded.start // per_byte,
             segment.groups.start,
+            x.stride(0),
             codes.stride(0),
             scales.stride(0),
             rank,
             0 if up is None else up.stride(0),
             PER_BYTE=per_byte,
-            UNROLL=config.unroll if grouped else 0,
-            EVEN=width == padded_width,
+            GROUPED=grouped,
+            SMOOTH=smooth is not None,
+            OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
             PARTIAL=partial is not None,
-            RANK=triton.next_power_of_2(max(rank, 16)) if rank else 0,
+            RANK=padded_rank(rank),
             BIAS=bias is not None,
             BLOCK_M=block_m,
             BLOCK_N=config.block_n,
-            BLOCK_B=block_b,
+            BLOCK_B=segment.size // per_byte if grouped else config.block_b,
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -242,65 +221,11 @@ def crumbs(packed, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def planes_kernel(
-    x,
-    smooth,
-    planes,
-    m,
-    k,
-    padded_m,
-    padded_width,
-    stride_m,
-    stride_k,
-    PER_BYTE: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One token's x / s, dealt out to as many rows as a byte has codes, and zeros behind it."""
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(1)
-    for place in tl.static_range(PER_BYTE):
-        columns = places * PER_BYTE + place
-        inside = (columns < k) & (token < m)
-        u = tl.load(x + token.to(tl.int64) * stride_m + columns * stride_k, mask=inside, other=0.0)
-        if SMOOTH:
-            s = tl.load(smooth + columns, mask=columns < k, other=1.0)
-            u = u.to(tl.float32) * reciprocal_of_smooth(s)
-        at = planes + (place * padded_m + token) * padded_width + places
-        tl.store(at, rounded(u.to(tl.float32), planes.dtype.element_ty), mask=places < padded_width)
-
-
-@triton.jit
-def _add_group(
-    total, codes_rows, x_rows, start, width, plane, PER_BYTE: tl.constexpr, EVEN: tl.constexpr, BLOCK_B: tl.constexpr
-):
-    """Adds codes · x of BLOCK_B bytes."""
-    places = start + tl.arange(0, BLOCK_B)
-    if EVEN:
-        packed = tl.load(codes_rows + places[None, :])
-    else:
-        # Behind the last byte x is 0, whatever the codes.
-        packed = tl.load(codes_rows + places[None, :], mask=(places < width)[None, :], other=0)
-    at = x_rows + places[None, :]
-    x0, x1 = tl.load(at), tl.load(at + plane)
-    if PER_BYTE == 2:
-        w0, w1 = nibbles(packed, x0.dtype)
-        total = product(w0, x0.T, total)
-        return product(w1, x1.T, total)
-    else:
-        x2, x3 = tl.load(at + 2 * plane), tl.load(at + 3 * plane)
-        w0, w1, w2, w3 = crumbs(packed, x0.dtype)
-        total = product(w0, x0.T, total)
-        total = product(w1, x1.T, total)
-        total = product(w2, x2.T, total)
-        return product(w3, x3.T, total)
-
-
-@triton.jit
 def skinny_kernel(
-    planes,
+    x,
     codes,
     scales,
+    smooth,
     partial,
     low,
     up,
@@ -308,18 +233,19 @@ def skinny_kernel(
     out,
     m,
     n,
+    k,
     width,
-    padded_m,
-    padded_width,
     first_byte,
     first_group,
+    stride_x,
     stride_codes,
     stride_scales,
     rank,
     stride_up,
     PER_BYTE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    EVEN: tl.constexpr,
+    GROUPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    OPERAND: tl.constexpr,
     PARTIAL: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
@@ -328,60 +254,61 @@ def skinny_kernel(
     BLOCK_B: tl.constexpr,
 ):
     """See the module; one program for each BLOCK_N outputs and BLOCK_M tokens."""
+    WIDTH: tl.constexpr = BLOCK_B * PER_BYTE
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = (rows < n)[:, None]
+    inside, known = (rows < n)[:, None], (tokens < m)[:, None]
     wide = tl.minimum(rows, n - 1).to(tl.int64)
     codes_rows = codes + wide[:, None] * stride_codes + first_byte
     scale_rows = scales + wide * stride_scales + first_group
-    x_rows = planes + tokens[:, None] * padded_width
-    plane = padded_m * padded_width
+    x_rows = x + tokens.to(tl.int64)[:, None] * stride_x
 
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if UNROLL == 0:
-        for start in range(0, padded_width, BLOCK_B):
-            total = _add_group(total, codes_rows, x_rows, start, width, plane, PER_BYTE, EVEN, BLOCK_B)
-        total *= tl.load(scale_rows).to(tl.float32)[:, None]
-    else:
-        # Scales are asked for one step before they are needed.
-        steps = tl.arange(0, UNROLL)
-        groups = tl.cdiv(width, BLOCK_B)
-        scale_at = scale_rows[:, None] + steps[None, :]
-        following = tl.load(scale_at, mask=(steps < groups)[None, :], other=0.0)
-        for start in range(0, padded_width, UNROLL * BLOCK_B):
-            scale = following.to(tl.float32)
-            group = start // BLOCK_B + UNROLL
-            following = tl.load(scale_at + group, mask=(group + steps < groups)[None, :], other=0.0)
-            if UNROLL == 1:
-                term = _add_group(zeros, codes_rows, x_rows, start, width, plane, PER_BYTE, EVEN, BLOCK_B)
-                total += term * scale
-            else:
-                even, odd = scale.reshape(BLOCK_N, 2, 2).split()
-                s0, s2 = even.split()
-                s1, s3 = odd.split()
-                term = _add_group(zeros, codes_rows, x_rows, start, width, plane, PER_BYTE, EVEN, BLOCK_B)
-                total += term * s0[:, None]
-                start += BLOCK_B
-                term = _add_group(zeros, codes_rows, x_rows, start, width, plane, PER_BYTE, EVEN, BLOCK_B)
-                total += term * s1[:, None]
-                start += BLOCK_B
-                term = _add_group(zeros, codes_rows, x_rows, start, width, plane, PER_BYTE, EVEN, BLOCK_B)
-                total += term * s2[:, None]
-                start += BLOCK_B
-                term = _add_group(zeros, codes_rows, x_rows, start, width, plane, PER_BYTE, EVEN, BLOCK_B)
-                total += term * s3[:, None]
+    # A scale is asked for one step before it is needed.
+    following = tl.load(scale_rows)
+    for start in range(0, width, BLOCK_B):
+        scale = following.to(tl.float32)
+        if GROUPED:
+            following = tl.load(scale_rows + tl.minimum(start + BLOCK_B, width - 1) // BLOCK_B)
+        places = start + tl.arange(0, BLOCK_B)
+        packed = tl.load(codes_rows + places[None, :], mask=(places < width)[None, :], other=0)
+        columns = start * PER_BYTE + tl.arange(0, WIDTH)
+        u = tl.load(x_rows + columns[None, :], mask=known & (columns < k)[None, :], other=0.0)
+        if SMOOTH:
+            s = tl.load(smooth + columns, mask=columns < k, other=1.0)
+            u = rounded(u.to(tl.float32) * reciprocal_of_smooth(s)[None, :], OPERAND)
+        term = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if GROUPED else total
+        if PER_BYTE == 2:
+            even, odd = u.reshape(BLOCK_M, BLOCK_B, 2).split()
+            w0, w1 = nibbles(packed, OPERAND)
+            term = product(w0, even.T, term)
+            term = product(w1, odd.T, term)
+        else:
+            even, odd = u.reshape(BLOCK_M, BLOCK_B, 2, 2).split()
+            x0, x2 = even.split()
+            x1, x3 = odd.split()
+            w0, w1, w2, w3 = crumbs(packed, OPERAND)
+            term = product(w0, x0.T, term)
+            term = product(w1, x1.T, term)
+            term = product(w2, x2.T, term)
+            term = product(w3, x3.T, term)
+        if GROUPED:
+            total += term * scale[:, None]
+        else:
+            total = term
+    if not GROUPED:
+        total *= following.to(tl.float32)[:, None]
 
-    known = tokens < m
     at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
-    stored = inside & known[None, :]
+    stored = inside & (tokens < m)[None, :]
     if PARTIAL:
         total += tl.load(partial + at, mask=stored, other=0.0)
     if RANK > 0:
         ranks = tl.arange(0, RANK)
         u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
-        low_inside = known[:, None] & (ranks < rank)[None, :]
-        projected = tl.load(low + tokens.to(tl.int64)[:, None] * rank + ranks[None, :], mask=low_inside, other=0.0)
+        projected = tl.load(
+            low + tokens.to(tl.int64)[:, None] * rank + ranks[None, :], mask=known & (ranks < rank)[None, :], other=0.0
+        )
         total = product(u, projected.to(u.dtype).T, total)
     if BIAS:
         total += tl.load(bias + wide).to(tl.float32)[:, None]

@@ -17,7 +17,9 @@ Floor, for b bits a weight and group G: N·K·(b/8 + 1 + 2/G) bytes; int4 g64 30
 which overlap with the bytes as far as occupancy allows.
 """
 
-# pyright: basic
+# A type checker knows neither launch options nor the language inside kernels.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from bittern.formats import Segment
 from bittern.ops.triton.config import UnpackConfig
-from bittern.ops.triton.launch import on_device_of
+from bittern.ops.triton.launch import cdiv, on_device_of
 from bittern.ops.triton.numerics import eight_bits, larger_magnitude, reciprocal, scale_of
 
 
@@ -57,14 +59,14 @@ def unpack_segment(
     block_k = max(config.block_k, segment.size) if grouped else config.block_k
     k = segment.unpadded.stop - segment.unpadded.start
     with on_device_of(codes):
-        unpack_kernel[(triton.cdiv(n, config.block_n),)](
+        unpack_kernel[(cdiv(n, config.block_n),)](
             codes,
             scales,
             out,
             column_scales,
             n,
             k,
-            triton.cdiv(k, per_byte),
+            cdiv(k, per_byte),
             out.shape[1],
             segment.padded.start // per_byte,
             segment.groups.start,
@@ -103,7 +105,7 @@ def numbers(packed, PER_BYTE: tl.constexpr):
 
 
 @triton.jit
-def _load(
+def load_weights(
     codes_rows, scale_rows, start, k, width, inside, PER_BYTE: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +160,7 @@ def unpack_kernel(
     if GROUP > 0:
         peak = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-            values = _load(
+            values = load_weights(
                 codes_rows, scale_rows, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN
             )
             peak = larger_magnitude(peak, values)
@@ -170,7 +172,9 @@ def unpack_kernel(
 
     for back in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         start = (tl.cdiv(width, BLOCK_K) - 1) * BLOCK_K - back
-        values = _load(codes_rows, scale_rows, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN)
+        values = load_weights(
+            codes_rows, scale_rows, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN
+        )
         if GROUP > 0:
             values = values * inverse
         columns = start + tl.arange(0, BLOCK_K)
