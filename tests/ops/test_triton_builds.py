@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bittern.ops.triton import config, gemm, prologue, skinny, unpack
+from bittern.ops.triton import config, dequantize, gemm, prologue, skinny, unpack
 
 FP8, INT8 = "fp8e4nv", "i8"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -190,3 +190,23 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
     )
     # Whole rows of codes are loaded and stored 16 bytes at a time.
     expect(compiled, capability, r"(?s)ld\.global\S*\.v4\.b32.*st\.global\S*\.v4\.b32", tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_dequantize(capability: int, tmp_path: Path) -> None:
+    compiled = build(
+        dequantize.dequantize_kernel,
+        capability,
+        {"codes": "*u8", "scales": "*bf16", "smooth": "*bf16", "down": "*bf16", "up": "*bf16", "out": "*bf16"},
+        {
+            "PER_BYTE": 2,
+            "GROUP": 64,
+            "SMOOTH": True,
+            "RANK": 32,
+            "BLOCK_N": dequantize.BLOCK_N,
+            "BLOCK_K": dequantize.BLOCK_K,
+        },
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
