@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Without an NVIDIA driver the CPU build serves, instead of gigabytes of CUDA that nothing would use.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu)
+# A CUDA build of torch brings the Triton that fits it; the CPU build brings none, and the kernels' tests need one.
+TRITON ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,triton==3.6.0)
 
 .PHONY: setup demo test test-slow test-gpu lint format docs clean
 
@@ -14,7 +16,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("bittern needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --retries 1 $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --retries 1 $(TORCH_INDEX) "$(TORCH)" $(TRITON)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,docs,metrics]"
 	@touch $@
 

@@ -115,6 +115,21 @@ def test_a_state_dict_fills_an_empty_layer(scheme: Scheme, device: str) -> None:
     assert torch.equal(other(x), layer(x))
 
 
+def test_a_loaded_layer_has_chosen_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    (full,) = few_bit([40], 64)
+    empty = QuantLinear.empty(64, 40, full.scheme, device="meta")
+    for leaf, tensor in full.state_dict().items():
+        if leaf != "weight":
+            empty.load(leaf, tensor)
+
+    def choose(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a compiler would have to trace this")
+
+    monkeypatch.setattr(ops, "choose_path", choose)
+    x = torch.randn(3, 64)
+    assert torch.equal(empty(x), full(x))
+
+
 def test_loading_tells_what_does_not_fit() -> None:
     (layer,) = few_bit([20], 64)
     state = layer.state_dict()

@@ -106,6 +106,8 @@ class FewBitLayer(nn.Module):
         else:
             self.holder._buffers[name] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             self.tensors()[leaf].copy_(tensor)
+        if leaf == "codes":
+            self._choose()
 
     def _load_bias(self, tensor: Tensor) -> None:
         if tensor.shape != self.bias.shape:

@@ -5,7 +5,7 @@ A faster implementation registers a `Kernel` for a path; nothing that calls the 
 
 from __future__ import annotations
 
-from bittern.ops import reference
+from bittern.ops import reference, triton
 from bittern.ops.contract import dequantize, few_bit_linear, quantize_activations
 from bittern.ops.dispatch import (
     PATHS,
@@ -23,6 +23,8 @@ from bittern.ops.dispatch import (
 
 for _path in PATHS:
     register(Kernel(_path, "torch", reference.few_bit_linear, native=False))
+for _kernel in triton.kernels():
+    register(_kernel)
 
 __all__ = [
     "PATHS",

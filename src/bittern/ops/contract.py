@@ -189,7 +189,15 @@ def _linear(
 ) -> Tensor:
     check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift)
     x = inputs[0]
-    call = dispatch.Call(weight, x.device.type, dispatch.device_capability(x.device), x.dtype, x.shape[:-1].numel())
+    call = dispatch.Call(
+        weight,
+        x.device.type,
+        dispatch.device_capability(x.device),
+        x.dtype,
+        x.shape[:-1].numel(),
+        group_size or 0,
+        len(inputs),
+    )
     kernel = dispatch.select(path, call)
     return kernel.run(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift)
 
@@ -218,6 +226,18 @@ def _backward_shape(grad: Tensor, *args: Any) -> Tensor:
 def _dequantize_shape(codes: Tensor, *args: Any) -> Tensor:
     segments, dtype = args[-2:]
     return codes.new_empty(codes.shape[0], sum(segments), dtype=dtype)
+
+
+def _quantize(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if format in ("int8", "fp8"):
+        # The weights do not matter here: any format stands for all.
+        call = dispatch.Call("int4", x.device.type, dispatch.device_capability(x.device), x.dtype, x.shape[:-1].numel())
+        prologue = dispatch.select(f"a8-{format}", call).prologue
+        if prologue is not None:
+            return prologue(x, smooth, down, format, shift)
+    return reference.quantize_activations(x, smooth, down, format, shift)
 
 
 def _quantize_shape(
@@ -259,7 +279,7 @@ for _device in ("CPU", "CUDA"):
     library.impl("few_bit_linear", _linear, _device)
     library.impl("few_bit_linear_backward", reference.few_bit_linear_backward, _device)
     library.impl("dequantize", reference.dequantize, _device)
-    library.impl("quantize_activations", reference.quantize_activations, _device)
+    library.impl("quantize_activations", _quantize, _device)
 torch.library.register_fake("bittern::few_bit_linear", _linear_shape, lib=library)
 torch.library.register_fake("bittern::few_bit_linear_backward", _backward_shape, lib=library)
 torch.library.register_fake("bittern::dequantize", _dequantize_shape, lib=library)

@@ -32,21 +32,33 @@ Capability = tuple[int, int]
 PATHS: tuple[Path, ...] = get_args(Path)
 
 _UNITS = {"a4": (4, "int4"), "a8-fp8": (8, "fp8"), "a8-int8": (8, "int8"), "a16": (16, "16-bit")}
-_NEWEST = (99, 9)
+NEWEST = (99, 9)
 # AMD's devices call themselves "cuda" too, with capabilities of their own counting.
 _IS_ROCM = bool(getattr(torch.version, "hip", None))
-_CAPABILITIES = {"a4": ((7, 5), (8, 9)), "a8-fp8": ((8, 9), _NEWEST), "a8-int8": ((7, 5), _NEWEST)}
+_CAPABILITIES = {"a4": ((7, 5), (8, 9)), "a8-fp8": ((8, 9), NEWEST), "a8-int8": ((7, 5), NEWEST)}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel may ask about a call; None stands for what is not known yet."""
+    """What a kernel may ask about a call; None stands for what is not known yet.
+
+    Attributes:
+        weight: Weight format.
+        device: Device type.
+        capability: Compute capability; None also for what has none.
+        dtype: Dtype of the inputs.
+        rows: Rows of each input.
+        group: Inputs under one weight scale; 0 for whole rows.
+        segments: Number of inputs.
+    """
 
     weight: str
     device: str
     capability: Capability | None = None
     dtype: torch.dtype | None = None
     rows: int | None = None
+    group: int | None = None
+    segments: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,17 @@ class Kernel:
         path: The arithmetic that it computes.
         backend: Name of the implementation, such as "torch" or "triton".
         run: Has the arguments of the operation `bittern::few_bit_linear`.
+        prologue: Has the arguments of `bittern::quantize_activations`, for the path's format; None for the
+            reference's.
+        lacks: A package that the kernel needs and that is not installed.
         native: Whether it uses the device's own arithmetic of that width, rather than emulate it.
         devices: Device types; None for all.
         capability: Lowest and highest compute capability; None for all.
         dtypes: Dtypes of the input.
         weights: Weight formats; None for all.
         rows: Least and most rows of the input; None for no limit above.
+        groups: Inputs under one weight scale, 0 for whole rows; None for any number.
+        segments: Most inputs; None for no limit.
     """
 
     path: Path
@@ -74,15 +91,23 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     weights: tuple[str, ...] | None = None
     rows: tuple[int, int | None] = (0, None)
+    groups: tuple[int, ...] | None = None
+    segments: int | None = None
+    prologue: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    lacks: str | None = None
 
     def refusal(self, call: Call) -> str | None:
         """Why this kernel cannot take the call; None if it can."""
         if self.devices is not None and call.device not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {call.device}"
-        if self.capability is not None and call.capability is not None:
+        if self.lacks is not None:
+            return f"needs the package {self.lacks}, which is not installed"
+        if self.capability is not None:
             low, high = self.capability
+            if call.capability is None:
+                return f"needs a GPU of NVIDIA's, of compute capability {_dotted(low)} or more"
             if not low <= call.capability <= high:
-                return f"needs compute capability {_dotted(low)} to {_dotted(high)}, not {_dotted(call.capability)}"
+                return f"needs compute capability {_dotted(low)} {_upwards(high)}, not {_dotted(call.capability)}"
         if call.dtype is not None and call.dtype not in self.dtypes:
             return f"takes {', '.join(str(d) for d in self.dtypes)}, not {call.dtype}"
         if self.weights is not None and call.weight not in self.weights:
@@ -90,6 +115,11 @@ class Kernel:
         least, most = self.rows
         if call.rows is not None and (call.rows < least or (most is not None and call.rows > most)):
             return f"takes {least} to {most if most is not None else 'any number of'} rows, not {call.rows}"
+        if self.groups is not None and call.group is not None and call.group not in self.groups:
+            known = ", ".join("whole rows" if group == 0 else str(group) for group in self.groups)
+            return f"takes weight groups of {known}, not {call.group or 'whole rows'}"
+        if self.segments is not None and call.segments is not None and call.segments > self.segments:
+            return f"takes at most {self.segments} inputs, not {call.segments}"
         return None
 
 
@@ -207,7 +237,7 @@ def explain(
     device = torch.device(device)
     if capability is None:
         capability = device_capability(device)
-    call = Call(scheme.weight, device.type, capability, dtype, rows)
+    call = Call(scheme.weight, device.type, capability, dtype, rows, scheme.group_size or 0)
     _check_path(path)
     verdicts: list[Verdict] = []
     for kernel in _candidates(path, capability):
@@ -262,6 +292,10 @@ def device_capability(device: torch.device) -> Capability | None:
 def _check_path(path: str) -> None:
     if path != "auto" and path not in PATHS:
         raise UserError(f"unknown path {path!r}: {did_you_mean(path, (*PATHS, 'auto'))}")
+
+
+def _upwards(highest: Capability) -> str:
+    return "or more" if highest == NEWEST else f"to {_dotted(highest)}"
 
 
 def _dotted(capability: Capability) -> str:

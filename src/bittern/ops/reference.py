@@ -53,7 +53,8 @@ TINY = torch.finfo(torch.float32).tiny
 LIMITS: dict[str, int] = {"int8": 127, "fp8": 448, "int4": 7, "uint4": 15}
 """The largest code of each activation format: a scale is amax over this."""
 
-_RECIPROCAL: dict[str, float] = {name: torch.tensor(limit).reciprocal().item() for name, limit in LIMITS.items()}
+RECIPROCALS: dict[str, float] = {name: torch.tensor(limit).reciprocal().item() for name, limit in LIMITS.items()}
+"""What an amax is multiplied by to give the scale: 1 over the limit, rounded to float32."""
 
 # Up to 2^24 every integer is a float32: sums of 127 * 127 over this many inputs are exact in any order.
 _EXACT_K = 1024
@@ -124,7 +125,7 @@ def few_bit_linear(
     for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
         total: Tensor | None = None
         for operand, segment, offset in zip(operands, layout, offsets, strict=True):
-            folded = _weights(block, segment, arithmetic.weights)
+            folded = fold(block, segment, arithmetic.weights)
             part = _product(operand, folded, exact=arithmetic.weights == "int8")
             if offset:
                 ones = folded.values.new_ones(folded.values.shape[1])
@@ -239,7 +240,7 @@ def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m pad
     else:
         groups = x.view(m, 1, k)
     peak = groups.amax(-1, keepdim=True) if format == "uint4" else _amax(groups)
-    scale = (peak * _RECIPROCAL[format]).clamp_min_(TINY)
+    scale = (peak * RECIPROCALS[format]).clamp_min_(TINY)
     return _rounded(groups * scale.reciprocal(), format).flatten(1), scale.squeeze(-1)
 
 
@@ -260,7 +261,7 @@ def _activations(smoothed: Tensor, format: str | None, offset: float) -> _Operan
     return _Operand(values[:, : smoothed.shape[1]])
 
 
-def _weights(block: tuple[Tensor, Tensor], segment: Segment, format: str | None) -> _Operand:
+def fold(block: tuple[Tensor, Tensor], segment: Segment, format: str | None) -> _Operand:
     """The weights of one block and segment: folded to 8 bits, or as they are."""
     codes, scales = block
     if format is None:
@@ -269,7 +270,7 @@ def _weights(block: tuple[Tensor, Tensor], segment: Segment, format: str | None)
     if groups.shape[1] == 1:
         return _Operand(codes[:, segment.unpadded], groups)
     values = _unfolded(block, segment)
-    scale = (_amax(values) * _RECIPROCAL[format]).clamp_min_(TINY)
+    scale = (_amax(values) * RECIPROCALS[format]).clamp_min_(TINY)
     return _Operand(_rounded(values.mul_(scale.reciprocal()), format), scale)
 
 

@@ -57,7 +57,8 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Only line feeds end a line: JSON allows other separators inside a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(
             f"prompts file {path}: {(error.strerror or str(error)).lower()}; expected a .txt or .jsonl file"

@@ -1,0 +1,358 @@
+"""Times every kernel over FLUX.1's shapes, with several configurations each, against its floor and 16 bits.
+
+    python benchmarks/kernels.py --json benchmarks/results/kernels_h100.json
+
+Times are medians over replays of a CUDA graph that holds one call for each of several sets of buffers, together
+more than 256 MB where the caches could flatter. Weights and inputs are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from bittern import formats
+from bittern.formats import KLayout
+from bittern.ops import reference
+from bittern.ops.triton import linear
+from bittern.ops.triton.config import GemmConfig, PrologueConfig, SkinnyConfig, UnpackConfig
+from bittern.ops.triton.gemm import gemm
+from bittern.ops.triton.prologue import quantize_rows
+from bittern.ops.triton.skinny import skinny_segment
+from bittern.ops.triton.unpack import unpack_segment
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+BANDWIDTH = 3.0e12
+"""Bytes a second of a device copy, read and written, measured on an H100."""
+RATES = {"bf16": 990e12, "fp8": 1979e12, "int8": 1979e12}
+"""Operations a second by the datasheet."""
+RANK = 32
+
+# M, N, K-segments; how often a step of FLUX.1-dev at 1024x1024 calls it; predicted ms in fp8.
+GEMMS: list[tuple[int, int, tuple[int, ...], int, float]] = [
+    (4096, 9216, (3072,), 19, 0.178),
+    (4096, 3072, (3072,), 19, 0.061),
+    (4096, 12288, (3072,), 19, 0.255),
+    (4096, 3072, (12288,), 19, 0.227),
+    (4608, 21504, (3072,), 38, 0.495),
+    (4608, 3072, (3072, 12288), 38, 0.310),
+    (512, 9216, (3072,), 19, 0.038),
+]
+_WIDE = (128, 256, 128)
+_TMA = {"descriptors": True, "store_descriptors": True}
+GEMM_CONFIGS = {
+    "128x256x128 w8 s3 g16": GemmConfig(*_WIDE, 16, 8, 3, **_TMA),
+    "128x256x128 w8 s3 g16 early": GemmConfig(*_WIDE, 16, 8, 3, **_TMA, early=True),
+    "128x256x128 w8 s3 g32 early": GemmConfig(*_WIDE, 32, 8, 3, **_TMA, early=True),
+    "128x256x128 w8 s3 g16 early halves": GemmConfig(*_WIDE, 16, 8, 3, **_TMA, early=True, halves=True),
+    "128x256x128 w8 s4 g16 halves": GemmConfig(*_WIDE, 16, 8, 4, **_TMA, halves=True),
+    "128x256x64 w8 s6 g16 early": GemmConfig(128, 256, 64, 16, 8, 6, **_TMA, early=True),
+    "128x128x128 w8 s4 g16": GemmConfig(128, 128, 128, 16, 8, 4, **_TMA),
+    "128x128x64 w4 s4 g16 2 programs early halves": GemmConfig(
+        128, 128, 64, 16, 4, 4, **_TMA, programs=2, early=True, halves=True
+    ),
+    "128x128x64 w4 s5 g16 2 programs": GemmConfig(128, 128, 64, 16, 4, 5, **_TMA, programs=2, halves=True),
+    "64x128x128 w4 s4 2 programs": GemmConfig(64, 128, 128, 8, 4, 4, **_TMA, programs=2),
+    "64x128x128 w4 s3 3 programs": GemmConfig(64, 128, 128, 8, 4, 3, **_TMA, programs=3),
+}
+INT8_CONFIGS = (
+    "128x256x128 w8 s3 g16",
+    "128x256x128 w8 s3 g16 early",
+    "128x256x128 w8 s4 g16 halves",
+    "128x128x128 w8 s4 g16",
+    "128x128x64 w4 s4 g16 2 programs early halves",
+)
+# M, K; predicted us.
+# The predictions are those made after a first run, for the kernels as they are now.
+PROLOGUES = [(4096, 3072, 22), (4608, 3072, 30), (4096, 12288, 85), (4608, 12288, 110), (512, 3072, 9)]
+PROLOGUE_CONFIGS = [
+    PrologueConfig(*c)
+    for c in [(16, 256, 4, 3, True), (16, 256, 4, 4, True), (16, 256, 8, 4, True), (32, 128, 4, 4, True),
+              (32, 256, 8, 3, True), (16, 512, 4, 2, True), (16, 128, 4, 5, True), (8, 512, 4, 3, True),
+              (8, 256, 4, 4, True), (16, 512, 8, 3, True), (16, 256, 4, 4, False)]
+]  # fmt: skip
+# Weight, group, N, K; predicted us.
+UNPACKS: list[tuple[str, int | None, int, int, float]] = [
+    ("int4", 64, 3072, 3072, 8.5),
+    ("int4", 64, 12288, 3072, 27),
+    ("int4", 64, 21504, 3072, 45),
+    ("int4", 64, 3072, 12288, 30),
+    ("ternary", None, 3072, 3072, 7),
+    ("ternary", None, 21504, 3072, 38),
+]
+UNPACK_CONFIGS = [
+    UnpackConfig(*c)
+    for c in [(4, 1024, 4, 1), (4, 1024, 4, 3), (8, 1024, 4, 1), (2, 1024, 2, 1), (2, 1024, 2, 3), (8, 1024, 8, 3),
+              (4, 2048, 8, 1), (2, 2048, 4, 1)]
+]  # fmt: skip
+# Weight, group, M, N, K; predicted us.
+SKINNIES: list[tuple[str, int | None, int, int, int, int]] = [
+    ("int4", 64, 1, 18432, 3072, 15),
+    ("int4", 64, 16, 18432, 3072, 17),
+    ("int4", 64, 64, 18432, 3072, 30),
+    ("int4", 64, 1, 9216, 3072, 9),
+    ("int4", 64, 1, 3072, 3072, 6),
+    ("ternary", None, 1, 18432, 3072, 8),
+    ("ternary", None, 16, 18432, 3072, 10),
+    ("ternary", None, 1, 9216, 3072, 6),
+]
+SKINNY_CONFIGS = [
+    SkinnyConfig(*c)
+    for c in [(32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 4, 6), (16, 128, 2, 6), (32, 128, 2, 6), (64, 128, 2, 6),
+              (128, 128, 4, 4), (32, 128, 4, 8), (64, 64, 4, 6), (32, 64, 2, 8), (64, 128, 4, 10)]
+]  # fmt: skip
+
+
+def milliseconds(calls: list[Callable[[], Any]], replays: int = 20) -> tuple[float, float]:
+    """Median time of one call, and the relative spread between the 20th and 80th percentile."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    times: list[float] = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / len(calls))
+    fifths = statistics.quantiles(times, n=5)
+    return statistics.median(times), (fifths[3] - fifths[0]) / statistics.median(times)
+
+
+def sets(bytes_each: float, least: int = 3) -> range:
+    """As many sets of buffers as fill 256 MB."""
+    return range(max(least, min(64, -(-(256 * 2**20) // int(bytes_each)))))
+
+
+def weights(weight: str, group: int | None, n: int, segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    layout = KLayout(segments, group)
+    fmt = formats.get(weight)
+    codes = torch.randint(fmt.code_min, fmt.code_max + 1, (n, layout.padded_k), dtype=torch.int8, device="cuda")
+    return (
+        fmt.pack(codes),
+        (torch.rand(n, layout.num_groups, device="cuda") * 0.02 + 0.01).to(BF16),
+    )
+
+
+def random8(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    values = torch.randn(shape, device="cuda", dtype=BF16) * (100 if dtype == FP8 else 30)
+    return values.to(dtype) if dtype == FP8 else values.round().clamp(-127, 127).to(dtype)
+
+
+class Bench:
+    """Collects rows; in a warming run only compiles this process's share."""
+
+    def __init__(self, share: tuple[int, int] | None) -> None:
+        self.share, self.count, self.rows = share, 0, []
+
+    def time(self, what: str, case: str, config: str, calls: list[Callable[[], Any]], **facts: Any) -> None:
+        self.count += 1
+        if self.share is not None:
+            if self.count % self.share[1] == self.share[0]:
+                attempt(calls[0])
+            return
+        try:
+            ms, spread = milliseconds(calls)
+            row = {"kernel": what, "case": case, "config": config, "ms": round(ms, 5), "spread": round(spread, 3)}
+            row |= facts
+        except Exception as error:
+            row = {"kernel": what, "case": case, "config": config, "error": f"{type(error).__name__}: {error}"[:200]}
+        self.rows.append(row)
+
+    def cases(self, every: list[Any], *different: int) -> list[Any]:
+        """All cases, or those that between them need every compilation."""
+        return every if self.share is None else [every[i] for i in different]
+
+    def best(self, what: str, case: str) -> dict[str, Any] | None:
+        rows = [r for r in self.rows if r["kernel"] == what and r["case"] == case and "ms" in r]
+        return min(rows, key=lambda r: r["ms"]) if rows else None
+
+
+def attempt(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}"[:300], file=sys.stderr)
+
+
+def gemms(bench: Bench) -> None:
+    for m, n, segments, times, predicted in bench.cases(GEMMS, 0, 5):
+        k, case = sum(segments), f"{m}x{n}x{'+'.join(map(str, segments))}"
+        flop = 2 * m * n * k
+        floor = {kind: flop / rate * 1e3 for kind, rate in RATES.items()}
+        facts = {"times_a_step": times}
+        x, w = torch.randn(m, k, device="cuda", dtype=BF16), torch.randn(n, k, device="cuda", dtype=BF16)
+        low = torch.randn(m, RANK, device="cuda")
+        up, bias = torch.randn(n, RANK, device="cuda", dtype=BF16), torch.randn(n, device="cuda", dtype=BF16)
+        out = torch.empty(m, n, device="cuda", dtype=BF16)
+        if bench.share is None:
+            bench.time(
+                "gemm bf16 cublas", case, "", [lambda x=x, w=w: F.linear(x, w)] * 3, floor=floor["bf16"], **facts
+            )
+        for kind, dtype in (("fp8", FP8), ("int8", torch.int8)):
+            a, b = random8((m, k), dtype), random8((n, k), dtype)
+            rows = torch.rand(len(segments), m, device="cuda")
+            columns = torch.rand(len(segments), n, device="cuda")
+            if kind == "fp8" and bench.share is None:
+
+                def cublas(a: Any = a, b: Any = b, r: Any = rows[0][:, None], c: Any = columns[0][None, :]) -> None:
+                    torch._scaled_mm(a, b.T, r, c, out_dtype=BF16, use_fast_accum=True)
+
+                bench.time("gemm fp8 cublas rowwise", case, "", [cublas] * 3, floor=floor["fp8"], **facts)
+            for name, config in GEMM_CONFIGS.items():
+                if kind == "int8" and name not in INT8_CONFIGS:
+                    continue
+
+                def call(
+                    a: Any = a, b: Any = b, rows: Any = rows, columns: Any = columns, config: Any = config
+                ) -> None:
+                    gemm(a, b, rows, columns, low, up, bias, out, segments[0], config)  # noqa: B023
+
+                bench.time(f"gemm {kind}", case, name, [call] * 3, floor=floor[kind], predicted=predicted, **facts)
+
+
+def prologues(bench: Bench) -> None:
+    for m, k, predicted in bench.cases(PROLOGUES, 0):
+        case = f"{m}x{k}"
+        floor = 3 * m * k / BANDWIDTH * 1e3
+        smooth = torch.rand(k, device="cuda", dtype=BF16) + 0.5
+        down = torch.randn(RANK, k, device="cuda", dtype=BF16)
+        data = [torch.randn(m, k, device="cuda", dtype=BF16) for _ in sets(3 * m * k)]
+        codes = [torch.empty(m, k, device="cuda", dtype=FP8) for _ in data]
+        scales, low = torch.empty(m, device="cuda"), torch.empty(m, RANK, device="cuda")
+        for config in PROLOGUE_CONFIGS:
+            for s in (smooth, None):
+                calls = [
+                    lambda x=x, c=c, s=s, config=config: quantize_rows(x, s, down, c, scales, low, config)  # noqa: B023
+                    for x, c in zip(data, codes, strict=True)
+                ]
+                name = case if s is not None else case + " unsmoothed"
+                bench.time("prologue", name, str(config), calls, floor=floor, predicted=predicted / 1e3)
+
+
+def unpacks(bench: Bench) -> None:
+    for weight, group, n, k, predicted in bench.cases(UNPACKS, 0, 4):
+        case = f"{weight} g{group} {n}x{k}"
+        packed, scale = weights(weight, group, n, (k,))
+        size = packed.numel() + 2 * scale.numel() + n * k
+        data = [(packed.clone(), scale.clone(), torch.empty(n, k, device="cuda", dtype=FP8)) for _ in sets(size)]
+        columns = torch.empty(n, device="cuda")
+        (segment,) = KLayout((k,), group)
+        for config in UNPACK_CONFIGS:
+            calls = [
+                lambda p=p, s=s, o=o, config=config: unpack_segment(p, s, weight, segment, o, columns, config)  # noqa: B023
+                for p, s, o in data
+            ]
+            bench.time("unpack", case, str(config), calls, floor=size / BANDWIDTH * 1e3, predicted=predicted / 1e3)
+
+
+def skinnies(bench: Bench) -> None:
+    for weight, group, m, n, k, predicted in bench.cases(SKINNIES, 0, 1, 2, 5, 6):
+        case = f"{weight} g{group} M={m} {n}x{k}"
+        packed, scale = weights(weight, group, n, (k,))
+        size = packed.numel() + 2 * scale.numel()
+        x = torch.randn(m, k, device="cuda", dtype=BF16)
+        bias, out = torch.randn(n, device="cuda", dtype=BF16), torch.empty(m, n, device="cuda", dtype=BF16)
+        (segment,) = KLayout((k,), group)
+        if bench.share is None:
+            dense = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in sets(2 * n * k)]
+            calls: list[Any] = [lambda w=w: F.linear(x, w, bias) for w in dense]  # noqa: B023
+            bench.time("skinny bf16 cublas", case, "", calls, floor=2 * n * k / BANDWIDTH * 1e3)
+            del dense, calls
+        data = [(packed.clone(), scale.clone()) for _ in sets(size)]
+        for config in SKINNY_CONFIGS:
+            calls = [
+                lambda p=p, s=s, config=config: skinny_segment(
+                    x, p, s, None, weight, segment, None, None, None, bias, out, config  # noqa: B023
+                )
+                for p, s in data
+            ]  # fmt: skip
+            bench.time("skinny", case, str(config), calls, floor=size / BANDWIDTH * 1e3, predicted=predicted / 1e3)
+
+
+def whole_layers(bench: Bench) -> None:
+    """The layer as the registry runs it, with its own configurations, against a bf16 layer; and its error."""
+    for m, n, segments, times, _ in bench.cases(GEMMS, 0, 5):
+        case = f"{m}x{n}x{'+'.join(map(str, segments))}"
+        k = sum(segments)
+        layer = {
+            "smooth": torch.rand(k, device="cuda").to(BF16) + 0.5,
+            "down": (torch.randn(RANK, k, device="cuda") / k**0.5).to(BF16),
+            "up": torch.randn(n, RANK, device="cuda", dtype=BF16),
+        }
+        bias = torch.randn(n, device="cuda", dtype=BF16)
+        inputs = [torch.randn(m, length, device="cuda", dtype=BF16) for length in segments]
+        for weight, group in (("int4", 64), ("ternary", None)):
+            codes, scales = weights(weight, group, n, segments)
+            branch = list(layer.values()) if weight == "int4" else [None] * 3
+            for path in ("a8-fp8", "a8-int8"):
+                args = (inputs, codes, scales, *branch, bias, weight, group, path, ())
+                call: Any = lambda args=args: linear.eight_bit_linear(*args)  # noqa: E731
+                error: dict[str, Any] = {}
+                if bench.share is None:
+                    want = reference.few_bit_linear(*args).float()
+                    error["error"] = ((call().float() - want).norm() / want.norm()).item()
+                bench.time("layer", case, f"{weight} {path}", [call] * 3, times_a_step=times, **error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", default=["prologue", "unpack", "gemm", "skinny", "layer"])
+    parser.add_argument("--share", type=int, nargs=2, help="compile every n-th variant, beginning with the i-th")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    # The error is held against a float32 reference, not tf32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    bench = Bench(tuple(args.share) if args.share else None)
+    parts = {"gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "layer": whole_layers}
+    for name in args.only:
+        parts[name](bench)
+        torch.cuda.empty_cache()
+    if args.share:
+        return
+    for what, case in dict.fromkeys((r["kernel"], r["case"]) for r in bench.rows if r["kernel"] != "layer"):
+        best = bench.best(what, case)
+        if best is None:
+            print(f"{what:24} {case:28} nothing ran")
+            continue
+        floor = best["floor"]
+        print(
+            f"{what:24} {case:28} {best['ms']:8.4f} ms, floor {floor:7.4f}, {floor / best['ms']:4.0%}  {best['config']}"
+        )
+    for row in bench.rows:
+        if "error" in row and "ms" not in row:
+            print(row)
+        elif row["kernel"] == "layer":
+            print(f"layer {row['case']:28} {row['config']:20} {row['ms']:8.4f} ms, error {row['error']:.2e}")
+    result = {
+        "command": " ".join(sys.argv),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "bandwidth_of_floors": BANDWIDTH,
+        "rows": bench.rows,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

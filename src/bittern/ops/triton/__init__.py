@@ -1,0 +1,46 @@
+"""The Triton backend. What it accepts is declared here; Triton itself is imported when a kernel first runs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bittern.ops.dispatch import NEWEST, Kernel
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_GROUPS = (0, 32, 64, 128, 256)
+
+
+def _lazily(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module("bittern.ops.triton.linear"), name)(*args)
+
+    return run
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """The kernels of this backend, the least preferred first."""
+    common: dict[str, Any] = {
+        "backend": "triton",
+        "devices": ("cuda",),
+        "dtypes": _DTYPES,
+        "groups": _GROUPS,
+        # Asked once: a compiler cannot trace the search.
+        "lacks": None if importlib.util.find_spec("triton") else "triton",
+    }
+    eight: dict[str, Any] = {
+        **common,
+        "run": _lazily("eight_bit_linear"),
+        "prologue": _lazily("quantize_activations"),
+        "rows": (1, None),
+        "segments": 2,
+    }
+    return (
+        Kernel("a8-int8", capability=((8, 0), NEWEST), **eight),
+        Kernel("a8-fp8", capability=((8, 9), NEWEST), **eight),
+        Kernel("a16", run=_lazily("sixteen_bit_linear"), capability=((8, 0), NEWEST), rows=(1, None), **common),
+    )

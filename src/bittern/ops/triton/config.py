@@ -1,0 +1,176 @@
+"""How each kernel is tiled and launched, and when a configuration is valid.
+
+Frozen dataclasses; `problem` is the one place that says what a device can hold. `default_*` are safe on unknown
+devices and good on Hopper, on which they were measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from bittern.errors import UserError
+
+SCRATCH_MULTIPLE = 128
+"""8-bit operands are filled up to this many inputs a segment, so that no tile of the GEMM needs a mask along K."""
+
+
+@dataclass(frozen=True)
+class PrologueConfig:
+    """Tiles of tokens and inputs; whether they are loaded by tensor descriptors."""
+
+    block_m: int = 16
+    block_k: int = 256
+    warps: int = 4
+    stages: int = 3
+    descriptors: bool = False
+
+
+@dataclass(frozen=True)
+class UnpackConfig:
+    """Tiles of output rows and inputs; `block_k` is a multiple of the group."""
+
+    block_n: int = 8
+    block_k: int = 512
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of the 8-bit GEMM.
+
+    Attributes:
+        block_m: Tokens.
+        block_n: Outputs.
+        block_k: Inputs; divides `SCRATCH_MULTIPLE`.
+        group_m: Tiles of tokens that share tiles of weights in the L2 cache.
+        warps: Warps a program.
+        stages: Tiles in flight.
+        descriptors: Whether tiles are loaded by tensor descriptors.
+        store_descriptors: Whether the result is stored by them, too.
+        programs: Programs for each multiprocessor.
+        halves: Whether the result is stored in two halves, which leaves shared memory for another stage.
+        early: Whether the low-rank factors are loaded before the products; they then take shared memory.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    group_m: int = 8
+    warps: int = 8
+    stages: int = 3
+    descriptors: bool = False
+    store_descriptors: bool = False
+    programs: int = 1
+    halves: bool = False
+    early: bool = False
+
+    def problem(self, shared_memory: int, rank: int = 0) -> str | None:
+        """Why the configuration cannot run for a rank with so many bytes of shared memory; None if it can."""
+        if SCRATCH_MULTIPLE % self.block_k:
+            return f"block_k {self.block_k} does not divide {SCRATCH_MULTIPLE}"
+        needed = self.stages * (self.block_m + self.block_n) * self.block_k
+        if self.store_descriptors:
+            needed += 2 * self.block_m * self.block_n // (2 if self.halves else 1)
+        if self.early:
+            needed += 2 * self.block_n * padded_rank(rank)
+        # Barriers, and row and column scales on their way to other threads.
+        needed += 2048 if self.descriptors else 0
+        if needed > shared_memory:
+            return f"tiles take {needed} bytes of shared memory, the device has {shared_memory}"
+        accumulators = self.block_m * self.block_n // (32 * self.warps)
+        if accumulators > 128:
+            return f"{accumulators} accumulators a thread do not fit its registers"
+        return None
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """Tiles of the product with few tokens.
+
+    Attributes:
+        block_n: Outputs.
+        block_b: Packed bytes of inputs, where rows have one scale; otherwise a group is a tile.
+        warps: Warps a program.
+        stages: Tiles in flight.
+    """
+
+    block_n: int = 32
+    block_b: int = 128
+    warps: int = 4
+    stages: int = 3
+
+
+def padded_rank(rank: int) -> int:
+    """The rank that a tile has room for: a power of two, at least what a matrix instruction takes."""
+    return 0 if rank == 0 else max(16, 1 << (rank - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a configuration depends on; capability (0, 0) for the interpreter."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The properties of a torch device."""
+    if device.type != "cuda":
+        return Device((0, 0), 2**17)
+    properties = cast(Any, torch.cuda.get_device_properties(device))
+    return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+
+
+def prologue_for(device: Device, m: int) -> PrologueConfig:
+    """The configuration for M tokens."""
+    hopper = device.capability[0] == 9
+    # Few tokens need small tiles to occupy the device.
+    return PrologueConfig(8, 512, 4, 3, hopper) if m <= 1024 else PrologueConfig(16, 256, 4, 4, hopper)
+
+
+def unpack_for(k: int, grouped: bool) -> UnpackConfig:
+    """The configuration for a segment of K inputs, in groups or with one scale a row."""
+    if not grouped:
+        return UnpackConfig(4, 1024, 4, 3)
+    return UnpackConfig(2, 1024, 2, 1) if k <= 4096 else UnpackConfig(2, 2048, 4, 1)
+
+
+def skinny_for(m: int, grouped: bool) -> SkinnyConfig:
+    """The configuration for M tokens and weights with or without groups."""
+    if grouped and m <= 8:
+        return SkinnyConfig(64, 128, 4, 6)
+    return SkinnyConfig(32, 128, 2, 6) if grouped or m <= 8 else SkinnyConfig(64, 64, 4, 6)
+
+
+# Measured on an H100 (benchmarks/results/kernels_h100.json), best first.
+_HOPPER = (
+    GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True, early=True),
+    GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True),
+)
+_HOPPER_TWO_SUMS = (GemmConfig(128, 128, 128, 16, 8, 4, descriptors=True, store_descriptors=True),)
+_HOPPER_FEW_TOKENS = (
+    GemmConfig(64, 128, 128, 8, 4, 4, descriptors=True, store_descriptors=True, programs=2),
+    GemmConfig(64, 128, 64, 8, 4, 4, descriptors=True, store_descriptors=True),
+)
+
+
+def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:
+    """The configuration for M tokens, as many segments, codes and rank: the first that the device can hold."""
+    # A second segment of integers needs a second set of accumulators.
+    double = segments > 1 and integers
+    candidates = [GemmConfig(64, 128, 64, 8, 8, 3) if segments > 1 else GemmConfig(), GemmConfig(64, 64, 64, 8, 4, 2)]
+    if device.capability[0] == 9:
+        candidates[:0] = _HOPPER_FEW_TOKENS if m <= 1024 else _HOPPER_TWO_SUMS if double else _HOPPER
+    if device.capability == (0, 0):
+        # The interpreter pays for each operation, whatever its size.
+        candidates = [GemmConfig(32, 64, 128)]
+    for candidate in candidates:
+        if candidate.problem(device.shared_memory, rank) is None:
+            return candidate
+    raise UserError(f"no GEMM configuration fits {device.shared_memory} bytes of shared memory; expected 48 KiB")

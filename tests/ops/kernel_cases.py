@@ -1,0 +1,252 @@
+"""What every Triton kernel must compute: run on a GPU, and on CPUs by Triton's interpreter (TRITON_INTERPRET=1).
+
+Codes and scales are the reference's, bit for bit; sums are held against float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ops_oracle import ROUNDING, Layer, expect, random_inputs, random_layer
+from torch import Tensor
+
+from bittern import formats
+from bittern.formats import KLayout
+from bittern.ops import reference
+from bittern.ops.triton import config, linear
+from bittern.ops.triton.dequantize import dequantize_segment
+from bittern.ops.triton.numerics import reciprocal_of_smooth
+from bittern.ops.triton.unpack import unpack_segment
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+BF16, FP16 = torch.bfloat16, torch.float16
+KINDS = ["gaussian", "zeros", "zero rows", "outlier", "denormal"]
+# (dtype of x, kind) without the full product of both.
+INPUTS = [(BF16, kind) for kind in KINDS] + [(FP16, "gaussian"), (FP16, "denormal")]
+# (weight, group, segments, rank, smooth): N and K are multiples of no tile.
+LAYERS: list[tuple[str, int | None, tuple[int, ...], int, bool]] = [
+    ("int4", 64, (200,), 0, False),
+    ("int4", 64, (70, 300), 16, True),
+    ("int4", 64, (130,), 40, True),
+    ("int4", None, (100,), 16, False),
+    ("ternary", None, (260,), 0, False),
+    ("ternary", 128, (128, 300), 16, True),
+    ("ternary", 64, (300,), 0, True),
+]
+PATHS = ["a8-int8", "a8-fp8"]
+N = 50
+
+# Error allowed beside one rounding of the result, relative to the sum of magnitudes that went into it.
+EXACT = 4e-6
+"""Float32 sums."""
+BRANCH = 2.0**-8
+"""The low-rank product takes bf16 operands."""
+SMOOTHED = 2.0**-8
+"""a16 rounds a smoothed x to bf16."""
+HOPPER_FP8 = 2.0**-11
+"""Hopper's tensor cores keep about 14 bits of a sum of e4m3 products."""
+
+
+def moved(layer: Layer) -> Layer:
+    fields = vars(layer).items()
+    return dataclasses.replace(layer, **{name: t.to(DEVICE) for name, t in fields if isinstance(t, Tensor)})
+
+
+def make(case: Any, seed: int = 0, n: int = N, zero_rows: bool = False) -> Layer:
+    weight, group, segments, rank, smooth = case
+    return random_layer(seed, n, segments, weight, group, rank, smooth, zero_rows=zero_rows)
+
+
+def run(inputs: list[Tensor], layer: Layer, path: str) -> Tensor:
+    function = linear.sixteen_bit_linear if path == "a16" else linear.eight_bit_linear
+    return function([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, ())
+
+
+def check(y: Tensor, inputs: list[Tensor], layer: Layer, path: str) -> None:
+    want, size = expect(inputs, layer, path)
+    relative, absolute = ROUNDING[y.dtype]
+    allowed = EXACT
+    if layer.up is not None:
+        allowed += BRANCH
+    if path == "a16" and layer.smooth is not None:
+        allowed += SMOOTHED
+    if path == "a8-fp8" and HOPPER:
+        allowed += HOPPER_FP8
+    error = abs(y.cpu().reshape(want.shape).double().numpy() - want)
+    assert np.isfinite(error).all()
+    bound = allowed * size + relative * abs(want) + absolute + 2**-126
+    assert (error <= bound).all(), f"{np.max(error / bound):.2f} times the tolerance"
+    norm = np.linalg.norm(want)
+    assert np.linalg.norm(error) <= 5e-3 * norm + want.size**0.5 * (absolute + 2**-126)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize(("dtype", "kind"), INPUTS)
+@pytest.mark.parametrize(("m", "k", "rank", "smooth"), [(7, 200, 16, True), (33, 1100, 40, False), (1, 64, 0, True)])
+def test_prologue(format: str, dtype: torch.dtype, kind: str, m: int, k: int, rank: int, smooth: bool) -> None:
+    layer = random_layer(1, 4, (k,), rank=rank, smooth=smooth)
+    (x,) = random_inputs(2, kind, m, (k,), dtype)
+    want = reference.quantize_activations(x, layer.smooth, layer.down, format, 0.0)
+    there = moved(layer)
+    got = [t.cpu() for t in linear.quantize_activations(x.to(DEVICE), there.smooth, there.down, format, 0.0)]
+    assert torch.equal(got[0].float(), want[0].float())
+    assert torch.equal(got[1], want[1])
+    assert got[2].shape == want[2].shape
+    if layer.down is not None:
+        low = x.double() @ layer.down.double().T
+        size = x.double().abs() @ layer.down.double().abs().T
+        assert ((got[2].double() - low).abs() <= EXACT * size + 2**-126).all()
+
+
+@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize(("format", "zero_rows"), [("int8", False), ("fp8", False), ("fp8", True)])
+def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
+    layer = make(case, zero_rows=zero_rows)
+    block = (formats.get(layer.weight).unpack(layer.codes, layer.layout.padded_k).float(), layer.scales.float())
+    there = moved(layer)
+    for segment in layer.layout:
+        want = reference.fold((block[0].clone(), block[1]), segment, format)
+        width = want.values.shape[1] + 40
+        out = torch.full((N, width), 77, device=DEVICE).to(linear.CODES[format])
+        scales = torch.full((N,), float("nan"), device=DEVICE)
+        unpack_segment(
+            there.codes,
+            there.scales,
+            layer.weight,
+            segment,
+            out,
+            scales,
+            config.unpack_for(width, layer.group_size is not None),
+        )
+        assert torch.equal(out.float().cpu()[:, : width - 40], want.values)
+        assert not out.float()[:, width - 40 :].any()
+        assert want.scale is not None and torch.equal(scales.cpu(), want.scale[:, 0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("case", "m"), [(case, 33) for case in LAYERS] + [(LAYERS[0], 7), (LAYERS[1], 1), (LAYERS[5], 16)]
+)
+def test_eight_bit_linear(path: str, case: Any, m: int) -> None:
+    layer = make(case)
+    inputs = random_inputs(m, "gaussian", m, case[2], BF16)
+    check(run(inputs, layer, path), inputs, layer, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("dtype", "kind"), [(BF16, "zero rows"), (BF16, "denormal"), (FP16, "outlier")])
+def test_eight_bit_linear_on_hostile_inputs(path: str, dtype: torch.dtype, kind: str) -> None:
+    layer = make(LAYERS[1])
+    inputs = random_inputs(3, kind, 33, layer.layout.segments, dtype)
+    y = run(inputs, layer, path)
+    assert y.dtype == dtype
+    check(y, inputs, layer, path)
+
+
+@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize(("m", "dtype"), [(1, BF16), (7, BF16), (16, FP16)])
+def test_sixteen_bit_linear(case: Any, m: int, dtype: torch.dtype) -> None:
+    layer = make(case)
+    inputs = random_inputs(m, "gaussian", m, case[2], dtype)
+    check(run(inputs, layer, "a16"), inputs, layer, "a16")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sixteen_bit_linear_on_hostile_inputs(kind: str) -> None:
+    layer = make(LAYERS[0])
+    inputs = random_inputs(3, kind, 7, layer.layout.segments, BF16)
+    check(run(inputs, layer, "a16"), inputs, layer, "a16")
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a16"])
+def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None:
+    layer = moved(random_layer(0, N, (200,), rank=16, smooth=True))
+    function = linear.sixteen_bit_linear if path == "a16" else linear.eight_bit_linear
+    x = torch.randn(3, 5, 200, generator=torch.Generator().manual_seed(0)).to(BF16).to(DEVICE)
+    y = function([x], *layer.args(), path, ())
+    assert y.shape == (3, 5, N)
+    assert torch.equal(function([x], *layer.args(), path, ()), y)
+    strided = torch.empty(5, 3, 400, dtype=BF16, device=DEVICE)[..., ::2].transpose(0, 1).copy_(x)
+    assert not strided.is_contiguous()
+    assert torch.equal(function([strided], *layer.args(), path, ()), y)
+    column = torch.empty(15, 300, dtype=BF16, device=DEVICE)[:, 50:250].copy_(x.flatten(0, 1))
+    assert torch.equal(function([column], *layer.args(), path, ()), y.flatten(0, 1))
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_token_that_is_not_finite_stays_visible_and_alone(path: str, value: float) -> None:
+    layer = random_layer(0, 20, (300,), rank=16, smooth=True)
+    (x,) = random_inputs(1, "gaussian", 6, (300,), BF16)
+    clean = run([x], layer, path)
+    x[2, 7] = value
+    y = run([x], layer, path)
+    others = torch.arange(6) != 2
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[others], clean[others])
+
+
+def test_int8_is_the_reference_to_the_last_bit_without_a_branch() -> None:
+    layer = random_layer(0, N, (200,), bias=False)
+    inputs = random_inputs(1, "gaussian", 33, (200,), BF16)
+    want = reference.few_bit_linear(inputs, *layer.args(), "a8-int8", ())
+    assert torch.equal(run(inputs, layer, "a8-int8").cpu(), want)
+
+
+@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_dequantize(case: Any, dtype: torch.dtype) -> None:
+    layer = make(case)
+    want = reference.dequantize(*layer.args()[:5], layer.weight, layer.group_size, case[2], torch.float32)
+    size = reference.dequantize(
+        layer.codes, layer.scales, layer.smooth, None, None, layer.weight, layer.group_size, case[2], torch.float32
+    ).abs()
+    if layer.up is not None and layer.down is not None:
+        size += layer.up.float().abs() @ layer.down.float().abs()
+    there = moved(layer)
+    out = torch.full(want.shape, float("nan"), dtype=dtype, device=DEVICE)
+    for segment in layer.layout:
+        dequantize_segment(
+            there.codes,
+            there.scales,
+            None if there.smooth is None else there.smooth[segment.logical],
+            None if there.down is None else there.down[:, segment.logical],
+            there.up,
+            layer.weight,
+            segment,
+            out[:, segment.logical],
+        )
+    assert ((out.cpu().float() - want).abs() <= EXACT * size + ROUNDING[dtype][0] * want.abs()).all()
+
+
+def test_many_tokens_on_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "FEW_TOKENS", 8)
+    for case in (LAYERS[1], LAYERS[4]):
+        layer = make(case)
+        inputs = random_inputs(5, "gaussian", 9, case[2], BF16)
+        want, _ = expect(inputs, layer, "a16")
+        error = run(inputs, layer, "a16").cpu().double().numpy() - want
+        assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
+
+
+def test_segments_fill_whole_tiles() -> None:
+    assert linear.scratch_bounds(KLayout((70, 300, 128), 64)) == [(0, 128), (128, 512), (512, 640)]
+
+
+@triton.jit
+def _reciprocals(s, out, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, reciprocal_of_smooth(tl.load(s + at, mask=at < n, other=1.0)), mask=at < n)
+
+
+def reciprocals(s: Tensor) -> Tensor:
+    out = torch.empty(len(s), device=s.device)
+    _reciprocals[(triton.cdiv(len(s), 256),)](s, out, len(s), 256, enable_fp_fusion=False)
+    return out

@@ -1,0 +1,212 @@
+"""Every kernel is built for GPUs that are not here, down to machine code, and must use their matrix instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bittern.ops.triton import config, dequantize, gemm, prologue, skinny, unpack
+
+FP8, INT8 = "fp8e4nv", "i8"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# What a block may use of the shared memory, by compute capability.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# A few bytes of stack hold addresses outside the main loop; more means that accumulators were spilled.
+STACK = 64
+
+
+def build(kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
+    """Compiles with pointers and sizes that divide by 16."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else arguments.get(name, "i32") for name in names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or signature[name] == "i32"
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def stack_bytes(compiled: Any, folder: Path) -> int:
+    """Local memory of a thread: where registers are spilled to."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    done = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True)
+    (size,) = re.findall(r"STACK:(\d+)", done.stdout)
+    return int(size)
+
+
+def expect(compiled: Any, capability: int, instruction: str, folder: Path, stack: int = STACK) -> None:
+    assert re.search(instruction, compiled.asm["ptx"]), instruction
+    assert compiled.metadata.shared <= SHARED[capability]
+    assert stack_bytes(compiled, folder) <= stack
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(
+    ("capability", "kind", "instruction"),
+    [
+        (80, INT8, r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8"),
+        (86, INT8, r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8"),
+        (89, INT8, r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8"),
+        (89, FP8, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3\.e4m3"),
+        (90, INT8, r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8"),
+        (90, FP8, r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3"),
+        (100, INT8, r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8"),
+        (100, FP8, r"tcgen05\.mma\S*kind::f8f6f4"),
+        (120, INT8, r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8"),
+        (120, FP8, r"mma\.sync\.aligned\S*m16n8k32\S*f32\.e4m3\.e4m3"),
+    ],
+)
+def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_path: Path) -> None:
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    chosen = config.gemm_for(device, 4096, segments, kind == INT8, 32)
+    operands = {"a": "*" + kind, "b": "*" + kind, "out": "*bf16"}
+    if chosen.descriptors:
+        operands["a"] = f"tensordesc<{kind}[{chosen.block_m},{chosen.block_k}]>"
+        operands["b"] = f"tensordesc<{kind}[{chosen.block_n},{chosen.block_k}]>"
+    if chosen.store_descriptors:
+        operands["out"] = f"tensordesc<bf16[{chosen.block_m},{chosen.block_n}]>"
+    compiled = build(
+        gemm.gemm_kernel,
+        capability,
+        {**operands, "row_scales": "*fp32", "column_scales": "*fp32", "low": "*fp32", "up": "*bf16", "bias": "*bf16"},
+        {
+            "SEGMENTS": segments,
+            "RANK": 32,
+            "BIAS": True,
+            "OUT_DTYPE": tl.bfloat16,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_N": chosen.block_n,
+            "BLOCK_K": chosen.block_k,
+            "GROUP_M": chosen.group_m,
+            "DESCRIPTORS": chosen.descriptors,
+            "STORE_DESCRIPTORS": chosen.store_descriptors,
+            "HALVES": chosen.halves,
+            "EARLY": chosen.early,
+        },
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    expect(compiled, capability, instruction, tmp_path, 256 if segments == 2 else STACK)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(("per_byte", "rows"), [(2, 1), (4, 16)])
+def test_skinny(capability: int, per_byte: int, rows: int, tmp_path: Path) -> None:
+    chosen = config.skinny_for(rows, per_byte == 2)
+    compiled = build(
+        skinny.skinny_kernel,
+        capability,
+        {
+            "x": "*bf16",
+            "codes": "*u8",
+            "scales": "*bf16",
+            "smooth": "*bf16",
+            "partial": "*fp32",
+            "low": "*fp32",
+            "up": "*bf16",
+            "bias": "*bf16",
+            "out": "*bf16",
+        },
+        {
+            "PER_BYTE": per_byte,
+            "GROUPED": per_byte == 2,
+            "SMOOTH": False,
+            "OPERAND": tl.bfloat16,
+            "PARTIAL": False,
+            "RANK": 0,
+            "BIAS": True,
+            "BLOCK_M": rows,
+            "BLOCK_N": chosen.block_n,
+            "BLOCK_B": 32 if per_byte == 2 else chosen.block_b,
+        },
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+
+
+@pytest.mark.parametrize("kind", [INT8, FP8])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None:
+    if kind == FP8 and capability < 89:
+        return
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    chosen = config.prologue_for(device, 4096)
+    descriptors = chosen.descriptors
+    compiled = build(
+        prologue.prologue_kernel,
+        capability,
+        {
+            "x": f"tensordesc<bf16[{chosen.block_m},{chosen.block_k}]>" if descriptors else "*bf16",
+            "smooth": "*bf16",
+            "down": f"tensordesc<bf16[32,{chosen.block_k}]>" if descriptors else "*bf16",
+            "codes": "*" + kind,
+            "scales": "*fp32",
+            "low": "*fp32",
+        },
+        {
+            "SMOOTH": True,
+            "RANK": 32,
+            "FP8": kind == FP8,
+            "ACCUMULATE": False,
+            "EVEN": True,
+            "DESCRIPTORS": descriptors,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_K": chosen.block_k,
+            "STAGES": chosen.stages,
+        },
+        num_warps=chosen.warps,
+        enable_fp_fusion=False,
+    )
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    unpacking = config.unpack_for(3072, grouped=True)
+    compiled = build(
+        unpack.unpack_kernel,
+        capability,
+        {"codes": "*u8", "scales": "*bf16", "out": "*" + kind, "column_scales": "*fp32"},
+        {
+            "PER_BYTE": 2,
+            "GROUP": 64,
+            "FP8": kind == FP8,
+            "EVEN": True,
+            "BLOCK_N": unpacking.block_n,
+            "BLOCK_K": unpacking.block_k,
+            "STAGES": unpacking.stages,
+        },
+        num_warps=unpacking.warps,
+        enable_fp_fusion=False,
+    )
+    # Whole rows of codes are loaded and stored 16 bytes at a time.
+    expect(compiled, capability, r"(?s)ld\.global\S*\.v4\.b32.*st\.global\S*\.v4\.b32", tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_dequantize(capability: int, tmp_path: Path) -> None:
+    compiled = build(
+        dequantize.dequantize_kernel,
+        capability,
+        {"codes": "*u8", "scales": "*bf16", "smooth": "*bf16", "down": "*bf16", "up": "*bf16", "out": "*bf16"},
+        {
+            "PER_BYTE": 2,
+            "GROUP": 64,
+            "SMOOTH": True,
+            "RANK": 32,
+            "BLOCK_N": dequantize.BLOCK_N,
+            "BLOCK_K": dequantize.BLOCK_K,
+        },
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
