@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, FluxPipeline
 
 import bittern
@@ -168,8 +169,9 @@ def test_quantize_folder_writes_what_diffusers_loads(model: Path, tmp_path: Path
     assert bittern.inspect(out) == report
     assert weight_file(out).stat().st_size == report.file_bytes
     source, written = contents(model), contents(out)
-    assert source.keys() - written.keys() == {"README.md"}
+    assert source.keys() == written.keys()
     assert {name for name in written if written[name] != source.get(name)} == {
+        "README.md",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
     }
@@ -186,8 +188,41 @@ def test_quantize_folder_writes_what_diffusers_loads(model: Path, tmp_path: Path
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
+def test_the_card_says_what_was_done_and_keeps_the_licence(model: Path, tmp_path: Path) -> None:
+    (model / "README.md").write_text("---\nlicense: cc0-1.0\ndatasets: mine\n---\n# The original\n")
+    report = pipelines.quantize_folder(model, "svdquant-fast", tmp_path / "out", seed=3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head == {
+        "base_model": "model",
+        "base_model_relation": "quantized",
+        "library_name": "diffusers",
+        "license": "cc0-1.0",
+        "tags": ["bittern", "quantized", "svdquant-fast"],
+    }
+    assert str(tmp_path) not in card
+    assert f"| {report.bits_per_weight:.2f} |" in card and "seed 3" in card
+    assert f"{weight_file(tmp_path / 'out').stat().st_size / 1e6:.1f} MB, was" in card
+
+
+@pytest.mark.parametrize("card", ["", "# no head\n", "---\n: [\n---\n", "---\n- a list\n---\n"])
+def test_a_card_that_says_nothing_of_use(model: Path, tmp_path: Path, card: str) -> None:
+    (model / "README.md").write_text(card)
+    pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    assert "license" not in yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+
+
+def test_files_have_the_modes_of_ordinary_files(model: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").rglob("*") if file.is_file()} == {0o640}
+
+
 def test_where_it_came_from_is_not_written(model: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(model, tmp_path / "other"))
+    other = Path(shutil.copytree(model, tmp_path / "elsewhere" / model.name))
     pipelines.quantize_folder(model, "int4", tmp_path / "one")
     pipelines.quantize_folder(other, "int4", tmp_path / "two")
     one = contents(tmp_path / "one")
@@ -294,8 +329,14 @@ for limit in (60_000, 190_000):
     done = subprocess.run(
         [sys.executable, "-c", code, str(model), str(out)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("cannot be written: the disk is full; nothing was left behind") == 2
-    assert listing(tmp_path) == sorted(["model", *(f"model/{name}" for name in listing(model))])
+    first, second = done.stdout.splitlines()
+    assert "cannot be written: the disk is full; nothing is left behind" in first
+    assert "cannot be written: the disk is full; 2 finished blocks are kept, run the same command again" in second
+    assert not out.exists()
+    pipelines.quantize_folder(model, "int4", out)
+    pipelines.quantize_folder(model, "int4", tmp_path / "other" / "out")
+    assert contents(out) == contents(tmp_path / "other" / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "other", "out"]
 
 
 def test_a_disk_that_is_too_small_is_told_beforehand(

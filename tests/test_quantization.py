@@ -249,7 +249,7 @@ def test_other_mistakes(model: FluxTransformer2DModel) -> None:
     for seed in (-1, 2**31, 0.5, True):
         with pytest.raises(UserError, match=r"seed .*: expected a whole number"):
             bittern.quantize(model, "int4", seed=seed)
-    with pytest.raises(UserError, match="model class 'Linear' is not known"):
+    with pytest.raises(UserError, match="blocks of model class 'Linear' cannot be found"):
         bittern.quantize(nn.Linear(4, 4), "int4")
 
 

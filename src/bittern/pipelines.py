@@ -8,21 +8,24 @@ import os
 import re
 import secrets
 import shutil
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from bittern import recipes
-from bittern.architectures import of_class
-from bittern.checkpoints import CheckpointConfig, is_few_bit, read_headers, weight_files
+import bittern
+from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UserError, did_you_mean
-from bittern.quantization import Progress, Report, predict_size, quantize
-from bittern.quantization.report import COMPONENTS, component
+from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
+from bittern.quantization.conductor import settled
+from bittern.quantization.preview import skeleton, stored_dtype
+from bittern.quantization.report import COMPONENTS
+from bittern.quantization.stream import can_stream, quantize_streaming, run_manifest
+from bittern.quantization.workspace import Workspace
 from bittern.recipes import Recipe
 from bittern.trajectories import CallDefaults, defaults
 
@@ -72,7 +75,7 @@ def load(
 
     Args:
         model: A folder, a hub id, or `tiny-flux`.
-        dtype: What all layers but the few-bit ones compute in; None takes what the transformer is stored in.
+        dtype: What all layers but the few-bit ones compute in; None takes what the denoiser is stored in.
         device: Where to put it.
 
     Raises:
@@ -86,7 +89,7 @@ def load(
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or not hasattr(diffusers, class_name):
         raise UserError(f"{folder / INDEX} names the pipeline class {class_name!r}, which diffusers does not have")
-    stored = _stored_dtype(folder / _denoiser(folder))
+    stored = _stored_dtype(folder / denoiser_name(folder))
     with _one_line(model):
         return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored).to(device)
 
@@ -101,36 +104,110 @@ def quantize_folder(
     seed: int = 0,
     device: str | torch.device = "cpu",
     force: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantizes a pipeline's transformer and writes the pipeline to `out`: all of it, or nothing.
+    """Quantizes a pipeline's transformer or U-Net and writes the pipeline to `out`: all of it, or nothing.
 
-    Only the transformer is loaded, unless the recipe is calibrated and the pipeline has to draw; the other components
-    are copied as they are.
+    The model is read, solved and kept block by block (see `quantization.stream`): finished blocks lie in
+    `workspace_of(out)` until `out` is written, and a run that was killed goes on from them when it is called again.
+    The other components are copied as they are. A calibrated recipe loads the whole pipeline instead, which has to
+    draw, and leaves nothing behind when it is killed.
+
+    Args:
+        model: A folder, a hub id, or a built-in name.
+        recipe: The name of a recipe, the path of a YAML file, or a `Recipe`.
+        out: The folder to write.
+        prompts: As for `quantize`.
+        samples: As for `quantize`.
+        seed: As for `quantize`.
+        device: Where layers are solved.
+        force: Whether to replace a model that is in `out`.
+        restart: Whether to throw away what an unfinished run has left.
+        progress: Called as blocks are finished.
 
     Raises:
-        UserError: as `load`, `quantize` and `new_folder` do, and if the disk is too small; what can be told
-            beforehand is told before anything is solved.
+        UserError: as `load`, `quantize` and `new_folder` do, if the disk is too small, or if an unfinished run for
+            `out` was about something else; what can be told beforehand is told before anything is solved.
     """
     check_device(device)
+    recipe, texts = settled(recipe, prompts, samples)
     source = resolve(model)
     check_out(out, force=force, source=source)
-    name = _denoiser(source)
-    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    target = load(model, device=device) if recipe.calibrated else _load_denoiser(model, source / name).to(device)
-    denoiser = component(target)
-    others = [source / INDEX, *_other_components(source, name)]
-    needed = predict_size(denoiser, recipe) + sum(_bytes_of(other) for other in others)
-    free = shutil.disk_usage(_existing_parent(Path(out).expanduser())).free
+    place = source / denoiser_name(source)
+    with _one_line(model):
+        stored_dtype(place)  # a damaged file is told as such, before anything is made of its config
+        blank, _ = skeleton(place)
+    others = [source / INDEX, *_other_components(source, place.name)]
+    work = workspace_of(out)
+    size = predict_size(blank, recipe)
+    # Finished blocks stay until the whole is written.
+    needed = 2 * size + sum(_bytes_of(other) for other in others) - (_bytes_of(work) if work.exists() else 0)
+    free = shutil.disk_usage(_existing_parent(work)).free
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
-    report = quantize(target, recipe, prompts=prompts, samples=samples, seed=seed, progress=progress)
+    if recipe.calibrated or not can_stream(blank, place):
+        target = load(model, device=device) if recipe.calibrated else _load_denoiser(model, place).to(device)
+        report = quantize(target, recipe, prompts=texts, seed=seed, progress=progress)
+        _write(component(target), model, out, others, report, place, seed, force)
+        return report
+    with Workspace(work, run_manifest(place, recipe, seed, bittern.__version__), restart=restart) as workspace:
+        with _kept_if_worth_it(workspace, out):
+            quantize_streaming(blank, place, recipe, workspace, seed=seed, device=device, progress=progress)
+            report = inspect(blank)
+            _write(blank, model, out, others, report, place, seed, force)
+        workspace.remove()
+    return report
+
+
+def workspace_of(out: str | Path) -> Path:
+    """Where an unfinished run for `out` keeps its blocks."""
+    path = Path(out).expanduser().resolve()
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def _write(
+    denoiser: nn.Module,
+    model: str | Path,
+    out: str | Path,
+    others: Sequence[Path],
+    report: Report,
+    place: Path,
+    seed: int,
+    force: bool,
+) -> None:
+    """The whole few-bit pipeline: its denoiser, copies of the other components, and its card."""
+    before = sum(file.stat().st_size for file in weight_files(place))
+    card = model_card(str(model), place.parent, report, before=before, seed=seed, version=bittern.__version__)
     with new_folder(out, force=force) as folder:
         for other in others:
             copy = shutil.copytree if other.is_dir() else shutil.copyfile
             copy(other, folder / other.name)
-        denoiser.save_pretrained(folder / name)
-    return report
+        denoiser.save_pretrained(folder / place.name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
+    """Leaves finished blocks behind for the next run, unless there are none or the model must change first."""
+    try:
+        yield
+    except (UserError, OSError, SafetensorError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
+        reason = _disk_problem(cause)
+        if reason is None or not workspace.finished:
+            workspace.remove()
+        if reason is None:
+            raise
+        finished = workspace.finished
+        left = (
+            f"{finished} finished blocks are kept, run the same command again" if finished else "nothing is left behind"
+        )
+        raise UserError(f"output {str(out)!r} cannot be written: {reason}; {left}") from error
+    except BaseException:
+        if not workspace.finished:
+            workspace.remove()
+        raise
 
 
 def check_out(out: str | Path, *, force: bool = False, source: Path | None = None) -> None:
@@ -170,6 +247,7 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         yield fresh
+        _open_to_readers(fresh)
         if path.exists():
             path.rename(aside)
         try:
@@ -188,6 +266,34 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def _open_to_readers(folder: Path) -> None:
+    """Give every file the mode that a plain `open` would have given it; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def check_file_out(file: Path, option: str) -> None:
+    """Refuses a file that could not be written, before time is spent.
+
+    Args:
+        file: what is to be written.
+        option: the option it was given with, for the message.
+
+    Raises:
+        UserError: if it is a folder, or its folder cannot be made or written.
+    """
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder: expected a file such as {file / 'name.ending'}")
+    parent = _existing_parent(file.expanduser())
+    if not parent.is_dir():
+        raise UserError(f"{option} {file}: {parent} is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {file}: {parent} is not writable; choose another place")
+
+
 def check_device(device: str | torch.device) -> None:
     """Refuses a device that torch does not know or this machine does not have.
 
@@ -198,6 +304,8 @@ def check_device(device: str | torch.device) -> None:
         wanted = torch.device(device)
     except RuntimeError:
         raise UserError(f"device {device!r} is unknown: expected cpu, cuda or cuda:N") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise UserError(f"device {str(device)!r}: bittern runs on cpu, cuda or cuda:N")
     if wanted.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
@@ -222,7 +330,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _denoiser(folder: Path) -> str:
+def denoiser_name(folder: Path) -> str:
     """The name of the component that denoises."""
     index = _read_json(folder / INDEX)
     name = next((name for name in COMPONENTS if name in index), None)
@@ -242,35 +350,26 @@ def _load_denoiser(model: str | Path, folder: Path) -> nn.Module:
     import diffusers
 
     class_name = str(_read_json(folder / "config.json").get("_class_name"))
-    of_class(class_name)
+    if not hasattr(diffusers, class_name):
+        raise UserError(f"{folder / 'config.json'} names the class {class_name!r}, which diffusers does not have")
     dtype = _stored_dtype(folder)
     with _one_line(model):
         return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The float type of most bytes of a model's files, few-bit layers aside.
-
-    Reads the headers of all its files, so that a damaged one is reported before anything is loaded.
-    """
+    """The float type of most bytes of a model's files, few-bit layers aside."""
     file = folder / "config.json"
     config = _read_json(file)
     targets: Collection[str] = ()
     if is_few_bit(config):
         targets = CheckpointConfig.parse(config["quantization_config"], str(file)).targets
-    weight: Counter[torch.dtype] = Counter()
-    for name, (_, spec) in read_headers(weight_files(folder)).items():
-        path, _, leaf = name.rpartition(".")
-        if spec.dtype.is_floating_point and (path not in targets or leaf == "bias"):
-            weight[spec.dtype] += spec.nbytes
-    return max(weight, key=weight.__getitem__, default=torch.float32)
+    return stored_dtype(folder, targets)
 
 
 @contextmanager
 def _one_line(model: str | Path) -> Iterator[None]:
     """Turns what diffusers and transformers say about a damaged folder into one line."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except UserError:
@@ -301,7 +400,7 @@ def _existing_parent(path: Path) -> Path:
 def _disk_problem(error: Exception) -> str | None:
     """What the disk said, if this is the disk's error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"):
+    if number is None and isinstance(error, shutil.Error | SafetensorError):
         # These two give the number only in their text.
         match = re.search(r"(?:os error|Errno) (\d+)", str(error))
         number = int(match[1]) if match else None

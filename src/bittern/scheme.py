@@ -107,7 +107,7 @@ class Scheme:
         return KLayout(tuple(segments), self.group_size)
 
     def tensor_shapes(
-        self, n: int, segments: Sequence[int], packing: str | None = None
+        self, n: int, segments: Sequence[int], packing: str | None = None, taps: int = 1
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of a layer with n outputs.
 
@@ -115,6 +115,7 @@ class Scheme:
             n: Outputs.
             segments: Lengths of the K-segments.
             packing: Packing of the codes: the one in memory, unless a name is given.
+            taps: Taps of a convolution's kernel, which share the smoothing of their channels.
         """
         layout = self.layout(segments)
         pack = formats.get_packing(packing) if packing else self.format.packing
@@ -124,7 +125,7 @@ class Scheme:
             "scales": ((n, layout.num_groups), formats.dtype_of(self.scale_dtype)),
         }
         if self.smooth:
-            shapes["smooth"] = ((layout.k,), branch)
+            shapes["smooth"] = ((layout.k // taps,), branch)
         if self.rank:
             shapes["down"] = ((self.rank, layout.k), branch)
             shapes["up"] = ((n, self.rank), branch)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from families import FAMILIES
 from torch import nn
 
-from bittern import architectures, recipes
+from bittern import recipes
 from bittern.architectures import Plan, plan
+from bittern.architectures.plan import fitting_group
 from bittern.errors import UserError
 
 
@@ -92,13 +94,6 @@ def test_a_recipe_that_does_not_fit_is_refused(
         plan(flux, recipes.load("svdquant-fast").override(**changes))
 
 
-def test_unknown_model_is_refused() -> None:
-    with pytest.raises(UserError, match=r"model class 'Linear' is not known: .*FluxTransformer2DModel"):
-        plan(nn.Linear(4, 4), recipes.load("int4"))
-    with pytest.raises(UserError, match=r"did you mean 'FluxTransformer2DModel'\?"):
-        architectures.of_class("FluxTransformer3DModel")
-
-
 def test_adapters_and_foreign_linears_are_refused(flux: FluxTransformer2DModel) -> None:
     class Foreign(nn.Linear):
         """Some other library's linear."""
@@ -131,3 +126,41 @@ def test_shifts_reach_what_comes_out_of_a_gelu_and_nothing_else(flux: FluxTransf
 def test_the_shift_of_the_recipe_covers_gelu() -> None:
     least = nn.functional.gelu(torch.linspace(-8, 0, 100_001, dtype=torch.float64), approximate="tanh").min()
     assert 0 <= least + recipes.load("svdquant-fast").default.shift < 0.003
+
+
+@pytest.mark.parametrize(
+    ("channels", "group", "expected"),
+    # Bits of a tap at 4 a code and 16 a scale: 80 channels need 5 x 80 in groups of 16, 2 x 144 in groups of 32,
+    # and so on; of equal costs the larger group counts.
+    [(320, 64, 64), (64, 64, 64), (5, 64, 8), (1, 64, 4), (48, 64, 48), (65, 64, 16), (80, 64, 16), (96, 64, 32)],
+)
+def test_a_group_fits_the_channels_of_a_tap(channels: int, group: int, expected: int) -> None:
+    def bits(size: int) -> int:
+        return -(-channels // size) * (4 * size + 16)
+
+    got = fitting_group(channels, group)
+    assert got == expected
+    assert bits(got) <= bits(group)
+    assert fitting_group(channels, None) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"overrides": {"*.conv1": {"activations": 8}}},
+            r"resnets\.0\.conv1: a 3 x 3 convolution with 8-bit activations: expected 16, as `convolution` says",
+        ),
+        ({"convolution": {"smoothing": "span"}}, r"conv1: a 3 x 3 convolution with smoothing 'span': expected none"),
+        ({"convolution": {"rank": 999}}, r"rank 999 for a \d+ x \d+ layer: expected at most"),
+        ({"convolution": {"groupsize": 32}}, r"convolution: unknown key 'groupsize': did you mean 'group_size'"),
+        ({"convolution": {"activations": 5}}, r"activations 5: expected"),
+        ({"convolution": 3}, r"convolution 3"),
+    ],
+)
+def test_what_a_convolution_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+    family = FAMILIES["sd15"]
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**family.tiny)
+    with pytest.raises(UserError, match=message):
+        plan(unet, recipes.load("int4").override(**changes))

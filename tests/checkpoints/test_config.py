@@ -33,6 +33,9 @@ VALID: dict[str, Any] = {
 }
 
 
+CONVOLUTION = {"scheme": 0, "shape": [24, 9 * 20], "kernel": [3, 3]}
+
+
 def changed(*path: Any, to: Any) -> dict[str, Any]:
     data = copy.deepcopy(VALID)
     place = data
@@ -60,6 +63,17 @@ def test_what_each_target_stores() -> None:
     }
     # The shared leaves of a group are its first member's.
     assert set(config.leaves("a.k")) == {"codes", "scales", "up"}
+    conv = CheckpointConfig.parse(changed("targets", "conv", to=CONVOLUTION))
+    assert conv.dump()["targets"] == VALID["targets"] | {"conv": CONVOLUTION}
+    assert conv.k_segments("conv") == (20,) * 9
+    # Each tap's 20 channels are padded to a group of 64; smoothing is one number a channel.
+    assert conv.leaves("conv") == {
+        "codes": ((24, 9 * 32), torch.uint8),
+        "scales": ((24, 9), torch.bfloat16),
+        "smooth": ((20,), torch.bfloat16),
+        "down": ((8, 180), torch.bfloat16),
+        "up": ((24, 8), torch.bfloat16),
+    }
     # 36 and 64 inputs are padded to 64 each; five trits a byte.
     assert config.leaves("out") == {"codes": ((16, 26), torch.uint8), "scales": ((16, 2), torch.bfloat16)}
 
@@ -91,6 +105,11 @@ def test_what_each_target_stores() -> None:
         (changed("segments", to={"in": [1]}), "segments names 'in', which is no target"),
         (changed("errors", to={"out": float("nan")}), "error of 'out' is nan"),
         (changed("errors", to={"out": -1.0}), "error of 'out' is -1.0"),
+        (changed("targets", "conv", to={**CONVOLUTION, "kernel": [3]}), r"targets\.conv\.kernel"),
+        (changed("targets", "conv", to={**CONVOLUTION, "kernel": [3, 0]}), "expected positive numbers"),
+        (changed("targets", "conv", to={**CONVOLUTION, "kernel": [7, 3]}), "180 inputs: expected as many for each tap"),
+        (changed("targets", "out", "kernel", to=[2, 2]), "'out' is a convolution: expected no segments of its own"),
+        (changed("targets", "a.k", "kernel", to=[1, 1]), "group member 'a.k' is a convolution: expected linears"),
         ([], "expected a mapping"),
     ],
 )

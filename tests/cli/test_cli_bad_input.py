@@ -43,6 +43,8 @@ def refused(arguments: list[str], capsys: Capture) -> str:
         (["generate", "MODEL", "a", "b", "--out", "x.png"], ["x.png", "2 prompts", "folder"]),
         (["generate", "MODEL", "a", "--out", "x.jpg"], ["x.jpg", "expected a .png"]),
         (["generate", "MODEL", "a", "--device", "tpu"], ["'tpu'", "expected"]),
+        (["generate", "MODEL", "a", "--out", "FILE/x.png"], ["x.png", "notes.txt is a file"]),
+        (["generate", "MODEL", "a", "--device", "mps"], ["'mps'", "cpu, cuda"]),
         (["generate", "MODEL", "a", "--device", "cuda"], ["cuda", "--device cpu"]),
         (["generate", "MODEL", "a", "--dtype", "bf15"], ["'bf15'", "did you mean 'bf16'"]),
         (["generate", "MODEL", "a", "--path", "a5"], ["'a5'", "a4"]),
@@ -51,9 +53,11 @@ def refused(arguments: list[str], capsys: Capture) -> str:
         (["evaluate", "MODEL", "--suite", "scene"], ["'scene'", "did you mean 'scenes'"]),
         (["evaluate", "MODEL", "--suite", "fidelity"], ["reference", "--reference MODEL"]),
         (["evaluate", "MODEL", "--limit", "0"], ["limit 0", "expected at least 6"]),
+        (["evaluate", "MODEL", "--limit", "1000000000"], ["limit is 1000000000", "expected 1 to"]),
         (["evaluate", "MODEL", "--reference", "/nowhere/ref"], ["/nowhere/ref", "expected"]),
         (["compare", "MODEL"], ["one model", "expected two or more"]),
         (["compare", "MODEL", "MODEL", "--report", "/"], ["/ is a folder", "expected a file"]),
+        (["compare", "MODEL", "MODEL", "--report", "FILE/r.html"], ["r.html", "notes.txt is a file"]),
         (["quantize", "MODEL", "--recipe", "svdquant-fats", "--out", "OUT"], ["did you mean 'svdquant-fast'"]),
         (["quantize", "MODEL", "--recipe", "int4", "--out", "FULL"], ["not empty", "--force"]),
         (["quantize", "MODEL", "--recipe", "int4", "--out", "MODEL", "--force"], ["would replace the model"]),
@@ -74,7 +78,7 @@ def test_wrong_arguments(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     places = {"MODEL": tiny_random_folder, "OUT": tmp_path / "out", "FULL": tmp_path / "full"}
-    places["FILE/x"] = tmp_path / "full" / "notes.txt" / "x"
+    places |= {f"FILE/{name}": tmp_path / "full" / "notes.txt" / name for name in ("x", "x.png", "r.html")}
     line = refused([str(places.get(word, word)) for word in arguments], capsys)
     assert all(part in line for part in parts), line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
@@ -95,7 +99,7 @@ def test_unknown_recipe_key_is_refused_with_the_nearest(
     assert "did you mean 'group_size'" in refused(arguments, capsys)
 
 
-def test_full_disk_leaves_nothing(
+def test_full_disk_leaves_finished_blocks_and_nothing_else(
     tiny_random_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -105,7 +109,8 @@ def test_full_disk_leaves_nothing(
     out = tmp_path / "out"
     line = refused(["quantize", str(tiny_random_folder), "--recipe", "int4", "--out", str(out)], capsys)
     assert str(out) in line and "full" in line
-    assert list(tmp_path.iterdir()) == []
+    assert "2 finished blocks are kept, run the same command again" in line
+    assert [file.name for file in tmp_path.iterdir()] == [".out.unfinished"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, ModelMixin
 from diffusers.quantizers import DiffusersAutoQuantizer, auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
@@ -33,7 +33,9 @@ def test_the_registry_is_where_it_was() -> None:
 
 def test_every_override_overrides_something() -> None:
     # What is our own, and what diffusers calls.
-    own = {"attach", "quantization_config"}
+    own = {"attach", "quantization_config", "use_keep_in_fp32_modules"}
+    # An attribute that no base class has, but that diffusers asks for.
+    assert '"use_keep_in_fp32_modules"' in inspect.getsource(ModelMixin.from_pretrained)
     public = {name for name in vars(BitternQuantizer) if not name.startswith("_")}
     for name in public - own:
         assert hasattr(DiffusersQuantizer, name), f"diffusers no longer has the hook {name}"
@@ -97,7 +99,8 @@ def test_every_stored_tensor_arrives_uncast(
     monkeypatch.setattr(BitternQuantizer, "create_quantized_param", spy)
     FluxTransformer2DModel.from_pretrained(tmp_path, dtype=torch.float16)
     assert set(seen.values()) == {torch.uint8, torch.bfloat16}
-    assert len(seen) == 20 * 2 + 17 + 10
+    # Codes and scales of all, ups of all but the modulation, one down a group, one smooth a modulated group.
+    assert len(seen) == 20 * 2 + 17 + 10 + 5
 
 
 def test_moved_internals_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_what_the_file_holds(new_tiny_random_pipeline: NewPipeline, tmp_path: Pa
     assert {name for name in names if name.startswith(block + "proj_mlp.")} == {
         f"{block}proj_mlp.{leaf}" for leaf in leaves
     }
-    first = {f"{block}attn.to_q.{leaf}" for leaf in (*leaves, "down")}
+    first = {f"{block}attn.to_q.{leaf}" for leaf in (*leaves, "down", "smooth")}
     assert {name for name in names if name.startswith(block + "attn.to_q.")} == first
     assert "x_embedder.weight" in names
     config = json.loads((tmp_path / "config.json").read_text())

@@ -26,6 +26,21 @@ def test_it_is_the_inverse_power_of_the_span_with_geometric_mean_one_per_segment
         assert smooth[segment.logical].log().mean().abs() < 1e-5
 
 
+def test_magnitudes_multiply_their_power():
+    members, layout = weights(), KLayout((32, 16), 16)
+    magnitudes = torch.rand(48, generator=torch.Generator().manual_seed(3)) * 5 + 0.1
+    smooth = span_smoothing(members, layout, 0.2, torch.float32, magnitudes, 0.4).double()
+    expected = magnitudes.double() ** 0.4 / torch.cat(members).double().abs().amax(dim=0) ** 0.2
+    for segment in layout:
+        part = expected[segment.logical]
+        assert torch.allclose(smooth[segment.logical], part / part.log().mean().exp(), rtol=1e-5)
+
+
+def test_a_dead_channel_stays_finite():
+    smooth = span_smoothing(weights(), KLayout((48,), 16), 0.5, torch.bfloat16, torch.arange(48.0), 1.0)
+    assert smooth.isfinite().all() and (smooth > 0).all()
+
+
 def test_exponent_one_makes_all_spans_equal():
     members = weights()
     smooth = span_smoothing(members, KLayout((48,), 16), 1.0, torch.float32)

@@ -201,6 +201,7 @@ def test_bad_shapes_dtypes_and_options_are_refused():
         ([torch.zeros(0, 64)], Scheme(), SolverOptions(), r"expected \[N, 64\]"),
         ([torch.zeros(4, 64, dtype=torch.int8)], Scheme(), SolverOptions(), "int8: expected a float type"),
         ([torch.zeros(4, 64)], Scheme(smooth=True), SolverOptions(), "make them agree"),
+        ([torch.zeros(4, 64)], Scheme(smooth=True), SolverOptions(smoothing="modulation"), "magnitudes of 64 inputs"),
     ]
     for members, scheme, options, message in cases:
         with pytest.raises(UserError, match=message):
@@ -210,6 +211,7 @@ def test_bad_shapes_dtypes_and_options_are_refused():
         ({"codes": "nearest"}, "codes 'nearest'"),
         ({"smoothing": "spam"}, "did you mean 'span'"),
         ({"smoothing_exponent": 1.5}, "expected 0 to 1"),
+        ({"activation_exponent": -0.5}, "activation_exponent -0.5: expected 0 to 1"),
         ({"rounds": -1}, "rounds -1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from bittern.architectures.base import Architecture, Block, Site
-from bittern.architectures.known import ARCHITECTURES, of, of_class
+from bittern.architectures.base import Architecture, Block, Modulated, Parameters, Site
+from bittern.architectures.known import ARCHITECTURES, install, known, of
+from bittern.architectures.modulation import modulated_magnitudes
 from bittern.architectures.plan import Job, Plan, plan
 
-__all__ = ["ARCHITECTURES", "Architecture", "Block", "Job", "Plan", "Site", "of", "of_class", "plan"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Block",
+    "Job",
+    "Modulated",
+    "Parameters",
+    "Plan",
+    "Site",
+    "install",
+    "known",
+    "modulated_magnitudes",
+    "of",
+    "plan",
+]

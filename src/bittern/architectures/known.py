@@ -6,27 +6,36 @@ from torch import nn
 
 from bittern.architectures.base import Architecture
 from bittern.architectures.flux import FLUX
-from bittern.errors import UserError, did_you_mean
+from bittern.architectures.flux2 import FLUX2
+from bittern.architectures.generic import discover
+from bittern.architectures.ltx import LTX
+from bittern.architectures.pixart import PIXART
+from bittern.architectures.qwen_image import QWEN_IMAGE
+from bittern.architectures.sana import SANA
+from bittern.architectures.sd3 import SD3
+from bittern.architectures.unet import UNET
+from bittern.architectures.wan import WAN
+from bittern.architectures.z_image import Z_IMAGE
 
-ARCHITECTURES: tuple[Architecture, ...] = (FLUX,)
+ARCHITECTURES: tuple[Architecture, ...] = (FLUX, FLUX2, SD3, PIXART, SANA, QWEN_IMAGE, Z_IMAGE, UNET, WAN, LTX)
+
+
+def known(class_name: str) -> Architecture | None:
+    """The family that lists a diffusers class, such as a `config.json` names it; None if none does."""
+    return next((family for family in ARCHITECTURES if class_name in family.class_names), None)
 
 
 def of(model: nn.Module) -> Architecture:
-    """The family of a model.
+    """The family of a model; of a class that no family lists, what its modules show by themselves.
 
     Raises:
-        UserError: for a class that no family lists.
+        UserError: if it has no blocks that repeat.
     """
-    return of_class(type(model).__name__)
+    return known(type(model).__name__) or discover(model)
 
 
-def of_class(class_name: str) -> Architecture:
-    """The family of a diffusers class name, such as a `config.json` gives it.
-
-    Raises:
-        UserError: for a class that no family lists.
-    """
-    by_class = {name: family for family in ARCHITECTURES for name in family.class_names}
-    if class_name not in by_class:
-        raise UserError(f"model class {class_name!r} is not known: {did_you_mean(class_name, by_class)}")
-    return by_class[class_name]
+def install(model: nn.Module) -> None:
+    """Makes a model of a family that can do so run layers that share an input as one. Changes no tensor."""
+    family = known(type(model).__name__)
+    if family is not None:
+        family.install(model)

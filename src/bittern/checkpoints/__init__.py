@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bittern.checkpoints.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Target
-from bittern.checkpoints.files import TensorSpec, read_headers, weight_files
+from bittern.checkpoints.files import TensorSpec, read_headers, read_tensor, weight_files
 from bittern.checkpoints.native import check_headers, check_values, from_disk, is_few_bit, on_disk, to_disk
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "is_few_bit",
     "on_disk",
     "read_headers",
+    "read_tensor",
     "to_disk",
     "weight_files",
 ]

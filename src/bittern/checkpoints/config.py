@@ -12,10 +12,20 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    InstanceOf,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    StrictInt,
+    model_serializer,
+    model_validator,
+)
 
 from bittern.errors import UserError
-from bittern.layers.linear import SHARED_LEAVES
+from bittern.layers.few_bit import SHARED_LEAVES
 from bittern.recipes import validated
 from bittern.scheme import Scheme
 
@@ -37,12 +47,27 @@ SchemeField = Annotated[
 
 
 class Target(BaseModel):
-    """A quantized layer: its scheme's place in the list, and its logical shape (N, K)."""
+    """A quantized layer: its scheme's place in the list, and its logical shape (N, K).
+
+    A convolution has its kernel, too, (kh, kw); its K is kh · kw · C, one K-segment of length C for every tap, and its
+    smoothing is per channel.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     scheme: StrictInt
     shape: tuple[StrictInt, StrictInt]
+    kernel: tuple[StrictInt, StrictInt] | None = None
+
+    @property
+    def taps(self) -> int:
+        """Taps of the kernel; 1 for a linear."""
+        return self.kernel[0] * self.kernel[1] if self.kernel else 1
+
+    @model_serializer(mode="wrap")
+    def _lean(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the kernel where there is none: linears are written as they always were."""
+        return {key: value for key, value in serialize(self).items() if key != "kernel" or value is not None}
 
 
 class CheckpointConfig(BaseModel):
@@ -96,8 +121,11 @@ class CheckpointConfig(BaseModel):
         return self.schemes[self.targets[path].scheme]
 
     def k_segments(self, path: str) -> tuple[int, ...]:
-        """Lengths of the K-segments of a target; one, of length K, for most."""
-        return self.segments.get(path, (self.targets[path].shape[1],))
+        """Lengths of the K-segments of a target; one, of length K, for most; of a convolution one for every tap."""
+        target = self.targets[path]
+        if target.kernel:
+            return (target.shape[1] // target.taps,) * target.taps
+        return self.segments.get(path, (target.shape[1],))
 
     @cached_property
     def leaders(self) -> dict[str, str]:
@@ -108,8 +136,8 @@ class CheckpointConfig(BaseModel):
 
     def leaves(self, path: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype on disk of every tensor stored under a target, without its bias."""
-        scheme, (n, _) = self.scheme(path), self.targets[path].shape
-        shapes = scheme.tensor_shapes(n, self.k_segments(path), scheme.packing)
+        scheme, target = self.scheme(path), self.targets[path]
+        shapes = scheme.tensor_shapes(target.shape[0], self.k_segments(path), scheme.packing, target.taps)
         leads = self.leaders[path] == path
         return {leaf: spec for leaf, spec in shapes.items() if leads or leaf not in SHARED_LEAVES}
 
@@ -120,8 +148,12 @@ class CheckpointConfig(BaseModel):
         for path, target in self.targets.items():
             if not 0 <= target.scheme < len(self.schemes):
                 raise UserError(f"target {path!r} has scheme {target.scheme}: expected 0 to {len(self.schemes) - 1}")
-            if min(target.shape) < 1:
+            if min(*target.shape, *(target.kernel or ())) < 1:
                 raise UserError(f"target {path!r} has shape {list(target.shape)}: expected positive numbers")
+            if target.shape[1] % target.taps:
+                raise UserError(f"target {path!r} has {target.shape[1]} inputs: expected as many for each tap")
+            if target.kernel and path in self.segments:
+                raise UserError(f"target {path!r} is a convolution: expected no segments of its own")
         for key in ("segments", "errors", "stages"):
             for path in getattr(self, key):
                 self._expect_target(key, path)
@@ -146,6 +178,8 @@ class CheckpointConfig(BaseModel):
                 raise UserError(f"group {list(group)} has fewer than two members: leave it out")
             for path in group:
                 self._expect_target("groups", path)
+                if self.targets[path].kernel:
+                    raise UserError(f"group member {path!r} is a convolution: expected linears")
                 if path in placed:
                     raise UserError(f"target {path!r} is in two groups: expected one")
                 placed.add(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bittern.errors import UserError
 
@@ -102,6 +103,24 @@ def read_headers(files: Iterable[Path]) -> dict[str, tuple[Path, TensorSpec]]:
                 raise UserError(f"tensor {name!r} in {file.name} has dtype {dtype}: expected {', '.join(_DTYPES)}")
             found[name] = (file, TensorSpec(shape, _DTYPES[dtype]))
     return found
+
+
+def read_tensor(headers: Mapping[str, tuple[Path, TensorSpec]], name: str) -> Tensor:
+    """One tensor's values, on the CPU.
+
+    Raises:
+        UserError: if the checkpoint has no such tensor, or its file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if name not in headers:
+        raise UserError(f"tensor {name!r} is missing from the checkpoint: {MEND}")
+    file = headers[name][0]
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return handle.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}): {MEND}") from None
 
 
 def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:

@@ -9,7 +9,6 @@ import typer
 
 from bittern.cli import options
 from bittern.cli.output import Output, hush, table
-from bittern.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,10 +40,10 @@ def compare(
         hush()
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare as run
+        from bittern.pipelines import check_file_out
         from bittern.trajectories import read_prompts
 
-        if report.is_dir():
-            raise UserError(f"--report {report} is a folder: expected a file such as {report / 'report.html'}")
+        check_file_out(report, "--report")
         comparison = run(
             models[0],
             models[1:],

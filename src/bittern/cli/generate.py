@@ -32,10 +32,13 @@ def generate(
         hush()
         from bittern.evaluation.drawing import draw
         from bittern.evaluation.generate import save_png
+        from bittern.pipelines import check_file_out
         from bittern.trajectories import read_prompts
 
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
         files = _files(out, texts)
+        for file in files[:1]:
+            check_file_out(file, "--out")
         chosen = options.settings(seed, steps, batch_size, path, device, dtype)
         drawing = draw(model, texts, chosen, progress=output.progress)
         for index, file in enumerate(files):

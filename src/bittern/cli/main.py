@@ -38,6 +38,7 @@ _MENDS = {
     errno.EACCES: "choose a place you may use",
     errno.EPERM: "choose a place you may use",
     errno.EROFS: "choose a writable place",
+    errno.ENOTDIR: "choose another place",
 }
 
 

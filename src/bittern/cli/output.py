@@ -57,7 +57,7 @@ class Output:
         self._bars[what] = None
         if first or finished or now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
-            print(f"{what}: {done:.0f}/{total:.0f}", file=sys.stderr, flush=True)
+            print(f"{what}: {int(done)}/{total:.0f}", file=sys.stderr, flush=True)
 
     def _draw_bar(self, what: str, done: float, total: float) -> None:
         if self._bar is None:

@@ -31,6 +31,7 @@ def quantize(
         int | None,
         typer.Option("--samples", help="(prompt, step) pairs to calibrate with.", show_default="the recipe's"),
     ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an unfinished run has left.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Same model, recipe and seed: same bytes.")] = 0,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -44,7 +45,16 @@ def quantize(
 
             texts = read_prompts(prompts)
         done = run(
-            model, recipe, out, prompts=texts, samples=samples, force=force, seed=seed, device=device, output=output
+            model,
+            recipe,
+            out,
+            prompts=texts,
+            samples=samples,
+            force=force,
+            restart=restart,
+            seed=seed,
+            device=device,
+            output=output,
         )
         stages = [stage_table(done.report)] if any(row.stages for row in done.report.rows) else []
         output.result(done.to_dict(), scheme_table(done.report), *stages, done.summary)
@@ -58,7 +68,7 @@ class Quantized:
         model: what it was made from.
         out: the folder.
         report: every target.
-        original_bytes: size of the transformer's weight files before.
+        original_bytes: size of the denoiser's weight files before.
         real_bytes: and after.
         seconds: loading, solving and writing.
     """
@@ -89,7 +99,7 @@ class Quantized:
 
         before, after, foretold = map(format_bytes, (self.original_bytes, self.real_bytes, self.report.file_bytes))
         return (
-            f"{self.out}: {self.report.recipe}, transformer {before} -> {after} (predicted {foretold}), "
+            f"{self.out}: {self.report.recipe}, denoiser {before} -> {after} (predicted {foretold}), "
             f"{self.report.bits_per_weight:.2f} bits per weight, {self.seconds:.1f} s"
         )
 
@@ -100,11 +110,12 @@ def run(
     out: Path,
     *,
     force: bool,
-    seed: int,
-    device: str,
     output: Output,
     prompts: list[str] | None = None,
     samples: int | None = None,
+    restart: bool = False,
+    seed: int = 0,
+    device: str = "auto",
 ) -> Quantized:
     """Quantize `model` into `out`, with progress."""
     from bittern import pipelines
@@ -112,20 +123,25 @@ def run(
 
     began = time.perf_counter()
     source = pipelines.resolve(model)
-    report = pipelines.quantize_folder(
-        model,
-        recipe,
-        out,
-        prompts=prompts,
-        samples=samples,
-        seed=seed,
-        device=options.resolve_device(device),
-        force=force,
-        progress=lambda what, done, total: output.progress(_said(what, recipe), done, total),
-    )
-    original, real = (
-        sum(file.stat().st_size for file in weight_files(folder / "transformer")) for folder in (source, out)
-    )
+    try:
+        report = pipelines.quantize_folder(
+            model,
+            recipe,
+            out,
+            prompts=prompts,
+            samples=samples,
+            seed=seed,
+            device=options.resolve_device(device),
+            force=force,
+            restart=restart,
+            progress=lambda what, done, total: output.progress(_said(what, recipe), done, total),
+        )
+    except KeyboardInterrupt:
+        if pipelines.workspace_of(out).exists():
+            output.step("finished blocks are kept: the same command goes on from them")
+        raise
+    name = pipelines.denoiser_name(source)
+    original, real = (sum(file.stat().st_size for file in weight_files(folder / name)) for folder in (source, out))
     return Quantized(model, out, report, original, real, time.perf_counter() - began)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import bittern
 from bittern import layers, pipelines, quantization
 from bittern.evaluation.generate import check_request, generate
-from bittern.quantization import Progress
+from bittern.quantization import Progress, component
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -119,7 +119,8 @@ def draw(
     check_request(prompts, settings.seed, settings.steps, settings.batch_size)
     name = name or (model if isinstance(model, str) else type(model).__name__)
     pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
-    with _forced_path(pipe.transformer, settings.path):
+    denoiser = component(pipe)
+    with _forced_path(denoiser, settings.path):
         began = time.perf_counter()
         images = generate(
             pipe,
@@ -135,13 +136,13 @@ def draw(
             images=images,
             seed=settings.seed,
             steps=settings.steps or pipelines.defaults(pipe).steps,
-            paths=layers.paths(pipe.transformer),
-            dtype=_DTYPE_NAMES.get(pipe.transformer.dtype, str(pipe.transformer.dtype)),
+            paths=layers.paths(denoiser),
+            dtype=_DTYPE_NAMES.get(denoiser.dtype, str(denoiser.dtype)),
             device=device_name(pipe.device),
             seconds=time.perf_counter() - began,
             inspection=quantization.inspect(pipe),
         )
-    del pipe
+    del pipe, denoiser
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

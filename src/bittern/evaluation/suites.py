@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SUITES = ("scenes", "fidelity")
 _DEFAULT_LIMIT = {"cpu": 120, "cuda": 2048}
+_LARGEST_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,10 @@ def choose_prompts(
         The scenes prompts, which can be judged, or None where prompts were given; and the texts to draw.
 
     Raises:
-        UserError: if the limit is not positive.
+        UserError: if the limit is not positive, or beyond reason.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: expected a whole number from 1 up; leave it out for the default")
+    if limit is not None and not 1 <= limit <= _LARGEST_LIMIT:
+        raise UserError(f"limit is {limit}: expected 1 to {_LARGEST_LIMIT:,}; leave it out for the default")
     if prompts is not None:
         return None, list(prompts)[:limit]
     world = scenes.held_out(limit or default)

@@ -8,6 +8,8 @@ knows; `tests/integrations/test_canary.py` fails when diffusers moves any of it.
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from collections.abc import Mapping
 from enum import StrEnum
@@ -25,7 +27,7 @@ from bittern.errors import BitternError, UserError
 # Everything of our own that is heavy is imported where it is used: registering must cost nothing.
 if TYPE_CHECKING:
     from bittern.architectures import Job, Plan
-    from bittern.checkpoints import CheckpointConfig
+    from bittern.checkpoints import CheckpointConfig, Target
     from bittern.recipes import Recipe
 
 OLDEST_DIFFUSERS = (0, 40)
@@ -118,11 +120,15 @@ class BitternQuantizer(DiffusersQuantizer):
 
     quantization_config: QuantizationConfig
 
+    # Without it diffusers would load the layers that a family keeps in float32 (Wan's norms) in 16 bits.
+    use_keep_in_fp32_modules = True
+
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
         self._plan: Plan | None = None
         self._waiting: dict[str, Job] = {}
+        self._magnitudes: dict[str, Tensor] = {}
         self._errors: dict[str, float] = {}
         self._hidden: Any = None
         self._model: weakref.ref[nn.Module] | None = None
@@ -159,27 +165,19 @@ class BitternQuantizer(DiffusersQuantizer):
         else:
             self._prepare(model)
         # Before diffusers hooks the blocks to move tensors between devices.
-        architectures.of(model).install(model)
+        architectures.install(model)
 
     def _build(self, model: nn.Module) -> None:
         """Empty few-bit layers in the model on meta, once the files are known to fill them."""
         from bittern.checkpoints import check_headers, check_values, read_headers
-        from bittern.layers import LEAVES, QuantLinear, join_group
-        from bittern.quantization import swap
+        from bittern.layers import LEAVES, FewBitLayer, join_group
+        from bittern.quantization import few_bit_class, swap
 
         config = self._checkpoint()
-        layers: dict[str, QuantLinear] = {}
+        layers: dict[str, FewBitLayer] = {}
         for path, target in config.targets.items():
-            linear = _linear_at(model, path, target.shape)
-            layers[path] = QuantLinear.empty(
-                linear.in_features,
-                linear.out_features,
-                config.scheme(path),
-                config.k_segments(path),
-                bias=linear.bias is not None,
-                device="meta",
-                dtype=linear.weight.dtype,
-            )
+            module = _layer_at(model, path, target)
+            layers[path] = few_bit_class(module).like(module, config.scheme(path), config.k_segments(path))
         for group in config.groups:
             join_group([layers[path] for path in group])
         for path, layer in layers.items():
@@ -202,11 +200,17 @@ class BitternQuantizer(DiffusersQuantizer):
 
     def _prepare(self, model: nn.Module) -> None:
         """The plan of a model that is to be quantized while its weights arrive."""
-        from bittern.architectures import plan
+        from bittern.architectures import modulated_magnitudes, plan
+        from bittern.checkpoints import read_headers, read_tensor
         from bittern.quantization import check_seed
 
         check_seed(self.quantization_config.seed)
         self._plan = plan(model, self.quantization_config.recipe)
+        headers = functools.cache(lambda: read_headers(self._files))
+        # The modulation may lie behind the layers it smooths, in the files' order.
+        self._magnitudes = modulated_magnitudes(
+            self._plan, model, lambda name: read_tensor(headers(), name).to(model.get_parameter(name).dtype)
+        )
         self._waiting = {path: job for job in self._plan.jobs for path in job.paths}
 
     def check_if_quantized_param(
@@ -248,7 +252,10 @@ class BitternQuantizer(DiffusersQuantizer):
         if any(mate in self._waiting for mate in job.paths):
             return
         layers, errors, _ = solve_job(
-            job, [model.get_submodule(mate) for mate in job.paths], self.quantization_config.seed
+            job,
+            [model.get_submodule(mate) for mate in job.paths],
+            self.quantization_config.seed,
+            self._magnitudes.get(job.paths[0]),
         )
         for mate, layer, error in zip(job.paths, layers, errors, strict=True):
             swap(model, mate, layer)
@@ -321,19 +328,27 @@ class BitternQuantizer(DiffusersQuantizer):
         return checkpoint
 
 
-def _linear_at(model: nn.Module, path: str, shape: tuple[int, int]) -> nn.Linear:
+def _layer_at(model: nn.Module, path: str, target: Target) -> nn.Linear | nn.Conv2d:
     try:
-        linear = model.get_submodule(path)
+        module = model.get_submodule(path)
     except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
-        raise UserError(f"target {path!r} is no linear of {type(model).__name__}: the config is another model's")
-    if (linear.out_features, linear.in_features) != tuple(shape):
+        module = None
+    kind = nn.Conv2d if target.kernel else nn.Linear
+    if not isinstance(module, kind):
+        what = "convolution" if target.kernel else "linear"
+        raise UserError(f"target {path!r} is no {what} of {type(model).__name__}: the config is another model's")
+    n, *inputs = module.weight.shape
+    shape, kernel = (n, math.prod(inputs)), tuple(inputs[1:]) or None
+    if shape != target.shape or kernel != target.kernel:
         raise UserError(
-            f"target {path!r} has shape {list(shape)}: expected {[linear.out_features, linear.in_features]}, "
-            "as config.json describes the model"
+            f"target {path!r} has shape {list(target.shape)}{_kernel(target.kernel)}: expected "
+            f"{list(shape)}{_kernel(kernel)}, as config.json describes the model"
         )
-    return linear
+    return module
+
+
+def _kernel(kernel: tuple[int, ...] | None) -> str:
+    return f" and kernel {list(kernel)}" if kernel else ""
 
 
 def register() -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from bittern.layers.conv import QuantConv2d, flat_weight, patches
 from bittern.layers.facade import FewBitWeight
-from bittern.layers.group import Group, group_linear, join_group
-from bittern.layers.linear import LEAVES, QuantLinear
+from bittern.layers.few_bit import LEAVES, FewBitLayer
+from bittern.layers.group import Group, group_linear, join_group, stacked_linear
+from bittern.layers.linear import QuantLinear
 from bittern.layers.walk import paths, quant_layers, set_path
 
 __all__ = [
     "LEAVES",
+    "FewBitLayer",
     "FewBitWeight",
     "Group",
+    "QuantConv2d",
     "QuantLinear",
+    "flat_weight",
     "group_linear",
     "join_group",
+    "patches",
     "paths",
     "quant_layers",
     "set_path",
+    "stacked_linear",
 ]

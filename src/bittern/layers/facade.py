@@ -1,4 +1,4 @@
-"""What a few-bit layer shows where an `nn.Linear` has its weight.
+"""What a few-bit layer shows where an `nn.Linear` or `nn.Conv2d` has its weight.
 
 Libraries ask a linear layer for `weight` to learn its shape, dtype and device: peft to place adapters, diffusers'
 LoRA loader to compare shapes, others for its numbers. A `FewBitWeight` answers the first kind of question from a
@@ -25,7 +25,10 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors that one layer's weight is made of; in a group, views of the leader's."""
+    """The tensors that one layer's weight is made of; in a group, views of the leader's.
+
+    `kernel` is a convolution's; its K is [kh, kw, C], with one segment a tap, and its `smooth` is per channel.
+    """
 
     scheme: Scheme
     segments: tuple[int, ...]
@@ -34,17 +37,33 @@ class Parts:
     smooth: Tensor | None
     down: Tensor | None
     up: Tensor | None
+    kernel: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: [N, K], or [N, C, kh, kw] of a convolution."""
+        n = self.codes.shape[0]
+        return (n, sum(self.segments)) if self.kernel is None else (n, self.segments[0], *self.kernel)
+
+    def rows(self, start: int, stop: int) -> Parts:
+        """The same for these rows alone."""
+        up = None if self.up is None else self.up[start:stop]
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], up=up)
 
     def to(self, device: torch.device) -> Parts:
         """The same on another device."""
         return replace(self, **{leaf: t.to(device) for leaf, t in vars(self).items() if isinstance(t, Tensor)})
 
-    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "n k"]:
+    def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "n *_"]:
         """The weight that the layer applies: What / s + U · D."""
-        return ops.dequantize(
+        smooth, kernel = self.smooth, self.kernel
+        if smooth is not None and kernel is not None:
+            # Smoothing is per channel, and every tap reads all channels.
+            smooth = smooth.repeat(len(self.segments))
+        weight = ops.dequantize(
             self.codes,
             self.scales,
-            self.smooth,
+            smooth,
             self.down,
             self.up,
             self.scheme.weight,
@@ -52,6 +71,7 @@ class Parts:
             self.segments,
             dtype,
         )
+        return weight if kernel is None else weight.unflatten(1, (*kernel, -1)).movedim(-1, 1)
 
 
 def refuse_writing() -> NoReturn:
@@ -67,7 +87,7 @@ def refuse_writing() -> NoReturn:
 
 
 class FewBitWeight(Tensor):
-    """A read-only tensor of logical shape [out_features, in_features] that is dequantized when it is used.
+    """A read-only tensor of a dense weight's shape that is dequantized when it is used.
 
     Moving it, changing its float dtype and detaching it stay lazy. It pickles as an empty tensor on the meta
     device, since the codes beside it in a state dict carry the numbers.
@@ -81,12 +101,11 @@ class FewBitWeight(Tensor):
     @staticmethod
     def __new__(cls, parts: Parts, dtype: torch.dtype) -> FewBitWeight:
         """A facade of `parts`, in what their layer computes in."""
-        shape = (parts.codes.shape[0], sum(parts.segments))
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts.codes.device)
+        weight = Tensor._make_wrapper_subclass(cls, parts.shape, dtype=dtype, device=parts.codes.device)
         weight.parts = parts
         return weight
 
-    def dequantize(self) -> Float[Tensor, "n k"]:
+    def dequantize(self) -> Float[Tensor, "n *_"]:
         """An ordinary tensor of the same numbers."""
         return self.parts.dequantize(self.dtype)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import UserError
-from bittern.layers.linear import LEAVES, SHARED_LEAVES, QuantLinear
+from bittern.layers.few_bit import LEAVES, SHARED_LEAVES
+from bittern.layers.linear import QuantLinear
 
 
 class Group:
@@ -74,9 +75,16 @@ def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor]) -> 
     if not _run_as_one(members):
         return [member(x) for member in members]
     layers = cast("Sequence[QuantLinear]", members)
-    first, last = layers[0], layers[-1]
-    y = first.linear_rows(x, first.rows[0], last.rows[1], _biases(layers))
+    y = layers[0].linear_rows(x, layers[0].rows[0], layers[-1].rows[1], _biases(layers))
     return list(y.split([layer.out_features for layer in layers], dim=-1))
+
+
+def stacked_linear(members: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The same outputs behind one another in one tensor, which costs no copy where they run as one."""
+    if not _run_as_one(members):
+        return torch.cat([member(x) for member in members], dim=-1)
+    layers = cast("Sequence[QuantLinear]", members)
+    return layers[0].linear_rows(x, layers[0].rows[0], layers[-1].rows[1], _biases(layers))
 
 
 def _run_as_one(members: Sequence[nn.Module]) -> bool:

@@ -8,15 +8,15 @@ from torch import nn
 
 from bittern import ops
 from bittern.errors import UserError, did_you_mean
-from bittern.layers.linear import QuantLinear
+from bittern.layers.few_bit import FewBitLayer
 
 
-def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
+def quant_layers(model: nn.Module) -> dict[str, FewBitLayer]:
     """The few-bit layers by target: the path they have without peft's wrappers."""
     return {
         ".".join(part for part in path.split(".") if part != "base_layer"): module
         for path, module in model.named_modules()
-        if isinstance(module, QuantLinear)
+        if isinstance(module, FewBitLayer)
     }
 
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from bittern.quantization.calibration import Calibration, calibrate, calibration_bytes
 from bittern.quantization.conductor import quantize
-from bittern.quantization.jobs import Progress, check_seed, check_weight, checkpoint_config, solve_job, swap
-from bittern.quantization.report import Report, Row, inspect, predict, predict_size
+from bittern.quantization.jobs import (
+    Progress,
+    check_seed,
+    check_weight,
+    checkpoint_config,
+    few_bit_class,
+    solve_job,
+    swap,
+)
+from bittern.quantization.model_card import model_card
+from bittern.quantization.preview import Kept, Preview, preview
+from bittern.quantization.report import Report, Row, component, inspect, predict, predict_size
 
 __all__ = [
     "Calibration",
+    "Kept",
+    "Preview",
     "Progress",
     "Report",
     "Row",
@@ -17,9 +29,13 @@ __all__ = [
     "check_seed",
     "check_weight",
     "checkpoint_config",
+    "component",
+    "few_bit_class",
     "inspect",
+    "model_card",
     "predict",
     "predict_size",
+    "preview",
     "quantize",
     "solve_job",
     "swap",

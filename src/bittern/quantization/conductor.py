@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bittern import recipes
-from bittern.architectures import plan
+from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
-from bittern.layers import QuantLinear
+from bittern.layers import FewBitLayer
 from bittern.quantization.calibration import calibrate
 from bittern.quantization.jobs import (
     Progress,
     check_seed,
     check_weight,
-    checkpoint_config,
+    finish,
     solve_job,
     swap,
 )
@@ -39,7 +39,7 @@ def quantize(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Replaces the layers of a pipeline's transformer, or of a model, by few-bit ones.
+    """Replaces the layers of a pipeline's transformer or U-Net, or of a model, by few-bit ones.
 
     Every layer is solved on the device its weight is on. If anything fails, the model is as it was: layers
     are swapped only after the last one is solved.
@@ -62,14 +62,7 @@ def quantize(
             not finite or not loaded, a glob or rank that does not fit the model; for a calibrated recipe also prompts
             that are unusable, a model without its pipeline, and one that gives NaN.
     """
-    from diffusers.quantizers import DiffusersAutoQuantizer
-
-    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    if samples is not None:
-        recipe = recipe.override(samples=samples)
-    if not recipe.calibrated and (prompts is not None or samples is not None):
-        raise UserError(f"recipe {recipe.name} uses no prompts: leave them out")
-    prompts = None if prompts is None else check_prompts(prompts)
+    recipe, texts = settled(recipe, prompts, samples)
     check_seed(seed)
     model = component(target)
     refuse_quantized(model)
@@ -78,27 +71,39 @@ def quantize(
         for path in job.paths:
             check_weight(path, model.get_submodule(path).weight)
 
-    calibration = calibrate(target, model, made, recipe, prompts, seed, progress) if recipe.calibrated else None
+    magnitudes = modulated_magnitudes(made, model, model.get_parameter)
+    calibration = calibrate(target, model, made, recipe, texts, seed, progress) if recipe.calibrated else None
     total = sum(len(job.paths) for job in made.jobs)
-    solved: dict[str, QuantLinear] = {}
+    solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
     for job in made.jobs:
         if progress:
             progress(f"solving {job.paths[0]}", len(solved), total)
-        layers, missed, staged = solve_job(job, [model.get_submodule(path) for path in job.paths], seed, calibration)
+        modules = [model.get_submodule(path) for path in job.paths]
+        layers, missed, staged = solve_job(job, modules, seed, magnitudes.get(job.paths[0]), calibration)
         solved.update(zip(job.paths, layers, strict=True))
         errors.update(zip(job.paths, missed, strict=True))
         stages.update(zip(job.paths, staged, strict=True))
-    # Diffusers' registry knows which class carries the config; nothing here depends on its internals.
-    quantizer = DiffusersAutoQuantizer.from_config(
-        checkpoint_config(made, recipe, seed, errors, stages).dump(), pre_quantized=True
-    )
-
     for path, layer in solved.items():
         swap(model, path, layer)
-    made.architecture.install(model)
-    quantizer.attach(model)
+    finish(model, made, recipe, seed, errors, stages)
     if progress:
         progress("solved", total, total)
     return inspect(model)
+
+
+def settled(
+    recipe: str | Path | Recipe, prompts: Sequence[str] | None, samples: int | None
+) -> tuple[Recipe, list[str] | None]:
+    """The recipe with that number of samples, and the prompts, if the two go together.
+
+    Raises:
+        UserError: for an unknown recipe, prompts that are unusable, and prompts or samples for a data-free recipe.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    if samples is not None:
+        recipe = recipe.override(samples=samples)
+    if not recipe.calibrated and (prompts is not None or samples is not None):
+        raise UserError(f"recipe {recipe.name} uses no prompts: leave them out")
+    return recipe, None if prompts is None else check_prompts(prompts)

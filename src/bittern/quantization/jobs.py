@@ -6,17 +6,27 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
 from bittern.errors import UserError
-from bittern.layers import QuantLinear, join_group
+from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
 from bittern.quantization.calibration import Calibration, Progress
 from bittern.recipes import Recipe, needs_data
 from bittern.solvers import SolverOptions, Stages, relative_error, solve, solve_calibrated
 
-__all__ = ["Progress", "check_seed", "check_weight", "checkpoint_config", "solve_job", "swap"]
+__all__ = [
+    "Progress",
+    "check_seed",
+    "check_weight",
+    "checkpoint_config",
+    "few_bit_class",
+    "finish",
+    "solve_job",
+    "swap",
+]
 
 
 def check_seed(seed: int) -> None:
@@ -44,20 +54,29 @@ def check_weight(path: str, weight: torch.Tensor) -> None:
 
 @torch.no_grad()
 def solve_job(
-    job: Job, linears: Sequence[nn.Linear], seed: int, calibration: Calibration | None = None
-) -> tuple[list[QuantLinear], list[float], list[Stages]]:
-    """The few-bit layers that replace a job's linears, their relative weight errors, and those of their outputs.
+    job: Job,
+    modules: Sequence[nn.Linear | nn.Conv2d],
+    seed: int,
+    magnitudes: Float[Tensor, " k"] | None = None,
+    calibration: Calibration | None = None,
+) -> tuple[list[FewBitLayer], list[float], list[Stages]]:
+    """The few-bit layers that replace a job's linears or convolution, their relative weight errors, and those of
+    their outputs after each stage.
 
-    The result depends on the weights, the job, the seed and the calibration, not on the order in which jobs are done.
+    The result depends on the arguments, not on the order in which jobs are done. Magnitudes are those of
+    `architectures.modulated_magnitudes`, for a job that asks for them; a job that asks for data takes it from the
+    calibration.
 
     Raises:
         UserError: as the solvers do, and if the job needs data and there is none.
     """
-    weights = [linear.weight for linear in linears]
+    weights = [flat_weight(module) for module in modules]
     own_seed = (seed << 32) | zlib.crc32(job.paths[0].encode())
     options, stages = SolverOptions(**job.solver), [Stages() for _ in job.paths]
     if not needs_data(job.solver):
-        solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths)
+        if magnitudes is not None:
+            magnitudes = magnitudes.to(weights[0].device)
+        solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths, magnitudes)
     elif calibration is None:
         raise UserError(
             f"{job.paths[0]} is solved with data: load the model whole and call bittern.quantize(pipe, ...)"
@@ -69,8 +88,8 @@ def solve_job(
             weights, statistics, job.scheme, options, job.segments, own_seed, job.paths, felt
         )
     layers = [
-        QuantLinear.from_solution(linear, job.scheme, job.segments, solution)
-        for linear, solution in zip(linears, solutions, strict=True)
+        few_bit_class(module).from_solution(module, job.scheme, job.segments, solution)
+        for module, solution in zip(modules, solutions, strict=True)
     ]
     if len(layers) > 1:
         join_group(layers)
@@ -79,11 +98,35 @@ def solve_job(
     return layers, [float(f"{error:.6g}") for error in errors], stages
 
 
+def few_bit_class(module: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
+    """What takes the place of a module."""
+    return QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
+
+
 def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Puts `layer` where the module at `path` is."""
     parent, _, name = path.rpartition(".")
     layer.train(model.get_submodule(path).training)
     setattr(model.get_submodule(parent), name, layer)
+
+
+def finish(
+    model: nn.Module,
+    made: Plan,
+    recipe: Recipe,
+    seed: int,
+    errors: Mapping[str, float],
+    stages: Mapping[str, Stages] | None = None,
+) -> None:
+    """Makes a model whose few-bit layers are in place one that diffusers saves as such, and runs groups as one."""
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    # Diffusers' registry knows which class carries the config; nothing here depends on its internals.
+    quantizer = DiffusersAutoQuantizer.from_config(
+        checkpoint_config(made, recipe, seed, errors, stages).dump(), pre_quantized=True
+    )
+    made.architecture.install(model)
+    quantizer.attach(model)
 
 
 def checkpoint_config(
@@ -100,9 +143,11 @@ def checkpoint_config(
         recipe=recipe.dump(),
         seed=seed,
         schemes=tuple(schemes),
-        targets={path: Target(scheme=schemes.index(job.scheme), shape=shape) for job, path, shape in order},
+        targets={
+            path: Target(scheme=schemes.index(job.scheme), shape=shape, kernel=job.kernel) for job, path, shape in order
+        },
         groups=tuple(job.paths for job in plan.jobs if len(job.paths) > 1),
-        segments={path: job.segments for job, path, _ in order if len(job.segments) > 1},
+        segments={path: job.segments for job, path, _ in order if len(job.segments) > 1 and not job.kernel},
         errors={path: errors[path] for _, path, _ in order} if errors else {},
         stages={path: stages[path] for _, path, _ in order if stages.get(path)} if stages else {},
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bittern import recipes
-from bittern.architectures import Architecture, of_class, plan
+from bittern.architectures import Plan, known, plan
 from bittern.checkpoints import CheckpointConfig, TensorSpec, is_few_bit, on_disk, read_headers, weight_files
 from bittern.checkpoints.files import file_bytes
 from bittern.errors import UserError
@@ -36,11 +36,12 @@ class Row:
         rank: Of the low-rank branch.
         activations: Bits of the least precise activations it was solved for.
         error: Relative weight error |W - What| / |W|; None before it is solved.
-        shape: (N, K).
+        shape: (N, K); of a convolution K counts the inputs of all its taps.
         stages: Relative output error after each of the solver's stages, if it was calibrated; None if not.
         bytes: Of the tensors stored under its name, bias excluded. A group's shared tensors count for its
             first member.
         bits_per_weight: 8 bytes / (N K).
+        kernel: Of a convolution: height and width.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Row:
     shape: tuple[int, int]
     bytes: int
     bits_per_weight: float
+    kernel: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,7 +66,8 @@ class Report:
         rows: The targets.
         bytes: Of all the model's tensors as saved, kept layers included.
         parameters: Logical parameters of the model.
-        block_weights: Those of them that are weights of linears inside blocks.
+        block_weights: Those of them that are weights of linears and convolutions inside blocks; 0 for a model of no
+            known family.
         file_bytes: Size of the weight file, if it is one.
     """
 
@@ -97,7 +100,7 @@ class Report:
 
     @property
     def ternary_share_blocks(self) -> float:
-        """Ternary weights / weights of linears inside blocks; 0 for a family without known blocks."""
+        """Ternary weights / weights of linears and convolutions inside blocks; 0 for a family without known blocks."""
         return self.ternary_weights / self.block_weights if self.block_weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +112,10 @@ class Report:
             "ternary_share_blocks": self.ternary_share_blocks,
             "bytes": self.bytes,
             "parameters": self.parameters,
-            "targets": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
+            "targets": [
+                {**asdict(row), "shape": list(row.shape), "kernel": row.kernel and list(row.kernel)}
+                for row in self.rows
+            ],
         }
 
     def __repr__(self) -> str:
@@ -134,8 +140,13 @@ def inspect(target: DiffusionPipeline | nn.Module | str | Path) -> Report:
     return _report(type(model).__name__, _specs(model), CheckpointConfig.parse(config) if few_bit else None)
 
 
-def predict(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe) -> Report:
+def predict(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe, made: Plan | None = None) -> Report:
     """The report that quantizing would give, but for the errors; solves nothing.
+
+    Args:
+        target: A pipeline or a model.
+        recipe: As for `quantize`.
+        made: The plan, where it has been made.
 
     Raises:
         UserError: as `quantize` does, but for what only the weights' values tell.
@@ -143,7 +154,7 @@ def predict(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe) 
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     model = component(target)
     refuse_quantized(model)
-    config = checkpoint_config(plan(model, recipe), recipe, seed=0)
+    config = checkpoint_config(made or plan(model, recipe), recipe, seed=0)
     return _report(type(model).__name__, _specs(model), config)
 
 
@@ -153,7 +164,7 @@ def predict_size(target: DiffusionPipeline | nn.Module, recipe: str | Path | Rec
 
 
 def component(target: DiffusionPipeline | nn.Module) -> nn.Module:
-    """The model that denoises: the target itself, or the pipeline's transformer.
+    """The model that denoises: the target itself, or the pipeline's transformer or U-Net.
 
     Raises:
         UserError: if the target is neither a module nor a pipeline with one.
@@ -243,18 +254,18 @@ def _row(path: str, config: CheckpointConfig) -> Row:
         shape=shape,
         bytes=nbytes,
         bits_per_weight=8 * nbytes / (shape[0] * shape[1]),
+        kernel=config.targets[path].kernel,
     )
 
 
 def _block_weights(class_name: str, others: Mapping[str, TensorSpec], targets: Mapping[str, Any]) -> int:
-    try:
-        family: Architecture = of_class(class_name)
-    except UserError:
+    family = known(class_name)
+    if family is None:
         return 0
     kept = {
         name.removesuffix(".weight"): spec.numel
         for name, spec in others.items()
-        if name.endswith(".weight") and len(spec.shape) == 2
+        if name.endswith(".weight") and len(spec.shape) in (2, 4)
     }
     sizes = {**kept, **{path: target.shape[0] * target.shape[1] for path, target in targets.items()}}
     return sum(size for path, size in sizes.items() if family.site(path))

@@ -21,6 +21,7 @@ SOLVER_FIELDS = (
     "codes",
     "smoothing",
     "smoothing_exponent",
+    "activation_exponent",
     "rounds",
     "branch",
     "rounding",
@@ -31,6 +32,17 @@ SOLVER_FIELDS = (
     "svd_iterations",
 )
 """The keys that say how a layer is solved; the others say what it is."""
+
+CONVOLUTION: dict[str, Any] = {
+    "weight": "int4",
+    "group_size": 64,
+    "activations": 16,
+    "rank": 0,
+    "smoothing": "none",
+    "shift": 0.0,
+    "packing": None,
+}
+"""What a convolution differs in from a linear unless the recipe says more: 3 x 3 kernels run with 16 bits."""
 
 
 def needs_data(solver: Mapping[str, Any]) -> bool:
@@ -93,8 +105,9 @@ class LayerSpec(BaseModel):
 
     scales: Literal["absmax", "search"] = "search"
     codes: Literal["absmean", "least-squares"] = "least-squares"
-    smoothing: Literal["none", "span", "grid", "descent"] = "none"
+    smoothing: Literal["none", "span", "modulation", "grid", "descent"] = "none"
     smoothing_exponent: float = Field(default=0.5, ge=0, le=1)
+    activation_exponent: float = Field(default=0.5, ge=0, le=1)
     rounds: int = Field(default=8, ge=0)
     branch: Literal["weights", "outputs"] = "weights"
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -134,6 +147,9 @@ class Recipe(BaseModel):
         samples: (prompt, step) pairs that a recipe with calibrated stages sees.
         rows: Tokens of them that are kept of each layer's input.
         modulation: What is different for the adaLN linears, which see one row per image.
+        convolution: What is different for convolutions with kernels larger than 1 x 1, and for layers that read the
+            residual stream without a norm, beyond `CONVOLUTION`: int4 weights in groups of 64 channels, 16-bit
+            activations. Null keeps them in 16 bits. Other 1 x 1 convolutions are treated as linears.
         overrides: What is different for the targets that a glob matches (`*` matches dots too); later
             globs win over earlier ones.
         keep: Globs of targets to leave in 16 bits.
@@ -147,6 +163,7 @@ class Recipe(BaseModel):
     rows: int = Field(default=16384, ge=64)
     default: LayerSpec
     modulation: dict[str, Any] = {}
+    convolution: dict[str, Any] | None = {}
     overrides: dict[str, dict[str, Any]] = {}
     keep: list[str] = []
 
@@ -154,23 +171,31 @@ class Recipe(BaseModel):
     def _check(self) -> Recipe:
         self.default.scheme(1 << 20, 1 << 20)
         _patched(self.default, self.modulation, "modulation").scheme(1 << 20, 1 << 20)
+        self._convolution().scheme(1 << 20, 1 << 20)
         for glob, patch in self.overrides.items():
             _patched(self.default, patch, f"overrides[{glob!r}]").scheme(1 << 20, 1 << 20)
         return self
 
-    def spec(self, path: str, *, modulation: bool = False) -> LayerSpec:
-        """The spec of the target at `path`: default, then modulation, then every override that matches."""
-        spec = _patched(self.default, self.modulation, "modulation") if modulation else self.default
+    def spec(self, path: str, *, modulation: bool = False, convolution: bool = False) -> LayerSpec:
+        """The spec of the target at `path`: default, then its kind's, then every override that matches."""
+        spec = self._convolution() if convolution else self.default
+        if modulation:
+            spec = _patched(spec, self.modulation, "modulation")
         for glob, patch in self.overrides.items():
             if fnmatchcase(path, glob):
                 spec = _patched(spec, patch, f"overrides[{glob!r}]")
         return spec
+
+    def _convolution(self) -> LayerSpec:
+        return _patched(self.default, {**CONVOLUTION, **(self.convolution or {})}, "convolution")
 
     @property
     def calibrated(self) -> bool:
         """Whether any layer needs to know its input, so that prompts have to be drawn."""
         patches = [*self.overrides.values(), self.modulation]
         specs = [self.default, *(_patched(self.default, patch, "patch") for patch in patches)]
+        if self.convolution is not None:
+            specs.append(self._convolution())
         return any(needs_data(spec.solver()) for spec in specs)
 
     def keeps(self, path: str) -> bool:

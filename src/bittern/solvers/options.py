@@ -11,7 +11,7 @@ from bittern.scheme import WeightFormat
 
 ScaleRule = Literal["absmax", "search"]
 CodeRule = Literal["absmean", "least-squares"]
-Smoothing = Literal["none", "span", "grid", "descent"]
+Smoothing = Literal["none", "span", "modulation", "grid", "descent"]
 Branch = Literal["weights", "outputs"]
 Rounding = Literal["nearest", "gptq"]
 
@@ -27,9 +27,11 @@ class SolverOptions:
         scales: For int4: "absmax" (amax / 7) or "search" (least squared error).
         codes: For ternary: "absmean" (scale mean |w|, as in BitNet b1.58) or "least-squares" (exact, with its
             scale).
-        smoothing: "none"; "span": from the span of each input's weights; "grid": the candidate of least output
-            error, and "descent": gradient descent from there; both need data.
-        smoothing_exponent: Power of the span; 0 smooths nothing, 1 makes all spans equal.
+        smoothing: "none"; "span": from the span of each input's weights; "modulation": from that and from the
+            magnitude that the model's modulation gives each input; "grid": the candidate of least output error, and
+            "descent": gradient descent from there; both need data.
+        smoothing_exponent: Power of the span; 0 leaves it out, 1 makes all spans equal.
+        activation_exponent: Power of the magnitude; 0 leaves it out, 1 makes all magnitudes equal.
         rounds: How often at most branch and residual are solved again, each given the other.
         branch: What the branch keeps small: the error of "weights", or of "outputs", which needs data.
         rounding: "nearest" codes, or "gptq", which needs data.
@@ -44,6 +46,7 @@ class SolverOptions:
     codes: CodeRule = "least-squares"
     smoothing: Smoothing = "none"
     smoothing_exponent: float = 0.5
+    activation_exponent: float = 0.5
     rounds: int = 8
     branch: Branch = "weights"
     rounding: Rounding = "nearest"
@@ -57,15 +60,16 @@ class SolverOptions:
         for name, known in (
             ("scales", _INT4_RULES),
             ("codes", _TERNARY_RULES),
-            ("smoothing", ("none", "span", "grid", "descent")),
+            ("smoothing", ("none", "span", "modulation", "grid", "descent")),
             ("branch", ("weights", "outputs")),
             ("rounding", ("nearest", "gptq")),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name} {value!r}: {did_you_mean(str(value), known)}")
-        if not 0 <= self.smoothing_exponent <= 1:
-            raise UserError(f"smoothing_exponent {self.smoothing_exponent}: expected 0 to 1")
+        for name in ("smoothing_exponent", "activation_exponent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)}: expected 0 to 1")
         if not self.damping > 0:
             raise UserError(f"damping {self.damping}: expected more than 0")
         for name in ("rounds", "refits", "svd_oversample", "svd_iterations"):

@@ -10,31 +10,45 @@ from torch import Tensor
 
 from bittern.formats import KLayout, round_to
 
-# An input whose weights are this much smaller than the widest one's is as good as dead: without a floor its
+# An input that is, or whose weights are, this much smaller than the largest is as good as dead: without a floor its
 # divisor would leave the range of the stored type.
 _FLOOR = 2.0**-10
 
 
 def span_smoothing(
-    weights: Sequence[Float[Tensor, "_ k"]], layout: KLayout, exponent: float, dtype: torch.dtype
+    weights: Sequence[Float[Tensor, "_ k"]],
+    layout: KLayout,
+    exponent: float,
+    dtype: torch.dtype,
+    magnitudes: Float[Tensor, " k"] | None = None,
+    activation_exponent: float = 0.0,
 ) -> Float[Tensor, " k"]:
-    """s_j proportional to amax |W_j| ** -exponent, over all weights that share the input.
+    """s_j proportional to magnitude_j ** activation_exponent / amax |W_j| ** exponent.
 
-    This is the weights' half of SVDQuant's s_j = amax |X_j|^a / amax |W_j|^b: the layer multiplies weights by s, so
-    that their columns become alike, and divides activations by it. Nothing is known of the activations here. The
-    geometric mean over each segment is 1, so that smoothing moves no segment against another; exponent 0 gives ones.
+    This is SVDQuant's s_j = amax |X_j|^a / amax |W_j|^b over all weights that share the input: the layer multiplies
+    weights by s and divides activations by it, so that the channels of both become more alike. Without magnitudes it
+    is the weights' half alone. The geometric mean over each segment is 1, so that smoothing moves no segment against
+    another; exponents of 0 give ones.
 
     Args:
         weights: [n_i, k] each.
         layout: The segments of K.
         exponent: 0 to 1.
         dtype: Stored type; the result is rounded to it.
+        magnitudes: How large the input's channels are, up to a common factor.
+        activation_exponent: 0 to 1.
     """
     spans = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
     smooth = torch.ones_like(spans)
     for segment in layout:
-        span = spans[segment.logical]
-        if span.max() > 0:
-            logs = (span / span.max()).clamp(min=_FLOOR).log2().mul(-exponent)
-            smooth[segment.logical] = (logs - logs.mean()).exp2()
+        logs = -exponent * _logs(spans[segment.logical])
+        if magnitudes is not None:
+            logs += activation_exponent * _logs(magnitudes[segment.logical].float())
+        smooth[segment.logical] = (logs - logs.mean()).exp2()
     return round_to(smooth, dtype)
+
+
+def _logs(values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Binary logarithms relative to the largest value, floored; zeros where all are zero."""
+    largest = values.max()
+    return (values / largest).clamp(min=_FLOOR).log2() if largest > 0 else torch.zeros_like(values)

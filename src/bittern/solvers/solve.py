@@ -41,6 +41,7 @@ def solve(
     segments: Sequence[int],
     seed: int,
     names: Sequence[str] | None = None,
+    magnitudes: Float[Tensor, " k"] | None = None,
 ) -> list[Solution]:
     """Quantizes the weights of layers that read one input.
 
@@ -60,6 +61,7 @@ def solve(
         segments: Lengths of the K-segments; their sum is k.
         seed: The same seed gives the same result, whatever torch's global random state.
         names: What to call the weights in errors.
+        magnitudes: How large the input's channels are, up to a common factor; smoothing "modulation" needs them.
 
     Returns:
         One solution a weight, in order.
@@ -70,7 +72,7 @@ def solve(
     """
     layout = scheme.layout(segments)
     check_weights(weights, layout, names or [f"weights[{i}]" for i in range(len(weights))])
-    smooth = _smooth(weights, layout, scheme, options)
+    smooth = _smooth(weights, layout, scheme, options, magnitudes)
     target = torch.cat([weight.float() for weight in weights])
     if smooth is not None:
         target *= smooth.float()
@@ -135,13 +137,23 @@ def _alternate(
 
 
 def _smooth(
-    weights: Sequence[Float[Tensor, "_ k"]], layout: KLayout, scheme: Scheme, options: SolverOptions
+    weights: Sequence[Float[Tensor, "_ k"]],
+    layout: KLayout,
+    scheme: Scheme,
+    options: SolverOptions,
+    magnitudes: Float[Tensor, " k"] | None,
 ) -> Float[Tensor, " k"] | None:
     if not scheme.smooth:
         return None
-    if options.smoothing != "span":
+    if options.smoothing not in ("span", "modulation"):
         raise UserError(f"the scheme has smooth: true and the solver smoothing: {options.smoothing}; make them agree")
-    return span_smoothing(weights, layout, options.smoothing_exponent, dtype_of(scheme.branch_dtype))
+    dtype = dtype_of(scheme.branch_dtype)
+    if options.smoothing == "span":
+        return span_smoothing(weights, layout, options.smoothing_exponent, dtype)
+    if magnitudes is None or magnitudes.shape != (layout.k,) or not bool(torch.isfinite(magnitudes).all()):
+        raise UserError(f"smoothing {options.smoothing}: expected finite magnitudes of {layout.k} inputs; give them")
+    exponents = options.smoothing_exponent, options.activation_exponent
+    return span_smoothing(weights, layout, exponents[0], dtype, magnitudes, exponents[1])
 
 
 def check_weights(weights: Sequence[Tensor], layout: KLayout, names: Sequence[str]) -> None:

@@ -44,12 +44,16 @@ class CallDefaults:
 def defaults(pipe: DiffusionPipeline) -> CallDefaults:
     """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
     call = python_inspect.signature(pipe.__call__).parameters
-    vae, transformer = getattr(pipe, "vae", None), getattr(pipe, "transformer", None)
+    vae = getattr(pipe, "vae", None)
+    denoiser: Any = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     size = int(vae.config.sample_size) if vae is not None else 1024
     steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
-    if transformer is not None and transformer.config.get("guidance_embeds") is False:
-        # FLUX.1-schnell was distilled to 4 steps; a small model was not distilled.
-        steps, guidance = 4 if size >= 512 else 24, 0.0
+    if denoiser is not None and denoiser.config.get("guidance_embeds") is False:
+        # FLUX.1-schnell was distilled to 4 steps.
+        steps, guidance = 4, 0.0
+    if size < 512:
+        # A small model was not distilled.
+        steps = 24
     length = None
     if "max_sequence_length" in call:
         tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer

@@ -1,0 +1,24 @@
+"""PixArt-alpha and PixArt-Sigma: self-attention, cross-attention to the text, and one modulation for all blocks."""
+
+from __future__ import annotations
+
+from bittern.architectures.base import EMBEDDER, FIRST, LAST, SHARED, Architecture, Block
+
+PIXART = Architecture(
+    name="pixart",
+    class_names=("PixArtTransformer2DModel",),
+    outside={
+        "pos_embed.*": FIRST,
+        "adaln_single.linear": SHARED,
+        "adaln_single.*": EMBEDDER,
+        "caption_projection.*": EMBEDDER,
+        "proj_out": LAST,
+    },
+    blocks=(
+        Block(
+            prefix="transformer_blocks.*",
+            groups=(("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")),
+            after_gelu={"ff.net.2": (0,)},
+        ),
+    ),
+)

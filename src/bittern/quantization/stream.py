@@ -1,0 +1,164 @@
+"""Quantizes a model that lies on disk, block by block: for models larger than memory, and for runs that may be killed.
+
+The model stands on the meta device. One block's weights leave the disk, are solved, and the few-bit tensors go to a
+workspace before the next block is read; a run that finds blocks in its workspace takes them from there. So the
+device holds one group of layers at a time, the host the few-bit model and one block, and a kill costs the block in
+hand. A layer's result depends on its weights, its scheme and the seed only, so that an interrupted run ends with the
+bytes of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern.architectures import Job, modulated_magnitudes, plan
+from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, TensorSpec, read_headers, read_tensor, weight_files
+from bittern.layers import FewBitLayer, join_group
+from bittern.quantization.jobs import (
+    Progress,
+    check_seed,
+    check_weight,
+    checkpoint_config,
+    few_bit_class,
+    finish,
+    solve_job,
+    swap,
+)
+from bittern.quantization.report import refuse_quantized
+from bittern.quantization.workspace import Workspace, fingerprint
+from bittern.recipes import Recipe
+
+Headers = Mapping[str, tuple[Path, TensorSpec]]
+
+
+def can_stream(model: nn.Module, folder: Path) -> bool:
+    """Whether the files hold every tensor of the model under its own name; diffusers' loader knows older names."""
+    return read_headers(weight_files(folder)).keys() >= model.state_dict().keys()
+
+
+def run_manifest(folder: Path, recipe: Recipe, seed: int, version: str) -> dict[str, Any]:
+    """What a run is about: model, recipe, seed and versions. Two runs with equal ones may share blocks."""
+    return {
+        "bittern": version,
+        "format_version": FORMAT_VERSION,
+        "model": fingerprint([folder / "config.json", *weight_files(folder)]),
+        "recipe": recipe.dump(),
+        "seed": seed,
+    }
+
+
+@torch.no_grad()
+def quantize_streaming(
+    model: nn.Module,
+    folder: Path,
+    recipe: Recipe,
+    workspace: Workspace,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Makes a model few-bit while its weights are read.
+
+    Args:
+        model: On meta, as `skeleton` makes it; it becomes the few-bit model, on the CPU, ready to be saved.
+        folder: The model's own, with its weight files.
+        recipe: One that needs no data.
+        workspace: Open, and of this run.
+        seed: As for `quantize`.
+        device: Where layers are solved.
+        progress: Called as blocks are finished.
+
+    Raises:
+        UserError: as `quantize` does, and for damaged files.
+    """
+    check_seed(seed)
+    refuse_quantized(model)
+    made = plan(model, recipe)
+    config = checkpoint_config(made, recipe, seed)
+    headers = read_headers(weight_files(folder))
+    # Noted now, since layers lose their dense weight on the way.
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def read(name: str) -> Tensor:
+        return read_tensor(headers, name).to(dtypes[name])
+
+    magnitudes: dict[str, Tensor] | None = None
+    errors: dict[str, float] = {}
+    parents = [str(getattr(made.architecture.site(job.paths[0]), "parent", "")) for job in made.jobs]
+    blocks = [
+        (parent, [job for _, job in pairs])
+        for parent, pairs in groupby(zip(parents, made.jobs, strict=True), lambda pair: pair[0])
+    ]
+    for done, (parent, jobs) in enumerate(blocks):
+        # A block may come in several pieces where a kept layer of another kind lies between them.
+        name = f"{done:04d}.{parent}"
+        if progress:
+            progress(f"solving {parent}", done, len(blocks))
+        if not workspace.has(name):
+            if magnitudes is None:
+                magnitudes = modulated_magnitudes(made, model, read)
+            tensors: dict[str, Tensor] = {}
+            notes: dict[str, float] = {}
+            for job in jobs:
+                solved, missed = _solve(model, job, read, seed, device, magnitudes.get(job.paths[0]))
+                notes.update(zip(job.paths, missed, strict=True))
+                for path, layer in zip(job.paths, solved, strict=True):
+                    tensors.update({f"{path}.{leaf}": tensor for leaf, tensor in layer.tensors().items()})
+            workspace.save(name, tensors, notes)
+        tensors, notes = workspace.load(name)
+        errors.update(notes)
+        _put(model, config, [path for job in jobs for path in job.paths], tensors)
+    _fill(model, config, read)
+    finish(model, made, recipe, seed, errors)
+    if progress:
+        progress("solved", len(blocks), len(blocks))
+    return model
+
+
+def _solve(
+    model: nn.Module, job: Job, read: Any, seed: int, device: str | torch.device, magnitudes: Tensor | None
+) -> tuple[list[FewBitLayer], list[float]]:
+    """A job's layers, from weights that are read for it and let go again."""
+    modules: list[Any] = [model.get_submodule(path) for path in job.paths]
+    empty = [(module.weight, module.bias) for module in modules]
+    try:
+        for path, module in zip(job.paths, modules, strict=True):
+            weight = read(f"{path}.weight").to(device)
+            check_weight(path, weight)
+            module.weight, module.bias = nn.Parameter(weight, requires_grad=False), None
+        layers, errors, _ = solve_job(job, modules, seed, magnitudes)
+        return layers, errors
+    finally:
+        for module, (weight, bias) in zip(modules, empty, strict=True):
+            module.weight, module.bias = weight, bias
+
+
+def _put(model: nn.Module, config: CheckpointConfig, paths: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Few-bit layers with these tensors in the places of a block's layers; their biases stay on meta."""
+    layers: dict[str, FewBitLayer] = {}
+    for path in paths:
+        module: Any = model.get_submodule(path)
+        layers[path] = few_bit_class(module).like(module, config.scheme(path), config.k_segments(path))
+    for group in config.groups:
+        if group[0] in layers:
+            join_group([layers[path] for path in group])
+    for path, layer in layers.items():
+        for leaf in layer.tensors():
+            layer.load(leaf, tensors[f"{path}.{leaf}"])
+        swap(model, path, layer)
+
+
+def _fill(model: nn.Module, config: CheckpointConfig, read: Any) -> None:
+    """The parameters that keep their bits, biases of few-bit layers included."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            module._parameters[leaf] = nn.Parameter(read(name), requires_grad=False)
