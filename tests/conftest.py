@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
+
+# A deadline measures the other processes of a busy machine, and the first call's caches.
+settings.register_profile("bittern", deadline=None)
+settings.load_profile("bittern")
 
 # Shapes and dtypes in signatures are checked at run time; not in what torch.compile traces, nor where a wrong type
 # is the user's and has a message of its own.

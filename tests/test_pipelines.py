@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -250,7 +251,10 @@ def test_force_replaces_models_only(model: Path, tmp_path: Path) -> None:
     (home / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds no model: --force replaces only models; empty it first"):
         pipelines.quantize_folder(model, "int4", home, force=True)
-    for out in (model, tmp_path):
+    (home / "config.json").write_text('{"eslint": 1}')
+    with pytest.raises(UserError, match="holds no model"):
+        pipelines.quantize_folder(model, "int4", home, force=True)
+    for out in (model, tmp_path, model / "vae", model / "new"):
         with pytest.raises(UserError, match="would replace the model it is made from"):
             pipelines.quantize_folder(model, "int4", out, force=True)
     file = tmp_path / "file"
@@ -260,6 +264,28 @@ def test_force_replaces_models_only(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not writable"):
         pipelines.quantize_folder(model, "int4", file / "below")
     assert (home / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_mount_point_is_refused_beforehand(model: Path) -> None:
+    with pytest.raises(UserError, match="is a mount point, which cannot be replaced: choose a folder in it"):
+        pipelines.quantize_folder(model, "int4", "/proc", force=True)
+
+
+def test_a_pipeline_with_a_component_missing(model: Path, tmp_path: Path) -> None:
+    shutil.rmtree(model / "vae")
+    with pytest.raises(UserError, match=r"model_index.json lists 'vae', which is not there"):
+        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", "a/b"])
+def test_components_are_names_and_no_paths(model: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").mkdir()
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "AutoencoderKL"]}))
+    with pytest.raises(UserError, match="which is no name of a component"):
+        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder_is_fine(model: Path, tmp_path: Path) -> None:
@@ -273,7 +299,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, force: bool) -> N
     out = tmp_path / "out"
     if force:
         out.mkdir()
-        (out / "config.json").write_text("{}")
+        (out / "config.json").write_text('{"_class_name": "Old"}')
     before = contents(tmp_path), listing(tmp_path)
 
     def fill(error: BaseException) -> None:
@@ -293,7 +319,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, force: bool) -> N
 def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("old")
+    (out / "config.json").write_text('{"_class_name": "Old"}')
     real = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -307,7 +333,7 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: py
         pipelines.new_folder(out, force=True) as folder,
     ):
         (folder / "config.json").write_text("new")
-    assert contents(tmp_path) == {"out/config.json": b"old"}
+    assert contents(tmp_path) == {"out/config.json": b'{"_class_name": "Old"}'}
 
 
 def test_a_disk_that_is_full_midway(model: Path, tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ def test_sizes_follow_the_dtype_of_the_files_and_no_weight_is_read(tiny_random_f
         quantization.preview(folder, "int4")
 
 
+def test_a_few_bit_folder_is_refused(tiny_random_folder: Path, tmp_path: Path) -> None:
+    pipelines.quantize_folder(tiny_random_folder, "int4", tmp_path / "few")
+    with pytest.raises(UserError, match=r"few' is already quantized \(bittern\): give the original"):
+        quantization.preview(tmp_path / "few", "int4")
+
+
 def test_a_config_alone_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = written(tmp_path / "sdxl", SDXL)
     assert main.run(["inspect", str(folder), "--recipe", "svdquant-fast", "--dry-run", "--json"]) == 0
@@ -119,7 +125,7 @@ def test_an_unknown_family_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
         ({"hidden": 3}, "", "is not a model's config: KeyError"),
         ([], "", "is not a model's config: TypeError"),
         ({"_class_name": "FluxTransformer2DModel", "num_layers": "2"}, "", "makes no FluxTransformer2DModel"),
-        ({"_class_name": "FluxTransformer2DModel", "quantization_config": {"quant_method": "bittern"}}, "", "already"),
+        ({"_class_name": "SD3Transformer2DModel", "quantization_config": {"quant_method": "gguf"}}, "", "already"),
         (SDXL, "recipe only", "--recipe and --dry-run belong together"),
         (SDXL, "dry run only", "--recipe and --dry-run belong together"),
     ],

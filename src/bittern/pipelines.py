@@ -220,12 +220,16 @@ def check_out(out: str | Path, *, force: bool = False, source: Path | None = Non
     path = Path(out).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"output {str(out)!r} is a file: expected a folder that is new or empty")
-    if source is not None and source.resolve().is_relative_to(path):
-        raise UserError(f"output {str(out)!r} would replace the model it is made from: choose another folder")
+    if source is not None and (source.resolve().is_relative_to(path) or path.is_relative_to(source.resolve())):
+        raise UserError(
+            f"output {str(out)!r} would replace the model it is made from, or a part of it: choose another folder"
+        )
+    if path.is_mount():
+        raise UserError(f"output {str(out)!r} is a mount point, which cannot be replaced: choose a folder in it")
     if path.is_dir() and any(path.iterdir()):
         if not force:
             raise UserError(f"output folder {str(out)!r} is not empty: choose another, or replace it with --force")
-        if not any((path / name).is_file() for name in (INDEX, "config.json")):
+        if not any(_names_a_class(path / name) for name in (INDEX, "config.json")):
             raise UserError(f"output folder {str(out)!r} holds no model: --force replaces only models; empty it first")
     parent = _existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -252,7 +256,7 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
             path.rename(aside)
         try:
             fresh.rename(path)
-        except OSError:
+        except BaseException:
             if aside.exists():
                 aside.rename(path)
             raise
@@ -264,6 +268,14 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         raise UserError(f"output {str(out)!r} cannot be written: {reason}; nothing was left behind") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _names_a_class(file: Path) -> bool:
+    """Whether a file is the config of a model or the index of a pipeline: both name their class."""
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8"))["_class_name"], str)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _open_to_readers(folder: Path) -> None:
@@ -342,7 +354,14 @@ def denoiser_name(folder: Path) -> str:
 def _other_components(folder: Path, denoiser: str) -> list[Path]:
     """The folders of the components that stay as they are, and the licence, which must travel with them."""
     index = _read_json(folder / INDEX)
-    names = [name for name in index if name != denoiser and not name.startswith("_") and (folder / name).is_dir()]
+    # A component is [library, class]; [null, null] is one that the pipeline does without.
+    listed = [name for name, value in index.items() if isinstance(value, list) and any(value) and name != denoiser]
+    for name in listed:
+        if not name.isidentifier():
+            raise UserError(f"{folder / INDEX} lists {name!r}, which is no name of a component: fetch the model again")
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder / INDEX} lists {name!r}, which is not there: fetch the model again")
+    names = [name for name in listed if not name.startswith("_")]
     return [*(folder / name for name in names), *(file for file in folder.glob("LICENSE*") if file.is_file())]
 
 
@@ -406,7 +425,7 @@ def _disk_problem(error: Exception) -> str | None:
         number = int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk is full"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG):
         return f"{os.strerror(number)}, choose another place"
     return os.strerror(number) if number else None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,15 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bittern
 from bittern import quantization, recipes
 from bittern.architectures import Plan, known, plan
+from bittern.architectures.grouped_attention import Face
 from bittern.architectures.recording import read_inputs
 from bittern.layers import FewBitWeight, QuantConv2d, QuantLinear, quant_layers
-from families import BATCH, FAMILIES, Family, run
+from families import BATCH, FAMILIES, Family, run, seeded
 
 # Relative error of the prediction with 4-bit weights, a quarter above what was measured: it depends on how much of the
 # output comes straight from the residual stream, and in a U-Net without a trained one on nothing else than the blocks.
@@ -41,6 +46,14 @@ def model(family: Family) -> nn.Module:
 @pytest.fixture(scope="module")
 def made(model: nn.Module) -> Plan:
     return plan(model, recipes.load("int4"))
+
+
+@pytest.fixture(scope="module")
+def few(family: Family) -> nn.Module:
+    """The same in few bits, not to be changed either."""
+    few = family.build()
+    bittern.quantize(few, "int4")
+    return few
 
 
 def paths_of(made: Plan) -> list[str]:
@@ -99,10 +112,12 @@ def watched(model: nn.Module, family: Family, paths: list[str]) -> dict[str, Ten
     return inputs
 
 
-def test_a_few_bit_copy_is_close_and_reloads_to_equal_bits(family: Family, model: nn.Module, tmp_path: Path) -> None:
-    want, few = run(model, family), family.build()
-    predicted = quantization.predict(few, "int4").to_dict()
-    report = bittern.quantize(few, "int4")
+def test_a_few_bit_copy_is_close_and_reloads_to_equal_bits(
+    family: Family, model: nn.Module, few: nn.Module, tmp_path: Path
+) -> None:
+    want = run(model, family)
+    predicted = quantization.predict(model, "int4").to_dict()
+    report = bittern.inspect(few)
     assert {**report.to_dict(), "targets": 0} == {**predicted, "targets": 0}
     got = run(few, family)
     error = float((got - want).norm() / want.norm())
@@ -138,40 +153,86 @@ def test_concatenated_inputs_of_flux2_are_attention_and_mlp() -> None:
     assert torch.equal(watched(model, family, [path])[path][..., 64:], mlp[-1])
 
 
-@pytest.mark.parametrize("name", ["flux2", "wan"])
-def test_groups_run_as_one_through_the_door_for_fused_projections(name: str) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Count(TorchDispatchMode):
+    """Counts the operations of few-bit layers."""
 
-    class Count(TorchDispatchMode):
-        calls = 0
+    calls = 0
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.calls += str(func).startswith("bittern.few_bit_linear")
-            return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += str(func).startswith("bittern.few_bit_linear")
+        return func(*args, **(kwargs or {}))
 
+
+def apart(few: nn.Module, family: Family) -> Tensor:
+    """The prediction when no layers run as one, since each has a hook."""
+    handles = [layer.register_forward_hook(lambda *_: None) for layer in quant_layers(few).values()]
+    got = run(few, family)
+    for handle in handles:
+        handle.remove()
+    return got
+
+
+def test_attention_runs_its_groups_as_one(family: Family, made: Plan, few: nn.Module) -> None:
+    with Count() as count:
+        got = run(few, family)
+    # Larger kernels are convolved; Z-Image's mlp asks for its two linears one by one.
+    jobs = [job for job in made.jobs if job.kernel in (None, (1, 1))]
+    assert count.calls == len(jobs) + sum("feed_forward.w1" in job.paths[0] for job in jobs)
+    assert torch.allclose(got, apart(few, family), rtol=1e-4, atol=1e-5)
+    assert torch.equal(run(pickle.loads(pickle.dumps(copy.deepcopy(few))), family), got)
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan"])
+def test_grouped_attention_leaves_room_for_others(name: str) -> None:
     family = FAMILIES[name]
     few = family.build()
+    before = {path: (type(p), inspect.signature(p.__call__)) for path, p in few.attn_processors.items()}
     bittern.quantize(few, "int4")
-    jobs = len(plan(family.build(), recipes.load("int4")).jobs)
-    with Count() as together:
-        want = run(few, family)
-    assert together.calls == jobs
-    adapted = next(path for path in quant_layers(few) if path.endswith("attn.to_q") or path.endswith("attn1.to_q"))
-    handle = few.get_submodule(adapted).register_forward_hook(lambda *_: None)
-    with Count() as apart:
-        got = run(few, family)
-    # The hook is respected: the three members of its group run one by one.
-    assert apart.calls == jobs + 2
-    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
-    handle.remove()
+    for path, processor in few.attn_processors.items():
+        kind, signature = before[path]
+        assert isinstance(processor, kind) and type(processor) is not kind
+        assert inspect.signature(processor.__call__) == signature
+    want = run(few, family)
     few.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))
     assert torch.allclose(run(few, family), want, rtol=1e-4, atol=1e-5)
     for key, parameter in few.named_parameters():
         if "lora_B" in key:
             parameter.data.fill_(0.05)
-    assert (run(few, family) - want).norm() > 0.001 * want.norm()
+    with_lora = run(few, family)
+    assert (with_lora - want).norm() > 0.001 * want.norm()
+    assert torch.allclose(with_lora, apart(few, family), rtol=1e-4, atol=1e-5)
     few.delete_adapters("default")
-    few.unfuse_qkv_projections() if hasattr(few, "unfuse_qkv_projections") else None
+    assert torch.equal(run(few, family), want)
+    for module in few.modules():
+        if hasattr(module, "processor"):
+            module.processor = type(module.processor).__base__()
+    assert torch.allclose(run(few, family), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_group_serves_only_the_tensor_it_was_asked_for() -> None:
+    attn = FAMILIES["sd3"].build()
+    bittern.quantize(attn, "int4")
+    attn = attn.transformer_blocks[0].attn
+    x, other = seeded(1, 3, 64), 2 * seeded(1, 3, 64)
+    face = Face(attn)
+    with Count() as count:
+        q, v, k = face.to_q(x), face.to_v(x), face.to_k(other)
+    assert count.calls == 2
+    for got, layer, of in ((q, attn.to_q, x), (k, attn.to_k, other), (v, attn.to_v, x)):
+        assert torch.allclose(got, layer(of), rtol=1e-4, atol=1e-6)
+    assert face.heads == attn.heads and face.norm_q is attn.norm_q
+    with pytest.raises(AttributeError, match="to_z"):
+        face.to_z(x)
+
+
+@pytest.mark.parametrize("name", ["wan"])
+def test_blocks_with_grouped_attention_compile_without_a_break(name: str) -> None:
+    family = FAMILIES[name]
+    few = family.build()
+    bittern.quantize(few, "int4")
+    want = run(few, family)
+    torch._dynamo.reset()
+    few.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.allclose(run(few, family), want, rtol=1e-4, atol=1e-5)
 
 
@@ -206,7 +267,6 @@ def test_unet_layers_are_of_the_kinds_that_the_recipe_says() -> None:
 
 
 PUBLISHED = {
-    "flux": 11_901_408_320,
     "sd15": 859_520_964,
     "sdxl": 2_567_463_684,
 }

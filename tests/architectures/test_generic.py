@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
-from families import FAMILIES
 from torch import Tensor, nn
 
 import bittern
@@ -18,6 +17,7 @@ from bittern.architectures import generic, of, plan
 from bittern.architectures.recording import record
 from bittern.errors import UserError
 from bittern.layers import QuantLinear, quant_layers
+from families import FAMILIES
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "sd3", "pixart", "sana", "sd15", "wan", "ltx"])
@@ -103,6 +103,35 @@ def test_an_unlisted_model_is_quantized_saved_and_reloaded(tmp_path: Path) -> No
     with torch.no_grad():
         assert torch.equal(again(**call).sample, got)
     assert bittern.inspect(tmp_path).to_dict() == report.to_dict()
+
+
+def test_an_unlisted_model_with_a_known_processor_runs_its_groups_as_one(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=16,
+            norm_num_groups=8,
+        ).eval()
+    call = {"sample": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "timestep": 10}
+    bittern.quantize(model, "int4")
+    processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    assert {type(processor).__name__ for processor in processors} == {"GroupedAttnProcessor2_0"}
+    attention = model.mid_block.attentions[0]
+    assert [attention.to_q.rows, attention.to_k.rows, attention.to_v.rows] == [(0, 32), (32, 64), (64, 96)]
+    model.save_pretrained(tmp_path)
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        got = model(**call).sample
+        assert torch.equal(again(**call).sample, got)
+        for processor in processors:
+            processor.__class__ = type(processor).__base__
+        assert torch.allclose(model(**call).sample, got, rtol=1e-4, atol=1e-5)
 
 
 class Block(nn.Module):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from families import FAMILIES
 from torch import nn
 
 from bittern import recipes
 from bittern.architectures import Plan, plan
 from bittern.architectures.plan import fitting_group
 from bittern.errors import UserError
+from families import FAMILIES
 
 
 @pytest.fixture(scope="module")

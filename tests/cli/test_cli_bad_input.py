@@ -50,6 +50,8 @@ def refused(arguments: list[str], capsys: Capture) -> str:
         (["generate", "MODEL", "a", "--path", "a5"], ["'a5'", "a4"]),
         (["generate", "MODEL", "a", "--steps", "0"], ["steps is 0", "expected"]),
         (["generate", "MODEL", "a", "--seed", "-1"], ["seed is -1", "expected"]),
+        (["generate", "MODEL", "a", "--out", "x" * 300 + ".png"], ["name too long", "shorter"]),
+        (["demo", "--limit", "0", "--out", "OUT"], ["limit is 0", "expected 1 to"]),
         (["evaluate", "MODEL", "--suite", "scene"], ["'scene'", "did you mean 'scenes'"]),
         (["evaluate", "MODEL", "--suite", "fidelity"], ["reference", "--reference MODEL"]),
         (["evaluate", "MODEL", "--limit", "0"], ["limit 0", "expected at least 6"]),

@@ -168,3 +168,15 @@ def test_a_process_prints_nothing_but_json(few_bit: Path, tiny_random_folder: Pa
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 6
     assert all(line.startswith("drawing with ") for line in done.stderr.splitlines()), done.stderr
+
+
+def test_home_is_expanded_wherever_something_is_written(
+    tiny_random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = str(tiny_random_folder)
+    assert main.run(["quantize", model, "--recipe", "int4", "--out", "~/few"]) == 0
+    assert main.run(["generate", "~/few", "a", "--steps", "1", "--out", "~/a.png"]) == 0
+    assert main.run(["compare", model, "~/few", "--limit", "1", "--steps", "1", "--report", "~/r.html"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "few", "r.html"]

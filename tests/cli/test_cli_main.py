@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
@@ -27,12 +27,11 @@ def raising(error: BaseException) -> Callable[[], list[str]]:
 
 def test_help_answers_within_a_second_and_imports_nothing_heavy() -> None:
     script = "import sys; from bittern.cli.main import run; code = run(['--help']); print(*sys.modules); sys.exit(code)"
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 1.0
+    # Processor time: on a busy machine the clock on the wall measures the other processes.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     *text, modules = done.stdout.splitlines()
     assert not set(HEAVY) & set(modules.split())
     assert all(command in "\n".join(text) for command in COMMANDS)
@@ -118,7 +117,7 @@ def test_recipes_as_table_json_and_in_full(capsys: pytest.CaptureFixture[str]) -
     assert all(name in shown for name in recipes.names())
     assert main.run(["recipes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in listed] == recipes.names()
+    assert [entry["name"] for entry in listed["recipes"]] == recipes.names()
     assert main.run(["recipes", "ternary-fast", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == recipes.load("ternary-fast").dump()
     assert main.run(["recipes", "int4"]) == 0

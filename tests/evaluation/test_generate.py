@@ -145,3 +145,20 @@ def test_unwritable_place_is_the_users_error_and_leaves_nothing(tmp_path: Path) 
     with pytest.raises(UserError, match=r"cannot write .*folder\.png"):
         gen.save_png(image, tmp_path / "folder.png", {})
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2**25, 1), (0, 2)])
+def test_small_models_are_drawn_by_one_thread(
+    tiny_random_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch, limit: int, expected: int
+) -> None:
+    seen: set[int] = set()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(gen, "_SMALL", limit)
+        tiny_random_pipeline.transformer.register_forward_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
+        gen.generate(tiny_random_pipeline, PROMPTS[:1], steps=1)
+        assert seen == {expected}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

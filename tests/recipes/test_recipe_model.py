@@ -98,3 +98,20 @@ def test_override_merges_validates_and_says_so_in_the_name() -> None:
 def test_dump_restores_the_recipe(name: str) -> None:
     recipe = recipes.load(name)
     assert validated(Recipe, recipe.dump(), "dump") == recipe
+
+
+def test_convolutions_are_int4_with_16_bit_activations_unless_the_recipe_says_more() -> None:
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        spec = recipe.spec("down_blocks.0.resnets.0.conv1", convolution=True)
+        assert (spec.weight, spec.group_size, spec.activations) == ("int4", 64, 16)
+        assert (spec.rank, spec.smoothing, spec.shift) == (0, "none", 0)
+        assert spec.scheme(320, 2880).bits_per_weight(320, 2880, (320,) * 9) == 4.25
+    fast = recipes.load("svdquant-fast")
+    wide = fast.override(convolution={"rank": 16}, overrides={"*.conv2": {"group_size": 32}})
+    assert wide.spec("a.conv1", convolution=True).rank == 16
+    assert wide.spec("a.conv2", convolution=True).group_size == 32
+    assert wide.spec("a.linear") == fast.spec("a.linear")
+    kept = fast.override(convolution=None)
+    assert kept.convolution is None and kept.dump()["convolution"] is None
+    assert kept.name == "svdquant-fast[convolution=None]"

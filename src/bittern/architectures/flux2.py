@@ -10,7 +10,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, REST, SHARED, Arch
 FLUX2 = Architecture(
     name="flux2",
     class_names=("Flux2Transformer2DModel",),
-    forward="bittern.architectures.fused_attention",
+    forward="bittern.architectures.grouped_attention",
     outside={
         "x_embedder": FIRST,
         "*embed*": EMBEDDER,

@@ -19,6 +19,9 @@ from bittern.architectures.base import Architecture, Block
 from bittern.architectures.recording import Reading, record
 from bittern.errors import UserError
 
+FORWARD = "bittern.architectures.grouped_attention"
+"""Lets the attention processors it knows run their groups as one, in whatever model they are."""
+
 LEAST_SHARE = 0.5
 """Part of the weights of all linears and convolutions that blocks must hold."""
 
@@ -59,7 +62,7 @@ def discover(model: nn.Module) -> Architecture:
         f"{name} is no known family: its blocks were found by looking ({counts}); {groups}",
         "inputs that are concatenations or come out of a GELU are not known; such layers are quantized as any other",
     )
-    return Architecture(name=f"generic ({name})", class_names=(name,), blocks=blocks, notes=notes)
+    return Architecture(f"generic ({name})", class_names=(name,), blocks=blocks, forward=FORWARD, notes=notes)
 
 
 def _places(model: nn.Module) -> list[str]:

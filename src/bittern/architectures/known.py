@@ -7,7 +7,7 @@ from torch import nn
 from bittern.architectures.base import Architecture
 from bittern.architectures.flux import FLUX
 from bittern.architectures.flux2 import FLUX2
-from bittern.architectures.generic import discover
+from bittern.architectures.generic import FORWARD, discover
 from bittern.architectures.ltx import LTX
 from bittern.architectures.pixart import PIXART
 from bittern.architectures.qwen_image import QWEN_IMAGE
@@ -35,7 +35,9 @@ def of(model: nn.Module) -> Architecture:
 
 
 def install(model: nn.Module) -> None:
-    """Makes a model of a family that can do so run layers that share an input as one. Changes no tensor."""
-    family = known(type(model).__name__)
-    if family is not None:
-        family.install(model)
+    """Makes a model run layers that share an input as one, where its family knows how. Changes no tensor.
+
+    Unlike `of` it asks nothing of the model, which may be on meta and few-bit already.
+    """
+    name = type(model).__name__
+    (known(name) or Architecture(name, (name,), (), forward=FORWARD)).install(model)

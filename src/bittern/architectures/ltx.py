@@ -7,6 +7,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, SHARED, Architectu
 LTX = Architecture(
     name="ltx",
     class_names=("LTXVideoTransformer3DModel",),
+    forward="bittern.architectures.grouped_attention",
     outside={
         "proj_in": FIRST,
         "time_embed.linear": SHARED,

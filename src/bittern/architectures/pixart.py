@@ -7,6 +7,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, SHARED, Architectu
 PIXART = Architecture(
     name="pixart",
     class_names=("PixArtTransformer2DModel",),
+    forward="bittern.architectures.grouped_attention",
     outside={
         "pos_embed.*": FIRST,
         "adaln_single.linear": SHARED,

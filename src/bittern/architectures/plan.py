@@ -153,12 +153,21 @@ def _single(path: str, site: Site, layers: Mapping[str, nn.Module], recipe: Reci
             return _convolution(path, layer, spec)
         n, k = layer.out_features, layer.in_features
         segments = _segments(k, site, layers) or (k,)
+        _check_group(spec.group_size, segments)
         scheme = spec.scheme(n, k)
         if spec.shift:
             scheme = replace(scheme, shift=site.shifts(spec.shift, len(segments)))
     except UserError as error:
         raise UserError(f"recipe {recipe.name}, {path}: {error}") from None
     return Job((path,), ((n, k),), scheme, spec.solver(), segments, modulated=modulated)
+
+
+def _check_group(group_size: int | None, segments: tuple[int, ...]) -> None:
+    # Small layers may pad up to the usual 64: they would not fit any recipe otherwise.
+    if group_size is not None and group_size > max(64, min(segments)):
+        raise UserError(
+            f"group_size {group_size} for {min(segments)} inputs: expected no more; null is one scale a row"
+        )
 
 
 def _segments(k: int, site: Site, layers: Mapping[str, nn.Module]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, Architecture, Bloc
 QWEN_IMAGE = Architecture(
     name="qwen_image",
     class_names=("QwenImageTransformer2DModel",),
+    forward="bittern.architectures.grouped_attention",
     outside={"img_in": FIRST, "txt_in": EMBEDDER, "*embed*": EMBEDDER, "norm_out.*": LAST, "proj_out": LAST},
     blocks=(
         Block(

@@ -10,6 +10,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, SHARED, Architectu
 SANA = Architecture(
     name="sana",
     class_names=("SanaTransformer2DModel",),
+    forward="bittern.architectures.grouped_attention",
     outside={
         "patch_embed.*": FIRST,
         "time_embed.linear": SHARED,

@@ -7,6 +7,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, Architecture, Bloc
 SD3 = Architecture(
     name="sd3",
     class_names=("SD3Transformer2DModel",),
+    forward="bittern.architectures.grouped_attention",
     outside={"pos_embed.*": FIRST, "*embed*": EMBEDDER, "norm_out.*": LAST, "proj_out": LAST},
     blocks=(
         Block(

@@ -11,6 +11,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, Architecture, Bloc
 UNET = Architecture(
     name="unet",
     class_names=("UNet2DConditionModel",),
+    forward="bittern.architectures.grouped_attention",
     outside={"conv_in": FIRST, "*embed*": EMBEDDER, "encoder_hid_proj*": EMBEDDER, "conv_out": LAST},
     blocks=tuple(
         block

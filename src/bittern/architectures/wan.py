@@ -7,7 +7,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, SHARED, Architectu
 WAN = Architecture(
     name="wan",
     class_names=("WanTransformer3DModel",),
-    forward="bittern.architectures.fused_attention",
+    forward="bittern.architectures.grouped_attention",
     outside={
         "patch_embedding": FIRST,
         "condition_embedder.time_proj": SHARED,

@@ -7,6 +7,7 @@ from bittern.architectures.base import EMBEDDER, FIRST, LAST, Architecture, Bloc
 Z_IMAGE = Architecture(
     name="z_image",
     class_names=("ZImageTransformer2DModel",),
+    forward="bittern.architectures.grouped_attention",
     outside={"all_x_embedder.*": FIRST, "*embedder*": EMBEDDER, "all_final_layer.*": LAST},
     blocks=tuple(
         Block(

@@ -43,6 +43,7 @@ def compare(
         from bittern.pipelines import check_file_out
         from bittern.trajectories import read_prompts
 
+        report = report.expanduser()
         check_file_out(report, "--report")
         comparison = run(
             models[0],

@@ -30,16 +30,20 @@ def demo(
         hush()
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare
-        from bittern.pipelines import BUILT_IN
+        from bittern.evaluation.suites import choose_prompts
+        from bittern.pipelines import BUILT_IN, check_file_out
 
         chosen = options.settings(seed, steps, batch_size, path, device, dtype)
+        out = out.expanduser()
+        file = out / "report.html"
+        check_file_out(file, "--out")
+        choose_prompts(None, limit, limit)
         made = []
         for recipe in RECIPES:
             made.append(quantize.run(BUILT_IN, recipe, out / recipe, force=True, seed=0, device=device, output=output))
             output.step(made[-1].summary)
         folders = [str(done.out) for done in made]
         comparison = compare(BUILT_IN, folders, limit=limit, settings=chosen, progress=output.progress)
-        file = out / "report.html"
         command = options.command_line(
             "demo", out=out, limit=limit, seed=seed, steps=steps,
             batch_size=batch_size, path=path, device=device, dtype=dtype,

@@ -36,7 +36,7 @@ def generate(
         from bittern.trajectories import read_prompts
 
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-        files = _files(out, texts)
+        files = _files(out.expanduser(), texts)
         for file in files[:1]:
             check_file_out(file, "--out")
         chosen = options.settings(seed, steps, batch_size, path, device, dtype)
@@ -69,7 +69,7 @@ def _files(out: Path, texts: list[str]) -> list[Path]:
         if len(texts) > 1:
             raise UserError(f"--out {out} names one picture for {len(texts)} prompts: expected a folder")
         return [out]
-    if out.suffix:
+    if out.suffix and not out.is_dir():
         raise UserError(f"--out {out} is no .png: expected a .png file or a folder without suffix")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: expected a folder or a .png")

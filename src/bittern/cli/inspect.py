@@ -35,7 +35,9 @@ def inspect(
 
         if dry_run != (recipe is not None):
             raise UserError("--recipe and --dry-run belong together: give both, or neither to see the model as it is")
-        folder = Path(model).expanduser() if Path(model).expanduser().is_dir() else pipelines.resolve(model)
+        given = Path(model).expanduser()
+        # A model without a pipeline around it will do; a built-in name means the same as everywhere.
+        folder = given if given.is_dir() and model != pipelines.BUILT_IN else pipelines.resolve(model)
         if recipe is not None:
             hush()
             foreseen = quantization.preview(folder, recipe)

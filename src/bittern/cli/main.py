@@ -39,6 +39,7 @@ _MENDS = {
     errno.EPERM: "choose a place you may use",
     errno.EROFS: "choose a writable place",
     errno.ENOTDIR: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 

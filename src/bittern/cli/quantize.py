@@ -122,6 +122,7 @@ def run(
     from bittern.checkpoints import weight_files
 
     began = time.perf_counter()
+    out = out.expanduser()
     source = pipelines.resolve(model)
     try:
         report = pipelines.quantize_folder(

@@ -33,7 +33,7 @@ def recipes(
             (p["name"], p["weight"], p["group_size"] or "row", p["rank"], f"{p['activations']} bit", p["summary"])
             for p in payload
         ]
-        out.result(payload, table(columns, rows, left=len(columns)))
+        out.result({"recipes": payload}, table(columns, rows, left=len(columns)))
 
 
 def _numbers(recipe: object) -> dict[str, object]:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bittern import pipelines
 from bittern.errors import BitternError, UserError
-from bittern.quantization import Progress
+from bittern.quantization import Progress, component
+from bittern.threads import one_thread
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 # Pictures that denoise together: a budget of pixels keeps small pictures quick and large ones in memory.
 _PIXELS_PER_BATCH = {"cpu": 16 * 128 * 128, "cuda": 4 * 1024 * 1024}
 _LARGEST_BATCH = 128
+# Numbers in the denoiser; tiny-flux has 11 million of them.
+_SMALL = 2**25
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -88,11 +91,20 @@ def generate(
             batch = list(prompts[start : start + batch_size])
             generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))]
             report = _step_reporter(progress, start, len(batch), steps, len(prompts))
-            images = pipe(prompt=batch, generator=generators, callback_on_step_end=report, **options).images
+            with one_thread(_is_small(pipe)):
+                images = pipe(prompt=batch, generator=generators, callback_on_step_end=report, **options).images
             drawn.append(_to_uint8(images, batch))
     finally:
         pipe.set_progress_bar_config(**({"disable": False} | bar))
     return torch.cat(drawn)
+
+
+def _is_small(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline runs on a CPU in steps so short that threads would mostly wait for each other."""
+    if pipe.device.type != "cpu":
+        return False
+    denoiser = component(pipe)
+    return sum(tensor.numel() for tensor in (*denoiser.parameters(), *denoiser.buffers())) <= _SMALL
 
 
 def _step_reporter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bittern.layers.conv import QuantConv2d, flat_weight, patches
 from bittern.layers.facade import FewBitWeight
 from bittern.layers.few_bit import LEAVES, FewBitLayer
-from bittern.layers.group import Group, group_linear, join_group, stacked_linear
+from bittern.layers.group import Group, group_linear, join_group
 from bittern.layers.linear import QuantLinear
 from bittern.layers.walk import paths, quant_layers, set_path
 
@@ -23,5 +23,4 @@ __all__ = [
     "paths",
     "quant_layers",
     "set_path",
-    "stacked_linear",
 ]

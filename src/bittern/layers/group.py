@@ -79,14 +79,6 @@ def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor]) -> 
     return list(y.split([layer.out_features for layer in layers], dim=-1))
 
 
-def stacked_linear(members: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The same outputs behind one another in one tensor, which costs no copy where they run as one."""
-    if not _run_as_one(members):
-        return torch.cat([member(x) for member in members], dim=-1)
-    layers = cast("Sequence[QuantLinear]", members)
-    return layers[0].linear_rows(x, layers[0].rows[0], layers[-1].rows[1], _biases(layers))
-
-
 def _run_as_one(members: Sequence[nn.Module]) -> bool:
     previous: QuantLinear | None = None
     for member in members:

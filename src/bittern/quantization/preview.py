@@ -13,7 +13,7 @@ from torch import nn
 
 from bittern import recipes
 from bittern.architectures import plan
-from bittern.checkpoints import is_few_bit, read_headers, weight_files
+from bittern.checkpoints import read_headers, weight_files
 from bittern.errors import UserError, did_you_mean
 from bittern.quantization.report import COMPONENTS, Report, component, predict, refuse_quantized
 from bittern.recipes import Recipe
@@ -121,8 +121,9 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
         class_name = str(config["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place / 'config.json'} is not a model's config: {error!r}") from None
-    if is_few_bit(config):
-        raise UserError(f"{str(folder)!r} is already quantized (bittern): give the original")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UserError(f"{str(folder)!r} is already quantized ({method}): give the original")
     model_class = getattr(diffusers, class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         known = [name for name in dir(diffusers) if name.endswith("Model")]

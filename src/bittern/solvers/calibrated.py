@@ -33,8 +33,9 @@ from bittern.solvers.options import SolverOptions
 from bittern.solvers.smooth_descent import descend
 from bittern.solvers.smooth_grid import best_smoothing
 from bittern.solvers.solution import Solution, frobenius
-from bittern.solvers.solve import check_weights, few_threads
+from bittern.solvers.solve import SMALL, check_weights
 from bittern.solvers.weighted import Metric, input_weight, refitted, stored, weighted_low_rank
+from bittern.threads import one_thread
 from bittern.trajectories import Statistics
 
 GRID_ROWS = 256
@@ -99,7 +100,7 @@ def solve_calibrated(
     check_weights(weights, layout, names)
     if scheme.weight != "int4":
         raise UserError(f"{names[0]}: calibrated stages are for int4, not {scheme.weight}; leave them out")
-    with few_threads(sum(weight.numel() for weight in weights)):
+    with one_thread(sum(weight.numel() for weight in weights) <= SMALL):
         problem = _Problem(weights, statistics, scheme, options, layout, seed, sensitivity)
         draft, stages = problem.solve()
     rows = [weight.shape[0] for weight in weights]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from bittern.solvers.lowrank import low_rank, random_start
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.smooth import span_smoothing
 from bittern.solvers.solution import Solution, frobenius
+from bittern.threads import one_thread
 
 LARGEST = 1e30
 """Weights beyond this would overflow float32 in the products of the SVD."""
@@ -76,29 +76,12 @@ def solve(
     target = torch.cat([weight.float() for weight in weights])
     if smooth is not None:
         target *= smooth.float()
-    with few_threads(target.numel()):
+    with one_thread(target.numel() <= SMALL):
         best = _alternate(target, layout, scheme, options, smooth, seed)
     rows = [weight.shape[0] for weight in weights]
     ups = [None] * len(rows) if best.up is None else torch.split(best.up, rows)
     parts = zip(torch.split(best.codes, rows), torch.split(best.scales, rows), ups, strict=True)
     return [Solution(codes, scales, smooth, best.down, up, layout) for codes, scales, up in parts]
-
-
-@contextmanager
-def few_threads(weights: int) -> Generator[None]:
-    """One thread for a small problem.
-
-    Its steps are shorter than it takes threads to meet: on a busy machine they wait for each other, 30 times as long
-    as one alone needs. And one thread sums in one order, so that small models have the same bytes for any
-    number of threads.
-    """
-    before = torch.get_num_threads()
-    if weights <= SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _alternate(
