@@ -136,7 +136,9 @@ def quantized(model: nn.Module, recipe: Recipe, calibration: Calibration) -> tup
     stored = weights = 0
     for job in plan(model, recipe).jobs:
         layers: list[QuantLinear]
-        layers, _, staged = solve_job(job, [model.get_submodule(path) for path in job.paths], 0, calibration)
+        layers, _, staged = solve_job(
+            job, [model.get_submodule(path) for path in job.paths], 0, calibration=calibration
+        )
         stages.update({path: table for path, table in zip(job.paths, staged, strict=True) if table})
         for path, layer in zip(job.paths, layers, strict=True):
             stored += sum(tensor.nbytes for tensor in layer.tensors().values())

@@ -30,6 +30,7 @@ VALID: dict[str, Any] = {
     "groups": [["a.q", "a.k"]],
     "segments": {"out": [36, 64]},
     "errors": {"a.q": 0.1, "a.k": 0.11, "out": 0.0},
+    "stages": {"a.q": {"nearest": 0.2, "gptq": 0.1}},
 }
 
 

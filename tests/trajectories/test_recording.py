@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import UserError
+from bittern.layers import flat_weight
 from bittern.trajectories import State, record, record_bytes, sensitivities
 
 
@@ -94,3 +95,23 @@ def test_sensitivity_is_the_gauss_newton_matrix() -> None:
     identity = torch.eye(5) * 40 * 14
     assert (found["c"] / 25 - identity).norm() / identity.norm() < 0.1
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_convolution_is_recorded_as_the_product_that_it_is() -> None:
+    class Picture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 5, 3, padding=1, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    model = Picture()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = record(model, ["conv"], [State(0, 0, (x,), {})], rows=1000)["conv"]
+    assert found.count == 2 * 4 * 4
+    product = found.rows @ flat_weight(model.conv).T + model.conv.bias
+    torch.testing.assert_close(product, model(x).movedim(1, -1).reshape(-1, 5), rtol=1e-4, atol=1e-5)
+    felt = sensitivities(model, ["conv"], [State(0, 0, (x,), {})] * 200)["conv"] / 200
+    assert (felt / 32 - torch.eye(5)).norm() < 0.3

@@ -148,7 +148,7 @@ def run(
 
 def _said(what: str, recipe: str) -> str:
     """One bar for all layers; trajectories and what is recorded of them have their own."""
-    return f"solving {recipe}" if what.startswith("solving") else what
+    return f"solving {recipe}" if what.startswith(("solving", "solved")) else what
 
 
 def scheme_table(report: Report) -> Table:

@@ -197,6 +197,8 @@ class Recipe(BaseModel):
         """Whether any layer needs to know its input, so that prompts have to be drawn."""
         patches = [*self.overrides.values(), self.modulation]
         specs = [self.default, *(_patched(self.default, patch, "patch") for patch in patches)]
+        if self.convolution is not None:
+            specs.append(self._convolution())
         return any(needs_data(spec.solver()) for spec in specs)
 
     def keeps(self, path: str) -> bool:

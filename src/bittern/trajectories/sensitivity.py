@@ -36,7 +36,7 @@ def sensitivities(
 
     Args:
         model: The denoiser, or a block.
-        paths: Modules that return one tensor [..., n].
+        paths: Linears or convolutions.
         states: What `sample` gave.
         seed: Of the noise.
         progress: Called with states done and their number.
@@ -46,6 +46,7 @@ def sensitivities(
     """
     found: dict[str, Square] = {}
     leaves: list[tuple[str, Tensor]] = []
+    convolutions = {path for path in paths if isinstance(model.get_submodule(path), nn.Conv2d)}
 
     def open_path(path: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(_module: nn.Module, _args: Any, y: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ def sensitivities(
                 gradients = torch.autograd.grad(product, [leaf for _, leaf in leaves], allow_unused=True)
             for (path, _), gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    g = gradient.flatten(0, -2).float()
+                    outputs_last = gradient.movedim(1, -1) if path in convolutions else gradient
+                    g = outputs_last.flatten(0, -2).float()
                     found[path] = found[path].addmm_(g.T, g) if path in found else g.T @ g
             if progress:
                 progress(index + 1, len(states))

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bittern.errors import UserError
+from bittern.layers import patches
 from bittern.trajectories.sampler import State
 
 
@@ -54,7 +55,7 @@ def record(
 
     Args:
         model: The denoiser.
-        paths: Modules that take one tensor [..., k]; of layers that share an input, one.
+        paths: Linears or convolutions; of layers that share an input, one.
         states: What `sample` gave.
         rows: Rows to keep of each input, at most; fewer where there are fewer tokens.
         seed: Of the choice of tokens.
@@ -91,8 +92,9 @@ class _Watch:
         self.amax: Tensor | None = None
         self.count = 0
 
-    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2)
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # A convolution is a product with what its pixels read.
+        x = (patches(module, args[0]) if isinstance(module, nn.Conv2d) else args[0]).flatten(0, -2)
         wide = x.float()
         peak = wide.abs().amax(dim=0)
         # A NaN is the maximum of whatever it is among.
