@@ -37,11 +37,11 @@ class Row:
         activations: Bits of the least precise activations it was solved for.
         error: Relative weight error |W - What| / |W|; None before it is solved.
         shape: (N, K); of a convolution K counts the inputs of all its taps.
-        stages: Relative output error after each of the solver's stages, if it was calibrated; None if not.
         bytes: Of the tensors stored under its name, bias excluded. A group's shared tensors count for its
             first member.
         bits_per_weight: 8 bytes / (N K).
         kernel: Of a convolution: height and width.
+        stages: Relative output error after each of the solver's stages, if it was calibrated; None if not.
     """
 
     path: str
@@ -50,11 +50,11 @@ class Row:
     rank: int
     activations: int
     error: float | None
-    stages: dict[str, float] | None
     shape: tuple[int, int]
     bytes: int
     bits_per_weight: float
     kernel: tuple[int, int] | None = None
+    stages: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, repr=False)
