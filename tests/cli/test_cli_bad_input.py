@@ -48,6 +48,7 @@ def refused(arguments: list[str], capsys: Capture) -> str:
         (["generate", "MODEL", "a", "--device", "cuda"], ["cuda", "--device cpu"]),
         (["generate", "MODEL", "a", "--dtype", "bf15"], ["'bf15'", "did you mean 'bf16'"]),
         (["generate", "MODEL", "a", "--path", "a5"], ["'a5'", "a4"]),
+        (["generate", "MODEL", "a", "--path", "a4"], ["--path a4", "has none: leave it out"]),
         (["generate", "MODEL", "a", "--steps", "0"], ["steps is 0", "expected"]),
         (["generate", "MODEL", "a", "--seed", "-1"], ["seed is -1", "expected"]),
         (["generate", "MODEL", "a", "--out", "x" * 300 + ".png"], ["name too long", "shorter"]),

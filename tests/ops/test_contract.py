@@ -108,6 +108,9 @@ def test_exports_and_loads() -> None:
     ("change", "message"),
     [
         ({"codes": torch.zeros(24, 40, dtype=torch.uint8)}, r"codes has shape \[24, 40\]: expected \[24, 32\]"),
+        ({"codes": torch.zeros(24, 32, dtype=torch.int8)}, "codes has dtype torch.int8: expected torch.uint8"),
+        ({"bias": torch.ones(24, dtype=torch.int32)}, "bias has dtype torch.int32: expected a float type"),
+        ({"inputs": [torch.ones(2, 64, dtype=torch.int8)]}, "the input has dtype torch.int8: expected a float type"),
         ({"scales": torch.ones(24, 2)}, r"scales has shape \[24, 2\]: expected \[24, 1\]"),
         ({"smooth": torch.ones(63)}, r"smooth has shape \[63\]: expected \[64\]"),
         ({"down": None}, r"up has shape \[24, 16\]: expected \[24, 0\]"),

@@ -20,6 +20,15 @@ def test_text_and_json_lines(tmp_path: Path) -> None:
     assert read_prompts(str(lines)) == ["one", "two"]
 
 
+def test_marks_and_separators_of_other_systems(tmp_path: Path) -> None:
+    text = tmp_path / "p.txt"
+    text.write_bytes("\ufeffa red star\r\na blue ring\r\n".encode())
+    assert read_prompts(text) == ["a red star", "a blue ring"]
+    lines = tmp_path / "p.jsonl"
+    lines.write_bytes('\ufeff{"prompt": "one\u2028line"}\n'.encode())
+    assert read_prompts(lines) == ["one\u2028line"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -32,7 +32,8 @@ def generate(
         hush()
         from bittern.evaluation.drawing import draw
         from bittern.evaluation.generate import save_png
-        from bittern.pipelines import check_file_out
+        from bittern.pipelines import check_file_out, resolve
+        from bittern.quantization import inspect
         from bittern.trajectories import read_prompts
 
         texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
@@ -40,6 +41,8 @@ def generate(
         for file in files[:1]:
             check_file_out(file, "--out")
         chosen = options.settings(seed, steps, batch_size, path, device, dtype)
+        if chosen.path is not None and not inspect(resolve(model)).rows:
+            raise UserError(f"--path {path} is for few-bit layers and {model} has none: leave it out")
         drawing = draw(model, texts, chosen, progress=output.progress)
         for index, file in enumerate(files):
             save_png(drawing.images[index], file, drawing.metadata(index))

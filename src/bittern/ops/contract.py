@@ -168,6 +168,11 @@ def check(
                 f"{name} has shape {list(tensor.shape)}: expected {list(shape)} for inputs of "
                 f"{' + '.join(str(length) for length in layout.segments)} columns and {n} rows of codes"
             )
+        if (tensor.dtype != torch.uint8) if name == "codes" else not tensor.is_floating_point():
+            wanted = "torch.uint8" if name == "codes" else "a float type"
+            raise UserError(f"{name} has dtype {tensor.dtype}: expected {wanted}")
+    if not first.is_floating_point():
+        raise UserError(f"the input has dtype {first.dtype}: expected a float type")
     if any(x.dtype != first.dtype or x.shape[:-1] != first.shape[:-1] for x in inputs[1:]):
         raise UserError("the inputs of the K-segments differ in dtype or batch shape: expected equal ones")
     if shift and len(shift) != len(inputs):
