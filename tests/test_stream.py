@@ -101,6 +101,19 @@ def test_one_block_is_in_memory_at_a_time(model: Path, tmp_path: Path, monkeypat
     assert not any(p.is_meta for p in blank.parameters())
 
 
+def test_buffers_that_are_saved_arrive(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = model / "transformer"
+    file = place / f"{STEM}.safetensors"
+    save_file({**load_file(file), "norm_out.seen": torch.arange(5.0)}, file, {"format": "pt"})
+    blank, _ = skeleton(place)
+    blank.norm_out.register_buffer("seen", torch.empty(5, device="meta"))
+    recipe = recipes.load("int4")
+    with Workspace(tmp_path / "work", stream.run_manifest(place, recipe, 0, "1")) as workspace:
+        stream.quantize_streaming(blank, place, recipe, workspace)
+    assert torch.equal(blank.norm_out.seen, torch.arange(5.0))
+    assert not isinstance(blank.norm_out.seen, torch.nn.Parameter)
+
+
 def test_files_under_other_names_go_through_diffusers(model: Path, tmp_path: Path) -> None:
     blank, _ = skeleton(model / "transformer")
     assert stream.can_stream(blank, model / "transformer")

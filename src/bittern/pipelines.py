@@ -113,8 +113,8 @@ def quantize_folder(
 
     The model is read, solved and kept block by block (see `quantization.stream`): finished blocks lie in
     `workspace_of(out)` until `out` is written, and a run that was killed goes on from them when it is called again.
-    The other components are copied as they are. A calibrated recipe loads the whole pipeline instead, which has to
-    draw, and leaves nothing behind when it is killed.
+    The other components are copied as they are. For a calibrated recipe the whole pipeline is loaded first, to draw,
+    unless all blocks are finished.
 
     Args:
         model: A folder, a hub id, or a built-in name.

@@ -91,7 +91,7 @@ def quantize_streaming(
     config = checkpoint_config(made, recipe, seed)
     headers = read_headers(weight_files(folder))
     # Noted now, since layers lose their dense weight on the way.
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def read(name: str) -> Tensor:
         return read_tensor(headers, name).to(dtypes[name])
@@ -174,9 +174,10 @@ def _put(model: nn.Module, config: CheckpointConfig, paths: Iterable[str], tenso
 
 
 def _fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """The parameters that keep their bits, biases of few-bit layers included."""
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            module._parameters[leaf] = nn.Parameter(read(name), requires_grad=False)
+    """The parameters and buffers that keep their bits, biases of few-bit layers included."""
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for leaf, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    value = read(f"{path}.{leaf}" if path else leaf)
+                    held[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
