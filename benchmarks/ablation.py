@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import Trajectory, environment
+from quality import Trajectory, environment, gain_over, keep
 from torch import nn
 
 from bittern import pipelines, recipes
@@ -123,10 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "stages": stages,
         }
         print(name, {k: v for k, v in found[name].items() if k not in ("psnr_each", "stages")}, flush=True)
-        if args.out:
-            temporary = args.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
-            temporary.replace(args.out)
+        keep(record, args.out)
     return record
 
 
@@ -155,9 +152,7 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, row in found.items():
-        pairs = zip(row["psnr_each"], found[BASELINE]["psnr_each"], strict=True)
-        gain = mean_estimate([mine - theirs for mine, theirs in pairs])
-        said = "" if name == BASELINE else f"{gain.mean:+.2f} ± {gain.stderr:.2f}"
+        said = "" if name == BASELINE else gain_over(row, found[BASELINE])
         lines.append(
             f"| {name} | {row['bits_per_weight']:.2f} | {row['psnr']:.2f} ± {row['psnr_stderr']:.2f} | {said} | "
             f"{row['velocity_error']:.4f} |"

@@ -142,11 +142,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             else None,
         }
         print(key, {k: v for k, v in rows[key].items() if k != "psnr_each"}, file=sys.stderr, flush=True)
-        if args.out:
-            temporary = args.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
-            temporary.replace(args.out)
+        keep(record, args.out)
     return record
+
+
+def keep(record: dict[str, Any], out: Path | None) -> None:
+    """Writes what is finished, whole or not at all."""
+    if out:
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(out)
+
+
+def gain_over(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+    """The gain in PSNR, paired picture by picture, with its standard error."""
+    pairs = zip(row["psnr_each"], baseline["psnr_each"], strict=True)
+    gain = mean_estimate([mine - theirs for mine, theirs in pairs])
+    return f"{gain.mean:+.2f} ± {gain.stderr:.2f}"
 
 
 def baseline_path(case: Case) -> str:
@@ -181,11 +193,7 @@ def table(record: dict[str, Any]) -> str:
         if "psnr" not in row:
             lines.append(f"| {name} | | 16 | | | | | {score} |")
             continue
-        gain = ""
-        if row["baseline"]:
-            pairs = zip(row["psnr_each"], rows[row["baseline"]]["psnr_each"], strict=True)
-            difference = mean_estimate([mine - theirs for mine, theirs in pairs])
-            gain = f"{difference.mean:+.2f} ± {difference.stderr:.2f}"
+        gain = gain_over(row, rows[row["baseline"]]) if row["baseline"] else ""
         lines.append(
             f"| {name} | {path.rstrip(']')} | {row['bits_per_weight']:.2f} | {row['psnr']:.2f} ± "
             f"{row['psnr_stderr']:.2f} | {gain} | {row['ssim']:.3f} | {row['velocity_error']:.3f} | {score} |"
