@@ -70,9 +70,13 @@ def test_a_few_bit_folder_keeps_its_dtype(new_tiny_random_pipeline: Callable[[],
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("tiny-net", r"unknown model 'tiny-net': did you mean 'tiny-unet'\?"),
         ("tiny-flax", r"unknown model 'tiny-flax': did you mean 'tiny-flux'\?"),
-        ("no-such-thing", r"unknown model 'no-such-thing': expected one of: tiny-flux, or give a folder or a hub id"),
-        ("./gone", r"no folder './gone': expected a pipeline folder, a hub id or tiny-flux"),
+        (
+            "no-such-thing",
+            r"unknown model 'no-such-thing': expected one of: tiny-flux, tiny-unet, or give a folder or a hub id",
+        ),
+        ("./gone", r"no folder './gone': expected a pipeline folder, a hub id or tiny-flux or tiny-unet"),
         ("a/b/c", "no folder 'a/b/c'"),
         ("/", "folder '/' is not a pipeline: expected model_index"),
         (__file__, "is a file: expected a pipeline folder"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import bittern
-from bittern import pipelines
+from bittern import pipelines, tiny_flux
 from bittern.evaluation import scenes
 from bittern.evaluation.generate import generate, to_pil
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def models():
     for recipe in RECIPES:
-        pipe = pipelines.load(pipelines.BUILT_IN)
+        pipe = pipelines.load(tiny_flux.NAME)
         if recipe is not None:
             bittern.quantize(pipe, recipe)
         yield recipe, pipe

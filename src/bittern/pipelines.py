@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,26 +46,26 @@ __all__ = [
     "resolve",
 ]
 
-BUILT_IN = "tiny-flux"
+BUILT_IN = {"tiny-flux": "bittern.tiny_flux", "tiny-unet": "bittern.tiny_unet"}
+"""The embedded models, and the modules that know where they lie."""
+
 INDEX = "model_index.json"
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of a pipeline: a folder, `tiny-flux`, or a hub id, which is downloaded.
+    """The local folder of a pipeline: a folder, an embedded model's name, or a hub id, which is downloaded.
 
     Raises:
         UserError: if there is no such folder, if it is no pipeline, or the hub does not give it.
     """
     name = str(model)
     path = Path(name).expanduser()
-    if name == BUILT_IN:
-        from bittern import tiny_flux
-
-        path = tiny_flux.path()
+    if name in BUILT_IN:
+        path = import_module(BUILT_IN[name]).path()
     if not path.exists():
         path = _download(name)
     if not path.is_dir():
-        raise UserError(f"model {name!r} is a file: expected a pipeline folder, a hub id or {BUILT_IN}")
+        raise UserError(f"model {name!r} is a file: expected a pipeline folder, a hub id or {' or '.join(BUILT_IN)}")
     if not (path / INDEX).is_file():
         raise UserError(f"folder {name!r} is not a pipeline: expected {INDEX} in it")
     return path
@@ -76,7 +77,7 @@ def load(
     """Loads a pipeline.
 
     Args:
-        model: A folder, a hub id, or `tiny-flux`.
+        model: A folder, a hub id, or an embedded model's name.
         dtype: What all layers but the few-bit ones compute in; None takes what the denoiser is stored in.
         device: Where to put it.
 
@@ -341,9 +342,9 @@ def check_device(device: str | torch.device) -> None:
 
 def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(f"no folder {name!r}: expected a pipeline folder, a hub id or {BUILT_IN}")
+        raise UserError(f"no folder {name!r}: expected a pipeline folder, a hub id or {' or '.join(BUILT_IN)}")
     if "/" not in name:
-        raise UserError(f"unknown model {name!r}: {did_you_mean(name, [BUILT_IN])}, or give a folder or a hub id")
+        raise UserError(f"unknown model {name!r}: {did_you_mean(name, BUILT_IN)}, or give a folder or a hub id")
     from diffusers import DiffusionPipeline
 
     try:

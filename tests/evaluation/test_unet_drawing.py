@@ -50,9 +50,9 @@ def folder(new_tiny_random_pipeline: Callable[[], FluxPipeline], tmp_path_factor
 def test_the_defaults_are_the_pipelines_own(folder: Path) -> None:
     pipe = pipelines.load(folder)
     call = pipelines.defaults(pipe)
-    assert call == pipelines.CallDefaults(height=32, width=32, steps=24, max_sequence_length=None, guidance=7.5)
+    assert call == pipelines.CallDefaults(height=32, width=32, steps=24, max_sequence_length=None, guidance=5.0)
     pipe.vae.register_to_config(sample_size=512)
-    assert pipelines.defaults(pipe).steps == 50
+    assert (pipelines.defaults(pipe).steps, pipelines.defaults(pipe).guidance) == (50, 7.5)
 
 
 def test_pictures_are_those_of_the_pipeline_itself(folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_pictures_are_those_of_the_pipeline_itself(folder: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
     generators = [torch.Generator().manual_seed(3 + i) for i in range(2)]
-    guided = pipe(PROMPTS, guidance_scale=7.5, generator=generators, **call).images
+    guided = pipe(PROMPTS, guidance_scale=5.0, generator=generators, **call).images
     assert torch.equal(drawing.images, (guided * 255).round().to(torch.uint8))
     generators = [torch.Generator().manual_seed(3 + i) for i in range(2)]
     alone = pipe(PROMPTS, guidance_scale=1.0, generator=generators, **call).images

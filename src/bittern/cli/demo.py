@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bittern import tiny_flux
 from bittern.cli import options, quantize
 from bittern.cli.compare import summary
 from bittern.cli.output import Output, hush
@@ -31,7 +32,7 @@ def demo(
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare
         from bittern.evaluation.suites import choose_prompts
-        from bittern.pipelines import BUILT_IN, check_file_out
+        from bittern.pipelines import check_file_out
 
         chosen = options.settings(seed, steps, batch_size, path, device, dtype)
         out = out.expanduser()
@@ -40,10 +41,12 @@ def demo(
         choose_prompts(None, limit, limit)
         made = []
         for recipe in RECIPES:
-            made.append(quantize.run(BUILT_IN, recipe, out / recipe, force=True, seed=0, device=device, output=output))
+            made.append(
+                quantize.run(tiny_flux.NAME, recipe, out / recipe, force=True, seed=0, device=device, output=output)
+            )
             output.step(made[-1].summary)
         folders = [str(done.out) for done in made]
-        comparison = compare(BUILT_IN, folders, limit=limit, settings=chosen, progress=output.progress)
+        comparison = compare(tiny_flux.NAME, folders, limit=limit, settings=chosen, progress=output.progress)
         command = options.command_line(
             "demo", out=out, limit=limit, seed=seed, steps=steps,
             batch_size=batch_size, path=path, device=device, dtype=dtype,

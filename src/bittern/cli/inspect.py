@@ -37,7 +37,7 @@ def inspect(
             raise UserError("--recipe and --dry-run belong together: give both, or neither to see the model as it is")
         given = Path(model).expanduser()
         # A model without a pipeline around it will do; a built-in name means the same as everywhere.
-        folder = given if given.is_dir() and model != pipelines.BUILT_IN else pipelines.resolve(model)
+        folder = given if given.is_dir() and model not in pipelines.BUILT_IN else pipelines.resolve(model)
         if recipe is not None:
             hush()
             foreseen = quantization.preview(folder, recipe)
