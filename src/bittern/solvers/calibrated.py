@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bittern.errors import UserError
 from bittern.formats import KLayout, Rule, decode, dtype_of, encode, int4
+from bittern.precision import exact_products
 from bittern.scheme import Scheme
 from bittern.solvers.gptq import gptq
 from bittern.solvers.inputs import rounded, smoothed
@@ -100,7 +101,7 @@ def solve_calibrated(
     check_weights(weights, layout, names)
     if scheme.weight != "int4":
         raise UserError(f"{names[0]}: calibrated stages are for int4, not {scheme.weight}; leave them out")
-    with one_thread(sum(weight.numel() for weight in weights) <= SMALL):
+    with one_thread(sum(weight.numel() for weight in weights) <= SMALL), exact_products():
         problem = _Problem(weights, statistics, scheme, options, layout, seed, sensitivity)
         draft, stages = problem.solve()
     rows = [weight.shape[0] for weight in weights]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bittern.errors import UserError
 from bittern.formats import KLayout, decode, dtype_of, encode, round_to
+from bittern.precision import exact_products
 from bittern.scheme import Scheme
 from bittern.solvers.lowrank import low_rank, random_start
 from bittern.solvers.options import SolverOptions
@@ -76,7 +77,7 @@ def solve(
     target = torch.cat([weight.float() for weight in weights])
     if smooth is not None:
         target *= smooth.float()
-    with one_thread(target.numel() <= SMALL):
+    with one_thread(target.numel() <= SMALL), exact_products():
         best = _alternate(target, layout, scheme, options, smooth, seed)
     rows = [weight.shape[0] for weight in weights]
     ups = [None] * len(rows) if best.up is None else torch.split(best.up, rows)

@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bittern.errors import UserError
+from bittern.precision import exact_products
 from bittern.trajectories.sampler import State
+
+DIFFERENTIABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+"""Attention kernels whose gradients can be trusted: of cuDNN's and the memory-efficient ones those of narrow heads are
+NaN or crash (torch 2.11 on Hopper)."""
 
 Square = Float[Tensor, "n n"]
 
 
+@exact_products()
 def sensitivities(
     model: nn.Module,
     paths: Sequence[str],
@@ -60,7 +67,7 @@ def sensitivities(
     try:
         for index, state in enumerate(states):
             leaves.clear()
-            with torch.enable_grad():
+            with torch.enable_grad(), sdpa_kernel(DIFFERENTIABLE):
                 output = model(*state.args, **state.kwargs)
                 output = output if isinstance(output, Tensor) else output[0]
                 own_seed = random.Random(f"sensitivity:{seed}:{index}").getrandbits(63)

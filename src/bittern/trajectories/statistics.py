@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bittern.errors import UserError
 from bittern.layers import patches
+from bittern.precision import exact_products
 from bittern.trajectories.sampler import State
 
 
@@ -38,6 +39,7 @@ def record_bytes(widths: Sequence[int], rows: int, itemsize: int) -> int:
 
 
 @torch.no_grad()
+@exact_products()
 def record(
     model: nn.Module,
     paths: Sequence[str],
