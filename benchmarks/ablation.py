@@ -28,7 +28,7 @@ from bittern.evaluation import scenes
 from bittern.evaluation.fidelity import fidelity
 from bittern.evaluation.generate import generate
 from bittern.evaluation.stats import mean_estimate
-from bittern.layers import QuantLinear, set_path
+from bittern.layers import set_path
 from bittern.quantization import Calibration, calibrate, solve_job, swap
 from bittern.recipes import Recipe
 
@@ -132,14 +132,13 @@ def quantized(model: nn.Module, recipe: Recipe, calibration: Calibration) -> tup
     stages: dict[str, dict[str, float]] = {}
     stored = weights = 0
     for job in plan(model, recipe).jobs:
-        layers: list[QuantLinear]
         layers, _, staged = solve_job(
             job, [model.get_submodule(path) for path in job.paths], 0, calibration=calibration
         )
         stages.update({path: table for path, table in zip(job.paths, staged, strict=True) if table})
-        for path, layer in zip(job.paths, layers, strict=True):
+        for path, (n, k), layer in zip(job.paths, job.shapes, layers, strict=True):
             stored += sum(tensor.nbytes for tensor in layer.tensors().values())
-            weights += layer.in_features * layer.out_features
+            weights += n * k
             swap(model, path, layer)
     return 8 * stored / weights, stages
 

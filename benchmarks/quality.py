@@ -31,6 +31,7 @@ from bittern.evaluation.generate import generate
 from bittern.evaluation.stats import mean_estimate
 from bittern.evaluation.suites import score_scenes
 from bittern.layers import set_path
+from bittern.quantization import component
 
 ROUND_INT4 = {"scales": "absmax"}
 ROUND_TERNARY = {"codes": "absmean", "group_size": None}
@@ -68,23 +69,23 @@ def cases() -> list[Case]:
 
 
 class Trajectory:
-    """The transformer's inputs and outputs along a 16-bit run."""
+    """The denoiser's inputs and outputs along a 16-bit run."""
 
     def __init__(self, pipe: Any, prompts: list[str], steps: int):
-        self.calls: list[tuple[dict[str, Any], Tensor]] = []
-        handle = pipe.transformer.register_forward_hook(self._keep, with_kwargs=True)
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+        handle = component(pipe).register_forward_hook(self._keep, with_kwargs=True)
         generate(pipe, prompts, seed=10_000, steps=steps, batch_size=len(prompts))
         handle.remove()
 
-    def _keep(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self.calls.append((kwargs, output[0].float()))
+    def _keep(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.calls.append((args, kwargs, output[0].float()))
 
     @torch.no_grad()
-    def error(self, transformer: nn.Module) -> float:
-        """Relative error of the velocity, root mean square over all steps."""
+    def error(self, denoiser: nn.Module) -> float:
+        """Relative error of the velocity, or of the predicted noise, root mean square over all steps."""
         wrong = right = 0.0
-        for kwargs, velocity in self.calls:
-            wrong += float((transformer(**kwargs)[0].float() - velocity).square().sum())
+        for args, kwargs, velocity in self.calls:
+            wrong += float((denoiser(*args, **kwargs)[0].float() - velocity).square().sum())
             right += float(velocity.square().sum())
         return (wrong / right) ** 0.5
 
@@ -119,14 +120,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     reference = generate(pipe, texts, steps=args.steps)
     trajectory = Trajectory(pipe, texts[:12], args.steps)
     rows.setdefault("16 bit", {"bits_per_weight": 16.0, "overall": overall(reference, world)})
-    dense = pipe.transformer
+    dense = component(pipe)
     for case in cases():
         key = f"{case.name} [{case.path}]"
         if key in rows:
             continue
-        pipe.transformer = copy.deepcopy(dense)
+        put(pipe, copy.deepcopy(dense))
         report = bittern.quantize(pipe, recipes.load(case.recipe).override(**case.changes))
-        set_path(pipe.transformer, case.path)
+        set_path(component(pipe), case.path)
         images = generate(pipe, texts, steps=args.steps)
         found = fidelity(images, reference)
         rows[key] = {
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "psnr_stderr": round(found.mean_psnr.stderr, 2),
             "psnr_each": [round(value, 2) for value in found.psnr],
             "ssim": round(found.mean_ssim.mean, 4),
-            "velocity_error": round(trajectory.error(pipe.transformer), 4),
+            "velocity_error": round(trajectory.error(component(pipe)), 4),
             "overall": overall(images, world),
             "baseline": f"{case.baseline} [{case.path if case.path != 'auto' else baseline_path(case)}]"
             if case.baseline
@@ -152,6 +153,11 @@ def keep(record: dict[str, Any], out: Path | None) -> None:
         temporary = out.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n")
         temporary.replace(out)
+
+
+def put(pipe: Any, denoiser: nn.Module) -> None:
+    """Gives a pipeline another denoiser."""
+    setattr(pipe, "unet" if getattr(pipe, "unet", None) is not None else "transformer", denoiser)
 
 
 def gain_over(row: dict[str, Any], baseline: dict[str, Any]) -> str:
@@ -175,7 +181,7 @@ def environment(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine() + " CPU"
     return {
         "model": args.model, "images": args.images, "steps": args.steps, "device": device,
-        "dtype": str(pipe.transformer.dtype), "torch": torch.__version__, "bittern": bittern.__version__,
+        "dtype": str(component(pipe).dtype), "torch": torch.__version__, "bittern": bittern.__version__,
         "commit": commit.stdout.strip(),
     }  # fmt: skip
 
