@@ -160,9 +160,9 @@ def put(pipe: Any, denoiser: nn.Module) -> None:
     setattr(pipe, "unet" if getattr(pipe, "unet", None) is not None else "transformer", denoiser)
 
 
-def gain_over(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+def gain_over(row: dict[str, Any], baseline: dict[str, Any], key: str = "psnr_each") -> str:
     """The gain in PSNR, paired picture by picture, with its standard error."""
-    pairs = zip(row["psnr_each"], baseline["psnr_each"], strict=True)
+    pairs = zip(row[key], baseline[key], strict=True)
     gain = mean_estimate([mine - theirs for mine, theirs in pairs])
     return f"{gain.mean:+.2f} ± {gain.stderr:.2f}"
 
