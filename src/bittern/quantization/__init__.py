@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bittern.quantization.calibration import Calibration, Progress, calibrate, calibration_bytes
+from bittern.quantization.calibration import Calibration, Limits, Progress, Recorder, calibration_bytes, passes
 from bittern.quantization.conductor import quantize
 from bittern.quantization.jobs import (
     check_seed,
@@ -19,11 +19,12 @@ from bittern.quantization.report import Report, Row, component, inspect, predict
 __all__ = [
     "Calibration",
     "Kept",
+    "Limits",
     "Preview",
     "Progress",
+    "Recorder",
     "Report",
     "Row",
-    "calibrate",
     "calibration_bytes",
     "check_seed",
     "check_weight",
@@ -32,6 +33,7 @@ __all__ = [
     "few_bit_class",
     "inspect",
     "model_card",
+    "passes",
     "predict",
     "predict_size",
     "preview",
