@@ -22,9 +22,9 @@ class UnusableModel(UserError):
     """A model that has to change before anything can be made of it: what was made of it so far is worth nothing."""
 
 
-def gib(count: float) -> str:
-    """Bytes as messages about memory give them: 12.50 GiB."""
-    return f"{count / 2**30:.2f} GiB"
+def memory_size(count: float) -> str:
+    """Bytes as messages about memory give them: 12.50 GiB, 3.25 MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:

@@ -70,6 +70,19 @@ def test_inputs_that_are_not_finite_are_named(value: float) -> None:
         record(Toy(), ["b"], given, rows=4)
 
 
+def test_recording_ends_behind_the_last_layer_that_is_watched() -> None:
+    model, given = Toy(), states(4)
+    ran: list[int] = []
+    model.c.register_forward_hook(lambda *_: ran.append(1))
+    alone = record(model, ["a"], given, rows=8)
+    assert len(ran) == 1
+    together = record(model, ["a", "c"], given, rows=8, grams={"c"})
+    for name in ("rows", "amax"):
+        assert torch.equal(getattr(alone["a"], name), getattr(together["a"], name))
+    assert together["a"].gram is None and alone["a"].gram is not None
+    assert together["c"].count == alone["a"].count == 56
+
+
 def test_no_states_and_modules_that_are_not_called() -> None:
     with pytest.raises(UserError, match="no samples"):
         record(Toy(), ["a"], [], rows=4)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.architectures import Job
-from bittern.errors import UserError, gib
+from bittern.errors import UserError, memory_size
 from bittern.recipes import Recipe, needs_data
 from bittern.trajectories import State, Statistics, record, sample, sensitivities, states_bytes
 
@@ -125,13 +125,14 @@ def passes(
         cost = calibration_bytes(jobs, rows, itemsize)
         if cost.host > limits.records:
             raise UserError(
-                f"records of {name} take {gib(cost.host)} of the host, and {gib(limits.records)} are allowed: allow "
-                "more record memory, or lower `rows` in the recipe"
+                f"records of {name} take {memory_size(cost.host)} of the host, and {memory_size(limits.records)} are "
+                "allowed: allow more record memory, or lower `rows` in the recipe"
             )
         if share is not None and cost.device > share:
             raise UserError(
-                f"sums over the inputs and outputs of {name} take {gib(cost.device)} of the device, and {gib(share)} "
-                "of what is allowed are for them: allow more device memory, or set `sensitivity: false`"
+                f"sums over the inputs and outputs of {name} take {memory_size(cost.device)} of the device, and "
+                f"{memory_size(share)} of what is allowed are for them: allow more device memory, or leave out "
+                "`sensitivity` and GPTQ with 16-bit activations"
             )
         if made:
             together = Cost(made[-1][1].host + cost.host, made[-1][1].device + cost.device)
@@ -238,10 +239,10 @@ class Recorder:
         planned = passes(blocks, self.recipe.rows, self.itemsize, self.limits)
         if self.progress:
             most = Cost(max(cost.host for _, cost in planned), max(cost.device for _, cost in planned))
-            device = "" if not most.device else f" and {gib(most.device)} of sums on the device"
+            device = "" if not most.device else f" and {memory_size(most.device)} of sums on the device"
             self.progress(
                 f"calibrating in {len(planned)} {'pass' if len(planned) == 1 else 'passes'}, "
-                f"each with at most {gib(most.host)} of records{device}",
+                f"each with at most {memory_size(most.host)} of records{device}",
                 0,
                 len(planned),
             )

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bittern.architectures import Plan
-from bittern.errors import gib
+from bittern.errors import memory_size
 from bittern.quantization.calibration import Limits, Progress, named
 from bittern.trajectories import State, Texts, choose, defaults, encode_texts, place, run_on, sample
 
@@ -91,7 +91,7 @@ class Stored:
         model = self.load_denoiser()
         waiting = place(model, blocks_of(model, self.plan), self.device, self.limits.weights(self.plan.jobs))
         if waiting and self.progress:
-            self.progress(f"denoiser on {self.device}, {gib(waiting)} of its weights wait on the host", 1, 1)
+            self.progress(f"denoiser on {self.device}, {memory_size(waiting)} of its weights wait on the host", 1, 1)
         try:
             yield model
         finally:

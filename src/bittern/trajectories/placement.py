@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from bittern.errors import UserError, gib
+from bittern.errors import UserError, memory_size
 
 
 def place(model: nn.Module, blocks: Iterable[str], device: torch.device, room: int | None = None) -> int:
@@ -37,8 +37,8 @@ def place(model: nn.Module, blocks: Iterable[str], device: torch.device, room: i
     left = None if room is None else room - outside
     if left is not None and left < 0:
         raise UserError(
-            f"{gib(room or 0)} of device memory are left for weights, and those outside the blocks take "
-            f"{gib(outside)}: allow more device memory"
+            f"{memory_size(room or 0)} of device memory are left for weights, and those outside the blocks take "
+            f"{memory_size(outside)}: allow more device memory"
         )
     waiting: list[str] = []
     for path, size in sizes.items():
