@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from bittern.quantization.calibration import Calibration, Limits, Progress, Recorder, calibration_bytes, passes
+from bittern.quantization.calibration import (
+    Calibration,
+    Limits,
+    Progress,
+    Recorder,
+    calibrate,
+    calibration_bytes,
+    passes,
+)
 from bittern.quantization.conductor import quantize
 from bittern.quantization.jobs import (
     check_seed,
@@ -25,6 +33,7 @@ __all__ = [
     "Recorder",
     "Report",
     "Row",
+    "calibrate",
     "calibration_bytes",
     "check_seed",
     "check_weight",

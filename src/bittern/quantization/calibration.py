@@ -21,10 +21,19 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from bittern.architectures import Job
+from bittern.architectures import Job, Plan
 from bittern.errors import UserError, memory_size
 from bittern.recipes import Recipe, needs_data
-from bittern.trajectories import State, Statistics, record, sample, sensitivities, states_bytes
+from bittern.trajectories import (
+    State,
+    Statistics,
+    default_prompts,
+    device_of,
+    record,
+    sample,
+    sensitivities,
+    states_bytes,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -278,3 +287,55 @@ class Recorder:
                 said = named(self.progress, f"recording sensitivities{what}")
                 sensitivity = sensitivities(model, felt, self.states, seed=self.seed, progress=said)
         return Calibration(statistics, sensitivity)
+
+
+def calibrate(
+    target: DiffusionPipeline | nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    prompts: Sequence[str] | None,
+    seed: int,
+    progress: Progress | None = None,
+) -> Calibration:
+    """What is known of all jobs of a plan, recorded in one go from a pipeline in memory.
+
+    Args:
+        target: The pipeline.
+        model: Its denoiser.
+        plan: Which layers are solved how.
+        recipe: Gives the numbers of samples and rows.
+        prompts: Texts; None takes the pipeline's own or the bundled ones.
+        seed: Of samples, noise and tokens.
+        progress: Called as the work goes on.
+
+    Raises:
+        UserError: as `recorder_of` and `Recorder.record` do.
+    """
+    return recorder_of(target, model, recipe, prompts, seed, progress=progress).record(plan.jobs)
+
+
+def recorder_of(
+    target: DiffusionPipeline | nn.Module,
+    model: nn.Module,
+    recipe: Recipe,
+    prompts: Sequence[str] | None,
+    seed: int,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> Recorder:
+    """What records from a pipeline in memory.
+
+    Raises:
+        UserError: for a model without its pipeline.
+    """
+    if isinstance(target, nn.Module):
+        raise UserError(
+            f"recipe {recipe.name} is calibrated on trajectories: give the whole pipeline, not its "
+            f"{type(target).__name__}; or take a data-free recipe"
+        )
+    if prompts is None:
+        prompts = default_prompts(target.config.get("_name_or_path"))
+    source = Loaded(target, model, prompts, recipe.samples, seed, progress)
+    itemsize = next(model.parameters()).element_size()
+    return Recorder(source, recipe, itemsize, limits or Limits.of(device_of(model)), seed, progress=progress)

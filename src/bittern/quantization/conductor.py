@@ -12,7 +12,7 @@ from bittern import recipes
 from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import Calibration, Limits, Loaded, Progress, Recorder
+from bittern.quantization.calibration import Calibration, Limits, Progress, recorder_of
 from bittern.quantization.jobs import (
     blocks_of,
     check_seed,
@@ -24,7 +24,7 @@ from bittern.quantization.jobs import (
 from bittern.quantization.report import Report, component, inspect, refuse_quantized
 from bittern.recipes import Recipe
 from bittern.solvers import Stages
-from bittern.trajectories import check_prompts, default_prompts, device_of
+from bittern.trajectories import check_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -79,16 +79,7 @@ def quantize(
     blocks = blocks_of(made)
     known: Iterable[tuple[Sequence[int], Calibration | None]] = [(range(len(blocks)), None)]
     if recipe.calibrated:
-        if isinstance(target, nn.Module):
-            raise UserError(
-                f"recipe {recipe.name} is calibrated on trajectories: give the whole pipeline, not its "
-                f"{type(target).__name__}; or take a data-free recipe"
-            )
-        if prompts is None:
-            prompts = default_prompts(target.config.get("_name_or_path"))
-        source = Loaded(target, model, prompts, recipe.samples, seed, progress)
-        limits = limits or Limits.of(device_of(model))
-        recorder = Recorder(source, recipe, next(model.parameters()).element_size(), limits, seed, progress=progress)
+        recorder = recorder_of(target, model, recipe, prompts, seed, limits, progress)
         known = recorder.passes(blocks)
     total = sum(len(job.paths) for job in made.jobs)
     solved: dict[str, FewBitLayer] = {}

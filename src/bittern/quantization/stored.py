@@ -88,10 +88,12 @@ class Stored:
     @contextmanager
     def denoiser(self) -> Generator[nn.Module]:
         """The model on its device, for as long as the context lasts."""
+        if self.progress:
+            self.progress("loading the denoiser", 0, 1)
         model = self.load_denoiser()
         waiting = place(model, blocks_of(model, self.plan), self.device, self.limits.weights(self.plan.jobs))
         if waiting and self.progress:
-            self.progress(f"denoiser on {self.device}, {memory_size(waiting)} of its weights wait on the host", 1, 1)
+            self.progress(f"loading the denoiser, {memory_size(waiting)} of which wait on the host", 1, 1)
         try:
             yield model
         finally:

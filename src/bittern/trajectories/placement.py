@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bittern.errors import UserError, memory_size
 
@@ -46,18 +46,24 @@ def place(model: nn.Module, blocks: Iterable[str], device: torch.device, room: i
             waiting.append(path)
         elif left is not None:
             left -= size
+    late = {id(tensor) for path in waiting for tensor in _tensors(model.get_submodule(path))}
+    # First what leaves the host, then what is copied within it.
+    for tensor in _tensors(model):
+        if id(tensor) not in late:
+            tensor.data = tensor.data.to(device)
     for path in waiting:
         block = model.get_submodule(path)
         held = {name: tensor.detach() for name, tensor in block.state_dict().items()}
         if device.type == "cuda":
             held = {name: tensor.pin_memory() for name, tensor in held.items()}
         cpu_offload(block, execution_device=device, state_dict=held)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
     return sum(sizes[path] for path in waiting)
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for tensor in _tensors(model))
+
+
+def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
+    return (*model.parameters(), *model.buffers())

@@ -107,6 +107,8 @@ def sample(
         return tensors
 
     handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    if progress:
+        progress(0, len(chosen))
     try:
         with quiet(pipe), one_thread(is_small(denoiser)):
             for done, prompt in enumerate(chosen):

@@ -72,6 +72,8 @@ def sensitivities(
         return hook
 
     handles = [model.get_submodule(path).register_forward_hook(open_path(path)) for path in paths]
+    if progress:
+        progress(0, len(states))
     try:
         with one_thread(is_small(model)), _without_weight_gradients(model), _checkpointed(model), _deterministic(model):
             for index, state in enumerate(states):

@@ -88,6 +88,8 @@ def record(
     turn = _Turn()
     watches = {path: _Watch(path, rows, share, seed, turn, grams is None or path in grams) for path in paths}
     handles = [model.get_submodule(path).register_forward_pre_hook(watch) for path, watch in watches.items()]
+    if progress:
+        progress(0, len(states))
     try:
         with one_thread(is_small(model)):
             for index, state in enumerate(states):
