@@ -23,7 +23,7 @@ from bittern.architectures import Plan
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UnusableModel, UserError, did_you_mean
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
-from bittern.quantization.calibration import Limits, Recorder
+from bittern.quantization.calibration import Limits, Recorder, memory_told
 from bittern.quantization.conductor import with_samples
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
@@ -180,7 +180,7 @@ def quantize_folder(
 
     manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts)
     with Workspace(work, manifest, restart=restart) as workspace:
-        with _kept_if_worth_it(workspace, out):
+        with _kept_if_worth_it(workspace, out), memory_told():
             quantize_streaming(
                 blank, place, recipe, workspace, seed=seed, device=device,
                 recorder=recorder if recipe.calibrated else None, progress=progress,
@@ -234,26 +234,26 @@ def _write(
 
 @contextmanager
 def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
-    """Leaves finished blocks behind for the next run, unless there are none or the model must change first."""
+    """Leaves finished blocks behind for the next run, and samples where no mistake is to be mended first."""
     try:
         yield
     except BaseException as error:
-        if isinstance(error, UnusableModel) or not workspace.finished:
+        drawn = workspace.has(SAMPLES) and not isinstance(error, UserError)
+        if isinstance(error, UnusableModel) or not (workspace.finished or drawn):
             workspace.remove()
-        left = (
-            f"{workspace.finished} finished blocks are kept, run the same command again"
-            if workspace.finished
-            else "nothing is left behind"
-        )
+        finished = workspace.finished
         cause = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
-        if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(
-                f"the device ran out of memory: allow less of it for calibration, or lower `rows` in the recipe; {left}"
-            ) from error
         reason = _disk_problem(cause) if isinstance(error, UserError | OSError | SafetensorError) else None
-        if reason is None:
-            raise
-        raise UserError(f"output {str(out)!r} cannot be written: {reason}; {left}") from error
+        if reason is not None:
+            left = (
+                f"{finished} finished blocks are kept, run the same command again"
+                if finished
+                else "nothing is left behind"
+            )
+            raise UserError(f"output {str(out)!r} cannot be written: {reason}; {left}") from error
+        if isinstance(error, UserError) and finished:
+            raise UserError(f"{error}; {finished} finished blocks are kept for the same command") from error
+        raise
 
 
 def check_out(out: str | Path, *, force: bool = False, source: Path | None = None) -> None:

@@ -13,8 +13,8 @@ those that do not fit the device (`Limits`). The device also holds weights and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -63,8 +63,9 @@ class Limits:
     """How much memory calibration may take.
 
     Attributes:
-        device: Bytes of the device for weights, activations and sums. Of them an eighth is for activations and an
-            eighth for sums, or a quarter each where sensitivities are taken; weights have the rest. None sets no limit.
+        device: Bytes of the device for weights, activations and sums. Of them an eighth is for activations, or a
+            quarter where sensitivities are taken, and a quarter at most for sums; weights have the rest. None sets no
+            limit.
         records: Bytes of the host for what a pass records.
     """
 
@@ -88,15 +89,16 @@ class Limits:
             device_bytes = torch.cuda.mem_get_info(torch.device(device))[0]
         return cls(device_bytes, records or min(MOST_RECORDS, psutil.virtual_memory().available // 2))
 
-    def share(self, jobs: Sequence[Job]) -> int | None:
-        """Bytes of the device for sums, and as many for activations."""
-        felt = any(needs_data(job.solver) and job.solver["sensitivity"] for job in jobs)
-        return self.device and self.device // (4 if felt else 8)
+    def sums(self, jobs: Sequence[Job]) -> int | None:
+        """Bytes of the device for sums; None for no limit."""
+        return None if self.device is None else min(self.device // 4, calibration_bytes(jobs, 0, 0).device)
 
     def weights(self, jobs: Sequence[Job]) -> int | None:
         """Bytes of the device for weights; None for no limit."""
-        share = self.share(jobs)
-        return None if self.device is None or share is None else self.device - 2 * share
+        sums = self.sums(jobs)
+        if self.device is None or sums is None:
+            return None
+        return self.device - sums - self.device // (4 if any(is_felt(job) for job in jobs) else 8)
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,18 @@ def calibration_bytes(jobs: Sequence[Job], rows: int, itemsize: int) -> Cost:
     """What a `Calibration` of these jobs takes at most, by the formulas of this module."""
     wanted = [job for job in jobs if needs_data(job.solver)]
     sums = sum(4 * job.shapes[0][1] ** 2 for job in wanted if needs_gram(job))
-    sums += sum(4 * n * n for job in wanted if job.solver["sensitivity"] for n, _ in job.shapes)
+    sums += sum(4 * n * n for job in wanted if is_felt(job) for n, _ in job.shapes)
     return Cost(sum((rows * itemsize + 4) * job.shapes[0][1] for job in wanted) + sums, sums)
 
 
 def needs_gram(job: Job) -> bool:
     """Whether a job's solver asks for the Gram matrix of all tokens; inputs that are rounded are known by rows."""
     return job.solver["rounding"] == "gptq" and job.scheme.activations == 16
+
+
+def is_felt(job: Job) -> bool:
+    """Whether a job's solver asks how much its outputs are felt: GPTQ by itself rounds every output for itself."""
+    return needs_data(job.solver) and job.solver["sensitivity"] and (job.scheme.rank > 0 or job.scheme.smooth)
 
 
 def passes(
@@ -128,7 +135,7 @@ def passes(
     Raises:
         UserError: for a block that goes beyond the limits by itself.
     """
-    share = limits.share([job for _, jobs in blocks for job in jobs])
+    share = limits.sums([job for _, jobs in blocks for job in jobs])
     made: list[tuple[list[int], Cost]] = []
     for index, (name, jobs) in enumerate(blocks):
         cost = calibration_bytes(jobs, rows, itemsize)
@@ -150,6 +157,22 @@ def passes(
                 continue
         made.append(([index], cost))
     return made
+
+
+@contextmanager
+def memory_told() -> Generator[None]:
+    """Says what to lower where a device runs out of memory.
+
+    Raises:
+        UserError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the device ran out of memory ({str(error).partition('.')[0]}): allow less of it for calibration, lower "
+            "`rows` in the recipe, or take another device"
+        ) from error
 
 
 class Source(Protocol):
@@ -281,7 +304,7 @@ class Recorder:
                 grams={job.paths[0] for job in wanted if needs_gram(job)},
                 progress=named(self.progress, f"recording inputs of {size}{what}"),
             )
-            felt = [path for job in wanted if job.solver["sensitivity"] for path in job.paths]
+            felt = [path for job in wanted if is_felt(job) for path in job.paths]
             sensitivity: dict[str, Tensor] = {}
             if felt:
                 said = named(self.progress, f"recording sensitivities{what}")

@@ -12,7 +12,7 @@ from bittern import recipes
 from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import Calibration, Limits, Progress, recorder_of
+from bittern.quantization.calibration import Calibration, Limits, Progress, memory_told, recorder_of
 from bittern.quantization.jobs import (
     blocks_of,
     check_seed,
@@ -85,17 +85,18 @@ def quantize(
     solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
-    for members, calibration in known:
-        for job in [job for index in members for job in blocks[index][1]]:
-            if progress:
-                progress(f"solving {job.paths[0]}", len(solved), total)
-            modules = [model.get_submodule(path) for path in job.paths]
-            layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
-            solved.update(zip(job.paths, layers, strict=True))
-            errors.update(zip(job.paths, missed, strict=True))
-            stages.update(zip(job.paths, staged, strict=True))
-        # Two passes' records would not fit.
-        del calibration
+    with memory_told():
+        for members, calibration in known:
+            for job in [job for index in members for job in blocks[index][1]]:
+                if progress:
+                    progress(f"solving {job.paths[0]}", len(solved), total)
+                modules = [model.get_submodule(path) for path in job.paths]
+                layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
+                solved.update(zip(job.paths, layers, strict=True))
+                errors.update(zip(job.paths, missed, strict=True))
+                stages.update(zip(job.paths, staged, strict=True))
+            # Two passes' records would not fit.
+            del calibration
     for path, layer in solved.items():
         swap(model, path, layer)
     finish(model, made, recipe, seed, errors, stages)

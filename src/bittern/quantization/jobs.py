@@ -14,7 +14,7 @@ from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
 from bittern.errors import UnusableModel, UserError
 from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
-from bittern.quantization.calibration import Calibration
+from bittern.quantization.calibration import Calibration, is_felt
 from bittern.recipes import Recipe, needs_data
 from bittern.solvers import SolverOptions, Stages, relative_error, solve, solve_calibrated
 
@@ -82,7 +82,7 @@ def solve_job(
     else:
         device = weights[0].device
         statistics = calibration.statistics[job.paths[0]].to(device)
-        felt = [calibration.sensitivity[path].to(device) for path in job.paths] if options.sensitivity else None
+        felt = [calibration.sensitivity[path].to(device) for path in job.paths] if is_felt(job) else None
         solutions, stages = solve_calibrated(
             weights, statistics, job.scheme, options, job.segments, own_seed, job.paths, felt
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bittern.threads import is_small, one_thread
 from bittern.trajectories.calling import defaults
 from bittern.trajectories.states import to_device
 
@@ -52,7 +53,7 @@ def encode_texts(pipe: DiffusionPipeline, denoiser: nn.Module, prompts: Mapping[
     pipe.encode_prompt = encode
     handle = denoiser.register_forward_pre_hook(reached)
     try:
-        with quiet(pipe):
+        with quiet(pipe), one_thread(is_small(denoiser)):
             for index, prompt in prompts.items():
                 texts[index] = []
                 try:
