@@ -11,8 +11,7 @@ from torch import nn
 import bittern
 from bittern import pipelines, tiny_flux, tiny_unet
 from bittern.precision import exact_products
-from bittern.trajectories import record
-from bittern.trajectories.sampler import State
+from bittern.trajectories import State, record
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,15 @@ class UserError(BitternError, ValueError):
     """A mistake in what the user gave: the command line prints it as one line and exits with code 2."""
 
 
+class UnusableModel(UserError):
+    """A model that has to change before anything can be made of it: what was made of it so far is worth nothing."""
+
+
+def memory_size(count: float) -> str:
+    """Bytes as messages about memory give them: 12.50 GiB, 3.25 MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """The tail of an error message for an unknown name: the nearest choice, or all of them.
 

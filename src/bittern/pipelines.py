@@ -8,8 +8,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,17 @@ from torch import nn
 import bittern
 from bittern.architectures import Plan
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
-from bittern.errors import UserError, did_you_mean
+from bittern.errors import UnusableModel, UserError, did_you_mean
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
-from bittern.quantization.calibration import Calibration, calibrate
+from bittern.quantization.calibration import Limits, Recorder, memory_told
 from bittern.quantization.conductor import with_samples
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
+from bittern.quantization.stored import Stored
 from bittern.quantization.stream import can_stream, quantize_streaming, run_manifest
-from bittern.quantization.workspace import Workspace
+from bittern.quantization.workspace import SAMPLES, Workspace
 from bittern.recipes import Recipe
-from bittern.trajectories import CallDefaults, check_prompts, default_prompts, defaults
+from bittern.trajectories import CallDefaults, State, check_prompts, default_prompts, defaults, pack, unpack
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -85,6 +86,11 @@ def load(
         UserError: for an unknown model, a folder that is no pipeline or is damaged, a device that is not there.
     """
     check_device(device)
+    return _load_with(model, {}, dtype).to(device)
+
+
+def _load_with(model: str | Path, parts: Mapping[str, Any], dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """A pipeline on the CPU with some components given, or left out as None."""
     folder = resolve(model)
     index = _read_json(folder / INDEX)
     import diffusers
@@ -94,7 +100,7 @@ def load(
         raise UserError(f"{folder / INDEX} names the pipeline class {class_name!r}, which diffusers does not have")
     stored = _stored_dtype(folder / denoiser_name(folder))
     with _one_line(model):
-        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored).to(device)
+        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored, **parts)
 
 
 def quantize_folder(
@@ -108,14 +114,15 @@ def quantize_folder(
     device: str | torch.device = "cpu",
     force: bool = False,
     restart: bool = False,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantizes a pipeline's transformer or U-Net and writes the pipeline to `out`: all of it, or nothing.
 
     The model is read, solved and kept block by block (see `quantization.stream`): finished blocks lie in
     `workspace_of(out)` until `out` is written, and a run that was killed goes on from them when it is called again.
-    The other components are copied as they are. For a calibrated recipe the whole pipeline is loaded first, to draw,
-    unless all blocks are finished.
+    The other components are copied as they are. For a calibrated recipe the pipeline is loaded part by part, to draw,
+    and its blocks are recorded in passes (see `quantization.calibration`); the samples that it drew are kept, too.
 
     Args:
         model: A folder, a hub id, or a built-in name.
@@ -124,9 +131,10 @@ def quantize_folder(
         prompts: To calibrate with; by default the pipeline's own, or the bundled ones. Only for calibrated recipes.
         samples: (prompt, step) pairs to calibrate with; by default the recipe's number.
         seed: As for `quantize`.
-        device: Where layers are solved, and where a calibrated recipe's pipeline draws: it must fit there whole.
+        device: Where layers are solved, and where a calibrated recipe's pipeline draws.
         force: Whether to replace a model that is in `out`.
         restart: Whether to throw away what an unfinished run has left.
+        limits: Of the memory that calibration may take; None for what `Limits.of` gives.
         progress: Called as blocks are finished.
 
     Raises:
@@ -151,27 +159,50 @@ def quantize_folder(
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
     if not can_stream(blank, place):
         target = load(model, device=device) if recipe.calibrated else _load_denoiser(model, place).to(device)
-        report = quantize(target, recipe, prompts=prompts, seed=seed, progress=progress)
+        report = quantize(target, recipe, prompts=prompts, seed=seed, limits=limits, progress=progress)
         _write(component(target), model, out, others, report, place, seed, force)
         return report
     if recipe.calibrated:
         prompts = default_prompts(source) if prompts is None else check_prompts(prompts)
 
-    def calibrate_pipeline(made: Plan) -> Calibration:
-        pipe = load(model, device=device)
-        return calibrate(pipe, component(pipe), made, recipe, prompts, seed, progress)
+    def recorder(made: Plan) -> Recorder:
+        allowed = limits or Limits.of(device)
+        source = Stored(
+            lambda parts: _load_with(model, parts), lambda: _load_denoiser(model, place),
+            skeleton(place)[0], place.name,
+            [other.name for other in others if other.name.startswith("text_encoder")], made,
+            prompts=prompts or [], samples=recipe.samples, seed=seed, device=device, limits=allowed, progress=progress,
+        )  # fmt: skip
+        return Recorder(
+            source, recipe, stored_dtype(place).itemsize, allowed, seed,
+            states=_kept_samples(workspace), keep=lambda states: _keep_samples(workspace, states), progress=progress,
+        )  # fmt: skip
 
     manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts)
     with Workspace(work, manifest, restart=restart) as workspace:
-        with _kept_if_worth_it(workspace, out):
+        with _kept_if_worth_it(workspace, out), memory_told():
             quantize_streaming(
-                blank, place, recipe, workspace, seed=seed, device=device, calibrate=calibrate_pipeline,
-                progress=progress,
+                blank, place, recipe, workspace, seed=seed, device=device,
+                recorder=recorder if recipe.calibrated else None, progress=progress,
             )  # fmt: skip
             report = inspect(blank)
             _write(blank, model, out, others, report, place, seed, force)
         workspace.remove()
     return report
+
+
+def _keep_samples(workspace: Workspace, states: list[State]) -> None:
+    with suppress(TypeError):  # they hold something that JSON does not know, and will be drawn again
+        tensors, tree = pack(states)
+        # A file has no tensors that overlap.
+        workspace.save(SAMPLES, {name: tensor.clone() for name, tensor in tensors.items()}, {"states": tree})
+
+
+def _kept_samples(workspace: Workspace) -> list[State] | None:
+    if not workspace.has(SAMPLES):
+        return None
+    tensors, notes = workspace.load(SAMPLES)
+    return unpack(tensors, notes["states"])
 
 
 def workspace_of(out: str | Path) -> Path:
@@ -203,24 +234,25 @@ def _write(
 
 @contextmanager
 def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
-    """Leaves finished blocks behind for the next run, unless there are none or the model must change first."""
+    """Leaves finished blocks behind for the next run, and samples where no mistake is to be mended first."""
     try:
         yield
-    except (UserError, OSError, SafetensorError) as error:
-        cause = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
-        reason = _disk_problem(cause)
-        if reason is None or not workspace.finished:
+    except BaseException as error:
+        drawn = workspace.has(SAMPLES) and not isinstance(error, UserError)
+        if isinstance(error, UnusableModel) or not (workspace.finished or drawn):
             workspace.remove()
-        if reason is None:
-            raise
         finished = workspace.finished
-        left = (
-            f"{finished} finished blocks are kept, run the same command again" if finished else "nothing is left behind"
-        )
-        raise UserError(f"output {str(out)!r} cannot be written: {reason}; {left}") from error
-    except BaseException:
-        if not workspace.finished:
-            workspace.remove()
+        cause = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
+        reason = _disk_problem(cause) if isinstance(error, UserError | OSError | SafetensorError) else None
+        if reason is not None:
+            left = (
+                f"{finished} finished blocks are kept, run the same command again"
+                if finished
+                else "nothing is left behind"
+            )
+            raise UserError(f"output {str(out)!r} cannot be written: {reason}; {left}") from error
+        if isinstance(error, UserError) and finished:
+            raise UserError(f"{error}; {finished} finished blocks are kept for the same command") from error
         raise
 
 

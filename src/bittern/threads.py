@@ -6,6 +6,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+
+SMALL_MODEL = 2**25
+"""Numbers in a model that one thread runs by itself; SD 1.5's U-Net has 2^29.7."""
+
+
+def is_small(model: nn.Module) -> bool:
+    """Whether a model is best run by one thread."""
+    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) <= SMALL_MODEL
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor
 
-from bittern import pipelines
+from bittern import pipelines, threads
 from bittern.errors import BitternError, UserError
 from bittern.evaluation import generate as gen
 
@@ -155,7 +155,7 @@ def test_small_models_are_drawn_by_one_thread(
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        monkeypatch.setattr(gen, "_SMALL", limit)
+        monkeypatch.setattr(threads, "SMALL_MODEL", limit)
         tiny_random_pipeline.transformer.register_forward_pre_hook(lambda *_: seen.add(torch.get_num_threads()))
         gen.generate(tiny_random_pipeline, PROMPTS[:1], steps=1)
         assert seen == {expected}

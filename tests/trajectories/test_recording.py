@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bittern.errors import UserError
 from bittern.layers import flat_weight
-from bittern.trajectories import State, record, record_bytes, sensitivities
+from bittern.trajectories import State, record, sensitivities
 
 
 class Toy(nn.Module):
@@ -59,7 +59,7 @@ def test_fewer_tokens_than_rows_are_all_kept() -> None:
     found = record(Toy(), ["a"], states(2, tokens=1), rows=100)["a"]
     assert found.rows.shape == (4, 6)
     torch.testing.assert_close(found.rows.T @ found.rows, found.gram)
-    assert record_bytes([6], 4, 4) == found.rows.nbytes + found.gram.nbytes + found.amax.nbytes
+    assert found.nbytes == 4 * (4 * 6 + 6 * 6 + 6)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -68,6 +68,19 @@ def test_inputs_that_are_not_finite_are_named(value: float) -> None:
     given[1].kwargs["x"][0, 0, 3] = value
     with pytest.raises(UserError, match="the input of b is NaN or infinite"):
         record(Toy(), ["b"], given, rows=4)
+
+
+def test_recording_ends_behind_the_last_layer_that_is_watched() -> None:
+    model, given = Toy(), states(4)
+    ran: list[int] = []
+    model.c.register_forward_hook(lambda *_: ran.append(1))
+    alone = record(model, ["a"], given, rows=8)
+    assert len(ran) == 1
+    together = record(model, ["a", "c"], given, rows=8, grams={"c"})
+    for name in ("rows", "amax"):
+        assert torch.equal(getattr(alone["a"], name), getattr(together["a"], name))
+    assert together["a"].gram is None and alone["a"].gram is not None
+    assert together["c"].count == alone["a"].count == 56
 
 
 def test_no_states_and_modules_that_are_not_called() -> None:

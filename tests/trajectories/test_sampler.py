@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -92,5 +94,27 @@ def test_both_branches_of_guidance_are_seen(new_tiny_random_pipeline: Callable[[
 
 def test_a_model_that_overflows_is_named_with_prompt_and_step(tiny_random_pipeline: FluxPipeline) -> None:
     tiny_random_pipeline.transformer.proj_out.bias.data.fill_(torch.inf)
-    with pytest.raises(UserError, match="NaN or infinity at step 1 of 'a red circle'"):
+    with pytest.raises(UserError, match="NaN or infinity at step 1 of 'a red circle', first in proj_out:"):
         trajectories.sample(tiny_random_pipeline, tiny_random_pipeline.transformer, ["a red circle"], 2)
+
+
+def test_states_are_packed_and_unpacked_and_shared_tensors_stay_shared(tiny_random_pipeline: FluxPipeline) -> None:
+    pipe = tiny_random_pipeline
+    states = trajectories.sample(pipe, pipe.transformer, ["a red circle"], 3)
+    tensors, tree = trajectories.pack(states)
+    again = trajectories.unpack(tensors, json.loads(json.dumps(tree)))
+    for state, copy in zip(states, again, strict=True):
+        assert (state.prompt, state.step, state.args) == (copy.prompt, copy.step, copy.args)
+        assert state.kwargs.keys() == copy.kwargs.keys()
+        for name, value in state.kwargs.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+            assert same(value, copy.kwargs[name])
+    assert again[0].kwargs["encoder_hidden_states"] is again[1].kwargs["encoder_hidden_states"]
+    assert again[0].kwargs["hidden_states"] is not again[1].kwargs["hidden_states"]
+    assert trajectories.states_bytes(states) < sum(state.nbytes for state in states)
+    nested = trajectories.State(0, 0, ([1.5, (None, "x")], torch.ones(2)), {"more": {"a": [torch.zeros(1)]}})
+    tensors, tree = trajectories.pack([nested])
+    (copy,) = trajectories.unpack(tensors, json.loads(json.dumps(tree)))
+    assert copy.args[0] == [1.5, (None, "x")] and torch.equal(copy.kwargs["more"]["a"][0], torch.zeros(1))
+    with pytest.raises(TypeError, match="a set cannot be kept"):
+        trajectories.pack([trajectories.State(0, 0, ({1},), {})])

@@ -32,6 +32,16 @@ def quantize(
         int | None,
         typer.Option("--samples", help="(prompt, step) pairs to calibrate with.", show_default="the recipe's"),
     ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option("--gpu-memory", help="GiB of the GPU to calibrate with.", show_default="what is free"),
+    ] = None,
+    record_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--record-memory", help="GiB of the host for what is recorded.", show_default="half of what is free, to 16"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same model, recipe and seed: same bytes.")] = 0,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -52,6 +62,8 @@ def quantize(
             samples=samples,
             force=force,
             restart=restart,
+            gpu_memory=gpu_memory,
+            record_memory=record_memory,
             seed=seed,
             device=device,
             output=output,
@@ -114,16 +126,21 @@ def run(
     prompts: list[str] | None = None,
     samples: int | None = None,
     restart: bool = False,
+    gpu_memory: float | None = None,
+    record_memory: float | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> Quantized:
     """Quantize `model` into `out`, with progress."""
     from bittern import pipelines
     from bittern.checkpoints import weight_files
+    from bittern.quantization import Limits
 
     began = time.perf_counter()
     out = out.expanduser()
     source = pipelines.resolve(model)
+    device = options.resolve_device(device)
+    limits = Limits.of(device, *(None if gib is None else int(gib * 2**30) for gib in (gpu_memory, record_memory)))
     try:
         report = pipelines.quantize_folder(
             model,
@@ -132,9 +149,10 @@ def run(
             prompts=prompts,
             samples=samples,
             seed=seed,
-            device=options.resolve_device(device),
+            device=device,
             force=force,
             restart=restart,
+            limits=limits,
             progress=lambda what, done, total: output.progress(_said(what, recipe), done, total),
         )
     except KeyboardInterrupt:

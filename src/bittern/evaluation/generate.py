@@ -21,7 +21,7 @@ from torch import Tensor
 from bittern import pipelines
 from bittern.errors import BitternError, UserError
 from bittern.quantization import Progress, component
-from bittern.threads import one_thread
+from bittern.threads import is_small, one_thread
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # Pictures that denoise together: a budget of pixels keeps small pictures quick and large ones in memory.
 _PIXELS_PER_BATCH = {"cpu": 16 * 128 * 128, "cuda": 4 * 1024 * 1024}
 _LARGEST_BATCH = 128
-# Numbers in the denoiser; tiny-flux has 11 million of them.
-_SMALL = 2**25
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -101,10 +99,7 @@ def generate(
 
 def _is_small(pipe: DiffusionPipeline) -> bool:
     """Whether the pipeline runs on a CPU in steps so short that threads would mostly wait for each other."""
-    if pipe.device.type != "cpu":
-        return False
-    denoiser = component(pipe)
-    return sum(tensor.numel() for tensor in (*denoiser.parameters(), *denoiser.buffers())) <= _SMALL
+    return pipe.device.type == "cpu" and is_small(component(pipe))
 
 
 def _step_reporter(

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from bittern.quantization.calibration import Calibration, Progress, calibrate, calibration_bytes
+from bittern.quantization.calibration import (
+    Calibration,
+    Limits,
+    Progress,
+    Recorder,
+    calibrate,
+    calibration_bytes,
+    passes,
+)
 from bittern.quantization.conductor import quantize
 from bittern.quantization.jobs import (
     check_seed,
@@ -19,8 +27,10 @@ from bittern.quantization.report import Report, Row, component, inspect, predict
 __all__ = [
     "Calibration",
     "Kept",
+    "Limits",
     "Preview",
     "Progress",
+    "Recorder",
     "Report",
     "Row",
     "calibrate",
@@ -32,6 +42,7 @@ __all__ = [
     "few_bit_class",
     "inspect",
     "model_card",
+    "passes",
     "predict",
     "predict_size",
     "preview",

@@ -1,17 +1,39 @@
-"""What a plan's calibrated jobs need to know, recorded in one go from a pipeline that fits in memory."""
+"""What calibrated jobs need to know, recorded from a full-precision model in as many passes as memory asks for.
+
+Trajectories are drawn once; the samples wait on the host and are small. A pass replays them all and records what is
+said of the inputs of some blocks, whose layers are then solved, and what was recorded is let go before the next pass.
+A pass more costs a replay of the samples, for which the model runs up to the last of its blocks.
+
+    host memory of a pass    sum over jobs with K inputs of  rows K itemsize + 4 K,  and of what lies on the device
+    device memory of a pass  4 K^2 for a job whose Gram matrix counts, 4 N^2 for a target whose sensitivity does
+
+The host also holds the samples; and, of a model that is read from files, its weights while they are loaded, and then
+those that do not fit the device (`Limits`). The device also holds weights and activations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from bittern.architectures import Job, Plan
-from bittern.errors import UserError
+from bittern.errors import UserError, memory_size
 from bittern.recipes import Recipe, needs_data
-from bittern.trajectories import Statistics, default_prompts, record, record_bytes, sample, sensitivities
+from bittern.trajectories import (
+    State,
+    Statistics,
+    default_prompts,
+    device_of,
+    record,
+    sample,
+    sensitivities,
+    states_bytes,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,10 +41,13 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, float], None]
 """Called with what is being done, how much of it is done and how much there is."""
 
+MOST_RECORDS = 16 * 2**30
+"""Bytes that records take where nothing else is said; more saves few passes."""
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of each job that needs data.
+    """Of each job that needs data, on the host.
 
     Attributes:
         statistics: Of its input, under its first path.
@@ -33,16 +58,258 @@ class Calibration:
     sensitivity: dict[str, Tensor]
 
 
-def calibration_bytes(jobs: Sequence[Job], rows: int, itemsize: int) -> int:
-    """Bytes that a `Calibration` of these jobs holds on the model's device.
+@dataclass(frozen=True)
+class Limits:
+    """How much memory calibration may take.
 
-    Over jobs with K inputs: rows K itemsize + 4 K^2 + 4 K; and over targets with N outputs whose sensitivity counts:
-    4 N^2. Beside it live the sampled states, of the size of the denoiser's inputs, and, while sensitivities are taken,
-    what one forward pass keeps for its backward pass.
+    Attributes:
+        device: Bytes of the device for weights, activations and sums. Of them an eighth is for activations, or a
+            quarter where sensitivities are taken, and a quarter at most for sums; weights have the rest. None sets no
+            limit.
+        records: Bytes of the host for what a pass records.
     """
-    widths = [job.shapes[0][1] for job in jobs]
-    felt = sum(4 * n * n for job in jobs if job.solver["sensitivity"] for n, _ in job.shapes)
-    return record_bytes(widths, rows, itemsize) + felt
+
+    device: int | None
+    records: int
+
+    @classmethod
+    def of(cls, device: str | torch.device, device_bytes: int | None = None, records: int | None = None) -> Limits:
+        """What a user allows, and where nothing is said: the free memory of a GPU, and of the host half of what is
+        free, 16 GiB at most.
+
+        Raises:
+            UserError: for a limit that is not positive.
+        """
+        import psutil
+
+        for name, value in (("device", device_bytes), ("record", records)):
+            if value is not None and value <= 0:
+                raise UserError(f"{name} memory {value}: expected more than 0 bytes")
+        if device_bytes is None and torch.device(device).type == "cuda":
+            device_bytes = torch.cuda.mem_get_info(torch.device(device))[0]
+        return cls(device_bytes, records or min(MOST_RECORDS, psutil.virtual_memory().available // 2))
+
+    def sums(self, jobs: Sequence[Job]) -> int | None:
+        """Bytes of the device for sums; None for no limit."""
+        return None if self.device is None else min(self.device // 4, calibration_bytes(jobs, 0, 0).device)
+
+    def weights(self, jobs: Sequence[Job]) -> int | None:
+        """Bytes of the device for weights; None for no limit."""
+        sums = self.sums(jobs)
+        if self.device is None or sums is None:
+            return None
+        return self.device - sums - self.device // (4 if any(is_felt(job) for job in jobs) else 8)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that recording takes: of the host, and of the device."""
+
+    host: int
+    device: int
+
+
+def calibration_bytes(jobs: Sequence[Job], rows: int, itemsize: int) -> Cost:
+    """What a `Calibration` of these jobs takes at most, by the formulas of this module."""
+    wanted = [job for job in jobs if needs_data(job.solver)]
+    sums = sum(4 * job.shapes[0][1] ** 2 for job in wanted if needs_gram(job))
+    sums += sum(4 * n * n for job in wanted if is_felt(job) for n, _ in job.shapes)
+    return Cost(sum((rows * itemsize + 4) * job.shapes[0][1] for job in wanted) + sums, sums)
+
+
+def needs_gram(job: Job) -> bool:
+    """Whether a job's solver asks for the Gram matrix of all tokens; inputs that are rounded are known by rows."""
+    return job.solver["rounding"] == "gptq" and job.scheme.activations == 16
+
+
+def is_felt(job: Job) -> bool:
+    """Whether a job's solver asks how much its outputs are felt: GPTQ by itself rounds every output for itself."""
+    return needs_data(job.solver) and job.solver["sensitivity"] and (job.scheme.rank > 0 or job.scheme.smooth)
+
+
+def passes(
+    blocks: Sequence[tuple[str, Sequence[Job]]], rows: int, itemsize: int, limits: Limits
+) -> list[tuple[list[int], Cost]]:
+    """Which blocks are recorded together, in order, and what each pass takes.
+
+    Raises:
+        UserError: for a block that goes beyond the limits by itself.
+    """
+    share = limits.sums([job for _, jobs in blocks for job in jobs])
+    made: list[tuple[list[int], Cost]] = []
+    for index, (name, jobs) in enumerate(blocks):
+        cost = calibration_bytes(jobs, rows, itemsize)
+        if cost.host > limits.records:
+            raise UserError(
+                f"records of {name} take {memory_size(cost.host)} of the host, and {memory_size(limits.records)} are "
+                "allowed: allow more record memory, or lower `rows` in the recipe"
+            )
+        if share is not None and cost.device > share:
+            raise UserError(
+                f"sums over the inputs and outputs of {name} take {memory_size(cost.device)} of the device, and "
+                f"{memory_size(share)} of what is allowed are for them: allow more device memory, or leave out "
+                "`sensitivity` and GPTQ with 16-bit activations"
+            )
+        if made:
+            together = Cost(made[-1][1].host + cost.host, made[-1][1].device + cost.device)
+            if together.host <= limits.records and (share is None or together.device <= share):
+                made[-1] = [*made[-1][0], index], together
+                continue
+        made.append(([index], cost))
+    return made
+
+
+@contextmanager
+def memory_told() -> Generator[None]:
+    """Says what to lower where a device runs out of memory.
+
+    Raises:
+        UserError: in place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the device ran out of memory ({str(error).partition('.')[0]}): allow less of it for calibration, lower "
+            "`rows` in the recipe, or take another device"
+        ) from error
+
+
+class Source(Protocol):
+    """Where a full-precision model comes from, and how it draws."""
+
+    def prepare(self) -> None:
+        """What has to be done before the model comes to draw."""
+        ...
+
+    def denoiser(self) -> AbstractContextManager[nn.Module]:
+        """The model where it computes, for as long as the context lasts."""
+        ...
+
+    def draw(self, model: nn.Module) -> list[State]:
+        """Samples of the trajectories of that model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline in memory, which stays as and where it is.
+
+    Attributes:
+        pipe: The pipeline.
+        model: Its denoiser.
+        prompts: To draw.
+        samples: (prompt, step) pairs.
+        seed: Of pairs and noise.
+        progress: Called as it draws.
+    """
+
+    pipe: DiffusionPipeline
+    model: nn.Module
+    prompts: Sequence[str]
+    samples: int
+    seed: int
+    progress: Progress | None = None
+
+    def prepare(self) -> None:
+        """Nothing: all is there."""
+
+    def denoiser(self) -> AbstractContextManager[nn.Module]:
+        """The pipeline's own."""
+        return nullcontext(self.model)
+
+    def draw(self, model: nn.Module) -> list[State]:
+        """Samples by the whole pipeline."""
+        said = named(self.progress, "drawing trajectories")
+        return sample(self.pipe, model, self.prompts, self.samples, seed=self.seed, progress=said)
+
+
+def named(progress: Progress | None, what: str) -> Callable[[float, float], None] | None:
+    """Progress of one thing."""
+    return progress and (lambda done, total: progress(what, done, total))
+
+
+class Recorder:
+    """Draws when it is first asked, and records in passes.
+
+    Args:
+        source: Gives the model.
+        recipe: Gives the number of rows.
+        itemsize: Bytes of a number of the model's activations.
+        limits: Of memory.
+        seed: Of tokens and noise.
+        states: Samples of an earlier run.
+        keep: Called with samples that were drawn.
+        progress: Called as the work goes on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        itemsize: int,
+        limits: Limits,
+        seed: int,
+        *,
+        states: list[State] | None = None,
+        keep: Callable[[list[State]], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.source, self.recipe, self.itemsize, self.limits, self.seed = source, recipe, itemsize, limits, seed
+        self.states, self.keep, self.progress = states, keep, progress
+
+    def passes(self, blocks: Sequence[tuple[str, Sequence[Job]]]) -> Iterator[tuple[list[int], Calibration]]:
+        """Indices of blocks, and what is known of their jobs, pass after pass.
+
+        Whoever takes a calibration must let it go before asking for the next one. Blocks without a job that needs
+        data wait for the pass of their neighbours.
+
+        Raises:
+            UserError: for limits that are too narrow, before anything is done; as `sample`, `record` and
+                `sensitivities` do.
+        """
+        planned = passes(blocks, self.recipe.rows, self.itemsize, self.limits)
+        if self.progress:
+            most = Cost(max(cost.host for _, cost in planned), max(cost.device for _, cost in planned))
+            device = "" if not most.device else f" and {memory_size(most.device)} of sums on the device"
+            self.progress(
+                f"calibrating in {len(planned)} {'pass' if len(planned) == 1 else 'passes'}, "
+                f"each with at most {memory_size(most.host)} of records{device}",
+                0,
+                len(planned),
+            )
+        for turn, (members, _) in enumerate(planned):
+            what = f" (pass {turn + 1} of {len(planned)})" if len(planned) > 1 else ""
+            yield members, self.record([job for index in members for job in blocks[index][1]], what)
+
+    def record(self, jobs: Sequence[Job], what: str = "") -> Calibration:
+        """What is known of some jobs."""
+        wanted = [job for job in jobs if needs_data(job.solver)]
+        if not wanted:
+            return Calibration({}, {})
+        if self.states is None:
+            self.source.prepare()
+        with self.source.denoiser() as model:
+            if self.states is None:
+                self.states = self.source.draw(model)
+                if self.keep:
+                    self.keep(self.states)
+            size = f"{len(self.states)} samples of {states_bytes(self.states) / 1e6:.1f} MB"
+            statistics = record(
+                model,
+                [job.paths[0] for job in wanted],
+                self.states,
+                rows=self.recipe.rows,
+                seed=self.seed,
+                grams={job.paths[0] for job in wanted if needs_gram(job)},
+                progress=named(self.progress, f"recording inputs of {size}{what}"),
+            )
+            felt = [path for job in wanted if is_felt(job) for path in job.paths]
+            sensitivity: dict[str, Tensor] = {}
+            if felt:
+                said = named(self.progress, f"recording sensitivities{what}")
+                sensitivity = sensitivities(model, felt, self.states, seed=self.seed, progress=said)
+        return Calibration(statistics, sensitivity)
 
 
 def calibrate(
@@ -54,7 +321,7 @@ def calibrate(
     seed: int,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Draws trajectories with a full-precision pipeline and records what its calibrated jobs need.
+    """What is known of all jobs of a plan, recorded in one go from a pipeline in memory.
 
     Args:
         target: The pipeline.
@@ -66,7 +333,24 @@ def calibrate(
         progress: Called as the work goes on.
 
     Raises:
-        UserError: for a model without its pipeline, and for trajectories, inputs or gradients that are not finite.
+        UserError: as `recorder_of` and `Recorder.record` do.
+    """
+    return recorder_of(target, model, recipe, prompts, seed, progress=progress).record(plan.jobs)
+
+
+def recorder_of(
+    target: DiffusionPipeline | nn.Module,
+    model: nn.Module,
+    recipe: Recipe,
+    prompts: Sequence[str] | None,
+    seed: int,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> Recorder:
+    """What records from a pipeline in memory.
+
+    Raises:
+        UserError: for a model without its pipeline.
     """
     if isinstance(target, nn.Module):
         raise UserError(
@@ -75,20 +359,6 @@ def calibrate(
         )
     if prompts is None:
         prompts = default_prompts(target.config.get("_name_or_path"))
-    jobs = [job for job in plan.jobs if needs_data(job.solver)]
+    source = Loaded(target, model, prompts, recipe.samples, seed, progress)
     itemsize = next(model.parameters()).element_size()
-    size = f"{calibration_bytes(jobs, recipe.rows, itemsize) / 2**30:.2f} GiB"
-
-    def said(what: str) -> Callable[[float, float], None] | None:
-        return progress and (lambda done, total: progress(what, done, total))
-
-    states = sample(target, model, prompts, recipe.samples, seed=seed, progress=said("drawing trajectories"))
-    first = [job.paths[0] for job in jobs]
-    statistics = record(
-        model, first, states, rows=recipe.rows, seed=seed, progress=said(f"recording inputs, at most {size}")
-    )
-    felt = [path for job in jobs if job.solver["sensitivity"] for path in job.paths]
-    sensitivity: dict[str, Tensor] = {}
-    if felt:
-        sensitivity = sensitivities(model, felt, states, seed=seed, progress=said("recording sensitivities"))
-    return Calibration(statistics, sensitivity)
+    return Recorder(source, recipe, itemsize, limits or Limits.of(device_of(model)), seed, progress=progress)

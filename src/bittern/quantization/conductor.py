@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ from bittern import recipes
 from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import Progress, calibrate
+from bittern.quantization.calibration import Calibration, Limits, Progress, memory_told, recorder_of
 from bittern.quantization.jobs import (
+    blocks_of,
     check_seed,
     check_weight,
     finish,
@@ -36,6 +37,7 @@ def quantize(
     prompts: Sequence[str] | None = None,
     samples: int | None = None,
     seed: int = 0,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Replaces the layers of a pipeline's transformer or U-Net, or of a model, by few-bit ones.
@@ -51,6 +53,8 @@ def quantize(
         samples: (prompt, step) pairs to calibrate with, in place of the recipe's own number.
         seed: The same model, recipe and seed give the same bytes on one machine with one number of threads: with
             another, the linear algebra under the SVD sums in another order.
+        limits: Of the memory that calibration may take; None for what `Limits.of` gives. The model itself stays where
+            it is.
         progress: Called as layers are solved.
 
     Returns:
@@ -72,19 +76,27 @@ def quantize(
             check_weight(path, model.get_submodule(path).weight)
 
     magnitudes = modulated_magnitudes(made, model, model.get_parameter)
-    calibration = calibrate(target, model, made, recipe, prompts, seed, progress) if recipe.calibrated else None
+    blocks = blocks_of(made)
+    known: Iterable[tuple[Sequence[int], Calibration | None]] = [(range(len(blocks)), None)]
+    if recipe.calibrated:
+        recorder = recorder_of(target, model, recipe, prompts, seed, limits, progress)
+        known = recorder.passes(blocks)
     total = sum(len(job.paths) for job in made.jobs)
     solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
-    for job in made.jobs:
-        if progress:
-            progress(f"solving {job.paths[0]}", len(solved), total)
-        modules = [model.get_submodule(path) for path in job.paths]
-        layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
-        solved.update(zip(job.paths, layers, strict=True))
-        errors.update(zip(job.paths, missed, strict=True))
-        stages.update(zip(job.paths, staged, strict=True))
+    with memory_told():
+        for members, calibration in known:
+            for job in [job for index in members for job in blocks[index][1]]:
+                if progress:
+                    progress(f"solving {job.paths[0]}", len(solved), total)
+                modules = [model.get_submodule(path) for path in job.paths]
+                layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
+                solved.update(zip(job.paths, layers, strict=True))
+                errors.update(zip(job.paths, missed, strict=True))
+                stages.update(zip(job.paths, staged, strict=True))
+            # Two passes' records would not fit.
+            del calibration
     for path, layer in solved.items():
         swap(model, path, layer)
     finish(model, made, recipe, seed, errors, stages)

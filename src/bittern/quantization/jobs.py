@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -11,11 +12,21 @@ from torch import Tensor, nn
 
 from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
-from bittern.errors import UserError
+from bittern.errors import UnusableModel, UserError
 from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
-from bittern.quantization.calibration import Calibration
+from bittern.quantization.calibration import Calibration, is_felt
 from bittern.recipes import Recipe, needs_data
 from bittern.solvers import SolverOptions, Stages, relative_error, solve, solve_calibrated
+
+
+def blocks_of(plan: Plan) -> list[tuple[str, list[Job]]]:
+    """The jobs of a plan by block, with a name for each that is its own.
+
+    A block may come in several pieces where a kept layer of another kind lies between them.
+    """
+    parents = [str(getattr(plan.architecture.site(job.paths[0]), "parent", "")) for job in plan.jobs]
+    pieces = groupby(zip(parents, plan.jobs, strict=True), lambda pair: pair[0])
+    return [(f"{index:04d}.{parent}", [job for _, job in pairs]) for index, (parent, pairs) in enumerate(pieces)]
 
 
 def check_seed(seed: int) -> None:
@@ -32,13 +43,13 @@ def check_weight(path: str, weight: torch.Tensor) -> None:
     """Refuses a weight that is not there or not finite.
 
     Raises:
-        UserError: naming the layer.
+        UserError: naming the layer; `UnusableModel` for one that is not finite.
     """
     if weight.is_meta:
         raise UserError(f"the weight of {path} is not loaded: turn off offloading and load the model whole")
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise UserError(f"{bad} weights of {path} are NaN or infinite: expected finite ones; mend the model first")
+        raise UnusableModel(f"{bad} weights of {path} are NaN or infinite: expected finite ones; mend the model first")
 
 
 @torch.no_grad()
@@ -69,8 +80,9 @@ def solve_job(
             f"{job.paths[0]} is solved with data: load the model whole and call bittern.quantize(pipe, ...)"
         )
     else:
-        statistics = calibration.statistics[job.paths[0]]
-        felt = [calibration.sensitivity[path] for path in job.paths] if options.sensitivity else None
+        device = weights[0].device
+        statistics = calibration.statistics[job.paths[0]].to(device)
+        felt = [calibration.sensitivity[path].to(device) for path in job.paths] if is_felt(job) else None
         solutions, stages = solve_calibrated(
             weights, statistics, job.scheme, options, job.segments, own_seed, job.paths, felt
         )

@@ -2,16 +2,16 @@
 
 The model stands on the meta device. One block's weights leave the disk, are solved, and the few-bit tensors go to a
 workspace before the next block is read; a run that finds blocks in its workspace takes them from there. So the
-device holds one group of layers at a time, the host the few-bit model and one block, and a kill costs the block in
-hand. A layer's result depends on its weights, its scheme and the seed only, so that an interrupted run ends with the
-bytes of an undisturbed one.
+device holds one group of layers at a time, the host one block and in the end the few-bit model, and a kill costs the
+block in hand. Of a calibrated recipe the blocks are recorded in passes (`calibration`); a kill then costs the pass in
+hand. A layer's result depends on its weights, what it is fed, its scheme and the seed only, so that an interrupted run
+ends with the bytes of an undisturbed one.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from bittern.architectures import Job, Plan, modulated_magnitudes, plan
 from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, TensorSpec, read_headers, read_tensor, weight_files
 from bittern.layers import FewBitLayer, join_group
-from bittern.quantization.calibration import Calibration, Progress
+from bittern.quantization.calibration import Calibration, Progress, Recorder
 from bittern.quantization.jobs import (
+    blocks_of,
     check_seed,
     check_weight,
     checkpoint_config,
@@ -67,7 +68,7 @@ def quantize_streaming(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    calibrate: Callable[[Plan], Calibration] | None = None,
+    recorder: Callable[[Plan], Recorder] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Makes a model few-bit while its weights are read.
@@ -79,7 +80,7 @@ def quantize_streaming(
         workspace: Open, and of this run.
         seed: As for `quantize`.
         device: Where layers are solved.
-        calibrate: Gives what a calibrated recipe must know; called once, and only if a block is not finished.
+        recorder: Gives what finds out what a calibrated recipe must know; called only if a block is not finished.
         progress: Called as blocks are finished.
 
     Raises:
@@ -96,42 +97,43 @@ def quantize_streaming(
     def read(name: str) -> Tensor:
         return read_tensor(headers, name).to(dtypes[name])
 
-    magnitudes: dict[str, Tensor] | None = None
-    calibration: Calibration | None = None
+    blocks = blocks_of(made)
+    left = [block for block in blocks if not workspace.has(block[0])]
+    done = len(blocks) - len(left)
+    if left:
+        magnitudes = modulated_magnitudes(made, model, read)
+        known: Iterable[tuple[Sequence[int], Calibration | None]] = [(range(len(left)), None)]
+        if recorder is not None:
+            known = recorder(made).passes(left)
+        for members, calibration in known:
+            for name, jobs in [left[index] for index in members]:
+                if progress:
+                    progress(f"solving {name.partition('.')[2]}", done, len(blocks))
+                tensors: dict[str, Tensor] = {}
+                notes: dict[str, dict[str, Any]] = {"errors": {}, "stages": {}}
+                for job in jobs:
+                    found = calibration, magnitudes.get(job.paths[0])
+                    solved, missed, staged = _solve(model, job, read, seed, device, *found)
+                    notes["errors"].update(zip(job.paths, missed, strict=True))
+                    notes["stages"].update(zip(job.paths, staged, strict=True))
+                    for path, layer in zip(job.paths, solved, strict=True):
+                        tensors.update({f"{path}.{leaf}": tensor for leaf, tensor in layer.tensors().items()})
+                workspace.save(name, tensors, notes)
+                done += 1
+            # Two passes' records would not fit.
+            del calibration
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
-    parents = [str(getattr(made.architecture.site(job.paths[0]), "parent", "")) for job in made.jobs]
-    blocks = [
-        (parent, [job for _, job in pairs])
-        for parent, pairs in groupby(zip(parents, made.jobs, strict=True), lambda pair: pair[0])
-    ]
-    for done, (parent, jobs) in enumerate(blocks):
-        # A block may come in several pieces where a kept layer of another kind lies between them.
-        name = f"{done:04d}.{parent}"
-        if progress:
-            progress(f"solving {parent}", done, len(blocks))
-        if not workspace.has(name):
-            if magnitudes is None:
-                magnitudes = modulated_magnitudes(made, model, read)
-                calibration = calibrate(made) if calibrate and recipe.calibrated else None
-            tensors: dict[str, Tensor] = {}
-            notes: dict[str, dict[str, Any]] = {"errors": {}, "stages": {}}
-            for job in jobs:
-                known = calibration, magnitudes.get(job.paths[0])
-                solved, missed, staged = _solve(model, job, read, seed, device, *known)
-                notes["errors"].update(zip(job.paths, missed, strict=True))
-                notes["stages"].update(zip(job.paths, staged, strict=True))
-                for path, layer in zip(job.paths, solved, strict=True):
-                    tensors.update({f"{path}.{leaf}": tensor for leaf, tensor in layer.tensors().items()})
-            workspace.save(name, tensors, notes)
+    if progress:
+        progress("solved", done, len(blocks))
+    # Only now: the few-bit model need not be in memory beside what is recorded.
+    for name, jobs in blocks:
         tensors, notes = workspace.load(name)
         errors.update(notes["errors"])
         stages.update(notes["stages"])
         _put(model, config, [path for job in jobs for path in job.paths], tensors)
     _fill(model, read)
     finish(model, made, recipe, seed, errors, stages)
-    if progress:
-        progress("solved", len(blocks), len(blocks))
     return model
 
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from bittern.errors import UserError
 
+SAMPLES = "samples"
+"""The name under which the samples of trajectories are kept, beside the blocks."""
+
 _MANIFEST = "run.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -59,13 +62,20 @@ class Workspace:
             self._lock = None
 
     def has(self, name: str) -> bool:
-        """Whether a block is finished."""
-        return self._file(name).is_file()
+        """Whether a block is finished. A file of it that is damaged goes, and it is not."""
+        if not self._file(name).is_file():
+            return False
+        try:
+            self.load(name)
+        except UserError:
+            self._file(name).unlink()
+            return False
+        return True
 
     @property
     def finished(self) -> int:
         """How many blocks are."""
-        return len(list(self.folder.glob("*.safetensors")))
+        return len([file for file in self.folder.glob("*.safetensors") if file.stem != SAMPLES])
 
     def save(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Writes a block.

@@ -255,6 +255,8 @@ class _Problem:
             return ut.T @ ut
         inverse = None if smooth is None else smooth.float().reciprocal()
         gram = self.statistics.gram
+        if gram is None:
+            raise UserError("GPTQ with 16-bit activations needs the Gram matrix of its inputs: record it")
         return gram if inverse is None else gram * inverse[:, None] * inverse
 
     def errors(self, draft: _Draft, rows: Float[Tensor, "m k"]) -> list[float]:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from bittern.trajectories.calling import CallDefaults, defaults
+from bittern.trajectories.placement import place
 from bittern.trajectories.prompts import check_prompts, default_prompts, read_prompts
-from bittern.trajectories.sampler import State, choose, sample
+from bittern.trajectories.sampler import choose, sample
 from bittern.trajectories.sensitivity import sensitivities
-from bittern.trajectories.statistics import Statistics, record, record_bytes
+from bittern.trajectories.states import State, device_of, pack, states_bytes, unpack
+from bittern.trajectories.statistics import Statistics, record
+from bittern.trajectories.texts import Texts, encode_texts, run_on
 
 __all__ = [
     "CallDefaults",
     "State",
     "Statistics",
+    "Texts",
     "check_prompts",
     "choose",
     "default_prompts",
     "defaults",
+    "device_of",
+    "encode_texts",
+    "pack",
+    "place",
     "read_prompts",
     "record",
-    "record_bytes",
+    "run_on",
     "sample",
     "sensitivities",
+    "states_bytes",
+    "unpack",
 ]

@@ -10,43 +10,23 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bittern.errors import UserError
+from bittern.threads import is_small, one_thread
 from bittern.trajectories.calling import defaults
+from bittern.trajectories.states import Moved, State, device_of
+from bittern.trajectories.texts import Texts, playing, quiet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 STEPS_PER_PROMPT = 8
 """Steps kept of one trajectory: fewer would waste the steps before them, more would see too few prompts."""
-
-
-@dataclass(frozen=True)
-class State:
-    """One call of the denoiser.
-
-    Attributes:
-        prompt: Index of the prompt.
-        step: Index of the denoising step.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    prompt: int
-    step: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors; those that do not change with the step are shared by a prompt's states."""
-        values = (*self.args, *self.kwargs.values())
-        return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def choose(prompts: int, steps: int, samples: int, seed: int) -> dict[int, tuple[int, ...]]:
@@ -81,12 +61,13 @@ def sample(
     samples: int,
     *,
     seed: int = 0,
+    texts: Texts | None = None,
     progress: Callable[[float, float], None] | None = None,
 ) -> list[State]:
     """The denoiser's calls at seeded (prompt, step) pairs; see `choose`.
 
     A prompt's noise comes from a generator of its own, so that a state depends on nothing but its prompt, step and
-    seed. The states stay on the pipeline's device and take their `nbytes` each.
+    seed. The states go to the host and take their `nbytes` each. A small model runs in one thread.
 
     Args:
         pipe: In full precision.
@@ -94,6 +75,7 @@ def sample(
         prompts: Texts.
         samples: (prompt, step) pairs.
         seed: Of the pairs and of the noise.
+        texts: What `encode_texts` gave for the prompts that `choose` takes; None asks the pipeline's encoders.
         progress: Called with trajectories done and their number.
 
     Raises:
@@ -103,38 +85,67 @@ def sample(
     chosen = choose(len(prompts), call.steps, samples, seed)
     states: list[State] = []
     position = [0, 0]
+    last: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    moved: Moved = {}
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prompt, step = position
+        last[:] = [(args, kwargs)]
         if step in chosen[prompt]:
-            states.append(State(prompt, step, args, kwargs))
+            states.append(State(prompt, step, args, kwargs).to("cpu", moved))
 
     def advance(pipe: Any, step: int, _time: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         position[1] = step + 1
         # Diffusers' loops pass over the steps that follow.
         pipe._interrupt = step >= chosen[position[0]][-1]
         if not torch.isfinite(tensors["latents"]).all():
-            text = prompts[position[0]]
-            raise UserError(f"the model gives NaN or infinity at step {step + 1} of {text!r}: try another dtype")
+            text, layer = prompts[position[0]], first_overflow(denoiser, *last[0])
+            raise UserError(
+                f"the model gives NaN or infinity at step {step + 1} of {text!r}{layer and f', first in {layer}'}: "
+                "try another dtype"
+            )
         return tensors
 
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
     handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    if progress:
+        progress(0, len(chosen))
     try:
-        for done, prompt in enumerate(chosen):
-            position[:] = prompt, 0
-            generator = torch.Generator("cpu").manual_seed((seed << 20) + prompt)
-            pipe(
-                prompt=prompts[prompt],
-                generator=generator,
-                output_type="latent",
-                callback_on_step_end=advance,
-                **call.options(),
-            )
-            if progress:
-                progress(done + 1, len(chosen))
+        with quiet(pipe), one_thread(is_small(denoiser)):
+            for done, prompt in enumerate(chosen):
+                position[:] = prompt, 0
+                moved.clear()
+                generator = torch.Generator("cpu").manual_seed((seed << 20) + prompt)
+                with playing(pipe, texts[prompt], device_of(denoiser)) if texts is not None else nullcontext():
+                    pipe(
+                        prompt=prompts[prompt],
+                        generator=generator,
+                        output_type="latent",
+                        callback_on_step_end=advance,
+                        **call.options(),
+                    )
+                if progress:
+                    progress(done + 1, len(chosen))
     finally:
         handle.remove()
-        pipe.set_progress_bar_config(**({"disable": False} | bar))
     return states
+
+
+def first_overflow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The first layer of a model whose output is not finite in a call; empty if none is."""
+    found: list[str] = []
+
+    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(path)
+
+        return hook
+
+    leaves = [(path, module) for path, module in model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(watch(path)) for path, module in leaves]
+    try:
+        model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
