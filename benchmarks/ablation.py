@@ -226,7 +226,10 @@ def blocks(model: nn.Module, recipe: Recipe, state: State) -> list[list[Job]]:
     order: dict[str, int] = {}
 
     def seen(path: str) -> Any:
-        return lambda *_: order.setdefault(path, len(order)) and None
+        def hook(*_: Any) -> None:
+            order.setdefault(path, len(order))
+
+        return hook
 
     jobs = list(plan(model, recipe).jobs)
     handles = [model.get_submodule(job.paths[0]).register_forward_pre_hook(seen(job.paths[0])) for job in jobs]

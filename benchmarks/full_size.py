@@ -10,7 +10,8 @@ tell time and memory and nothing of quality.
 With `--blocks N` only the first N double and the last N single blocks are quantized, and the whole is extrapolated:
 what is drawn, loaded and replayed is that of the whole model either way (a replay ends with the last block that is
 recorded, and so the last ones are taken), passes are counted for the whole model, and the solving of a block of each
-kind is multiplied by their number.
+kind is multiplied by their number. With `--run-samples N` fewer samples are drawn and recorded than asked for, and the
+seconds that this takes are multiplied.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bittern-full-size")
     parser.add_argument("--recipe", default="svdquant-fast")
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--run-samples", type=int, help="the samples to draw; the rest is extrapolated")
     parser.add_argument("--blocks", type=int, help="of each kind; the rest is kept, and the whole extrapolated")
     parser.add_argument("--gpu-memory", type=float, default=24, help="GiB that the process may take")
     parser.add_argument("--record-memory", type=float, default=16, help="GiB of the host for records")
@@ -223,7 +225,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     changes = {"rank": "1/8"} if args.mini else {}
     recipe = recipes.load(args.recipe).override(default=changes).override(**args.override)
     if recipe.calibrated:
-        recipe = recipe.override(samples=args.samples)
+        recipe = recipe.override(name=recipe.name, samples=args.run_samples or args.samples)
     depth = {"transformer_blocks": blank.config.num_layers, "single_transformer_blocks": blank.config.num_single_layers}
     part = recipe if args.blocks is None else partial(recipe, depth, args.blocks)
     budget = int(args.gpu_memory * GIB)
@@ -243,7 +245,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     phases.close()
     result: dict[str, Any] = {
         "recipe": recipe.name,
-        "samples": recipe.samples if recipe.calibrated else 0,
+        "samples": args.samples if recipe.calibrated else 0,
+        "samples_run": recipe.samples if recipe.calibrated else 0,
         "blocks_solved": depth if args.blocks is None else {kind: min(args.blocks, n) for kind, n in depth.items()},
         "seconds": round(seconds, 1),
         "phases": {what: round(value, 1) for what, value in phases.seconds.items()},
@@ -254,8 +257,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if device() == "cuda":
         result["device_peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         result["device_peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
-    if args.blocks is not None:
-        result["extrapolated"] = extrapolated(phases, plan(blank, recipe), plan(blank, part), recipe, limits, depth)
+    if args.blocks is not None or args.run_samples is not None:
+        more = args.samples / recipe.samples if recipe.calibrated else 1.0
+        result["extrapolated"] = extrapolated(
+            phases, plan(blank, recipe), plan(blank, part), recipe, limits, depth, more
+        )
     shutil.rmtree(out)
     return result
 
@@ -269,15 +275,15 @@ def partial(recipe: Recipe, depth: dict[str, int], blocks: int) -> Recipe:
 
 
 def extrapolated(
-    phases: Phases, whole: Any, part: Any, recipe: Recipe, limits: Limits, depth: dict[str, int]
+    phases: Phases, whole: Any, part: Any, recipe: Recipe, limits: Limits, depth: dict[str, int], more: float
 ) -> dict[str, float]:
-    """Seconds of the whole model, by phase."""
+    """Seconds of the whole model with `more` times the samples, by phase."""
     ran, wanted = (len(passes(blocks_of(made), recipe.rows, 2, limits)) for made in (part, whole))
-    found = {
-        "once": sum(phases.total(what) for what in ("planning", "encoding", "drawing", "calibrating", "assembling"))
-    }
+    found = {"once": sum(phases.total(what) for what in ("planning", "encoding", "calibrating", "assembling"))}
+    found["drawing"] = phases.total("drawing") * more
     for what in ("loading", "recording inputs", "recording sensitivities"):
-        found[what] = phases.total(what) / ran * wanted if recipe.calibrated else 0.0
+        each_sample = more if what.startswith("recording") else 1.0
+        found[what] = phases.total(what) / ran * wanted * each_sample if recipe.calibrated else 0.0
     for kind, count in depth.items():
         solved = {job.paths[0].split(".")[1] for job in part.jobs if job.paths[0].startswith(f"{kind}.")}
         found[f"solving {kind}"] = phases.total(f"solving {kind}.") / len(solved) * count

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from bittern.formats import KLayout, Rule, encode, int4
+from bittern.solvers.factor import damped_factor
 
 BLOCK = 128
 
@@ -68,9 +69,6 @@ def gptq(
 
 def _inverse_factor(hessian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, "k k"]:
     """The upper triangular U with U^T U = (H + damping)^-1, in float32; computed in float64."""
-    damped = hessian.double()
-    mean = float(damped.diagonal().mean())
     # Inputs that are always zero: every code is as good as another, and the nearest one is natural.
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(_linalg.cholesky(damped))
+    inverse = torch.cholesky_inverse(damped_factor(hessian, damping))
     return _linalg.cholesky(inverse, upper=True).float()

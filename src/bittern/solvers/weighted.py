@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bittern.formats import round_to
+from bittern.solvers.factor import damped_factor
 from bittern.solvers.lowrank import LowRank, low_rank
 
 WEIGHT_SHARE = 0.003
@@ -50,14 +51,9 @@ class Metric:
         mean = total / sum(len(matrix) for matrix in matrices)
         self.factors: list[Tensor] = []
         for matrix in matrices:
-            damped = (
-                matrix.double() / mean
-                if mean > 0
-                else torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
-            )
+            felt = matrix.double() / mean if mean > 0 else torch.eye(len(matrix), device=matrix.device)
             # A layer that the output does not feel at all still gets codes.
-            damped.diagonal().add_(OUTPUT_DAMPING * max(float(damped.diagonal().mean()), 1e-6))
-            self.factors.append(_linalg.cholesky(damped))
+            self.factors.append(damped_factor(felt, OUTPUT_DAMPING, floor=1e-6))
         self._transposed = [factor.T.float() for factor in self.factors]
 
     def left(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
@@ -106,10 +102,7 @@ def weighted_low_rank(
 
 def input_factor(weight: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
     """The lower Cholesky factor of M in float64, with as much on the diagonal as rounding may have taken."""
-    damped = weight.double()
-    mean = float(damped.diagonal().mean())
-    damped.diagonal().add_(1e-6 * mean if mean > 0 else 1.0)
-    return _linalg.cholesky(damped)
+    return damped_factor(weight, 1e-6)
 
 
 def stored(
