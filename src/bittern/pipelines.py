@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,11 @@ from bittern.quantization.calibration import Limits, Recorder, memory_told
 from bittern.quantization.conductor import with_samples
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
-from bittern.quantization.stored import Stored
+from bittern.quantization.stored import Stored, keep_samples, kept_samples
 from bittern.quantization.stream import can_stream, quantize_streaming, run_manifest
 from bittern.quantization.workspace import SAMPLES, Workspace
 from bittern.recipes import Recipe
-from bittern.trajectories import CallDefaults, State, check_prompts, default_prompts, defaults, pack, unpack
+from bittern.trajectories import CallDefaults, check_prompts, default_prompts, defaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -175,7 +175,7 @@ def quantize_folder(
         )  # fmt: skip
         return Recorder(
             source, recipe, stored_dtype(place).itemsize, allowed, seed,
-            states=_kept_samples(workspace), keep=lambda states: _keep_samples(workspace, states), progress=progress,
+            states=kept_samples(workspace), keep=lambda states: keep_samples(workspace, states), progress=progress,
         )  # fmt: skip
 
     manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts)
@@ -189,20 +189,6 @@ def quantize_folder(
             _write(blank, model, out, others, report, place, seed, force)
         workspace.remove()
     return report
-
-
-def _keep_samples(workspace: Workspace, states: list[State]) -> None:
-    with suppress(TypeError):  # they hold something that JSON does not know, and will be drawn again
-        tensors, tree = pack(states)
-        # A file has no tensors that overlap.
-        workspace.save(SAMPLES, {name: tensor.clone() for name, tensor in tensors.items()}, {"states": tree})
-
-
-def _kept_samples(workspace: Workspace) -> list[State] | None:
-    if not workspace.has(SAMPLES):
-        return None
-    tensors, notes = workspace.load(SAMPLES)
-    return unpack(tensors, notes["states"])
 
 
 def workspace_of(out: str | Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import nn
 from bittern.architectures import Plan
 from bittern.errors import memory_size
 from bittern.quantization.calibration import Limits, Progress, named
-from bittern.trajectories import State, Texts, choose, defaults, encode_texts, place, run_on, sample
+from bittern.quantization.workspace import SAMPLES, Workspace
+from bittern.trajectories import State, Texts, choose, defaults, encode_texts, pack, place, run_on, sample, unpack
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -88,6 +89,8 @@ class Stored:
     @contextmanager
     def denoiser(self) -> Generator[nn.Module]:
         """The model on its device, for as long as the context lasts."""
+        from accelerate.hooks import remove_hook_from_submodules
+
         if self.progress:
             self.progress("loading the denoiser", 0, 1)
         model = self.load_denoiser()
@@ -98,6 +101,7 @@ class Stored:
             yield model
         finally:
             # Whoever still holds the model holds no weights.
+            remove_hook_from_submodules(model)
             nn.Module.to(model, "meta")
             self._tidy()
 
@@ -114,6 +118,22 @@ class Stored:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def keep_samples(workspace: Workspace, states: list[State]) -> None:
+    """Keeps what was drawn beside the blocks, where JSON knows all that the denoiser was called with."""
+    with suppress(TypeError):
+        tensors, tree = pack(states)
+        # A file has no tensors that overlap.
+        workspace.save(SAMPLES, {name: tensor.clone() for name, tensor in tensors.items()}, {"states": tree})
+
+
+def kept_samples(workspace: Workspace) -> list[State] | None:
+    """What an earlier run has drawn."""
+    if not workspace.has(SAMPLES):
+        return None
+    tensors, notes = workspace.load(SAMPLES)
+    return unpack(tensors, notes["states"])
 
 
 def blocks_of(model: nn.Module, plan: Plan) -> list[str]:

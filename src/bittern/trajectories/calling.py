@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_SIDES = ("height", "width")
 SMALL_GUIDANCE = 5.0  # the best of 1, 2, 3 and 5 for tiny-unet, on training prompts: its training.json
 
 
@@ -22,6 +23,7 @@ class CallDefaults:
         steps: Denoising steps.
         max_sequence_length: Text tokens; None if the pipeline does not ask.
         guidance: Guidance scale; 0 for a model that was not trained with one.
+        negative: What to guide away from, for a pipeline that guides by two calls only if it is told.
     """
 
     height: int
@@ -29,6 +31,7 @@ class CallDefaults:
     steps: int
     max_sequence_length: int | None
     guidance: float
+    negative: str | None = None
 
     def options(self, steps: int | None = None) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call; `steps` in place of its own number."""
@@ -40,6 +43,8 @@ class CallDefaults:
         }
         if self.max_sequence_length is not None:
             options["max_sequence_length"] = self.max_sequence_length
+        if self.negative is not None:
+            options["negative_prompt"] = self.negative
         return options
 
 
@@ -47,17 +52,21 @@ def defaults(pipe: DiffusionPipeline) -> CallDefaults:
     """Size, steps, text length and guidance that a pipeline was made for, from its components' configs."""
     call = python_inspect.signature(pipe.__call__).parameters
     vae = getattr(pipe, "vae", None)
-    size = int(vae.config.sample_size) if vae is not None else 1024
-    steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default)
+    size = 1024 if vae is None else vae.config.get("sample_size")
+    # The VAEs of videos and of the latest models know no size, and their pipelines' calls may.
+    height, width = (size, size) if isinstance(size, int) else (call[side].default or 1024 for side in _SIDES)
+    steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default or 0.0)
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
-    if denoiser.config.get("guidance_embeds") is False:
+    if type(denoiser).__name__.startswith("Flux") and denoiser.config.get("guidance_embeds") is False:
         # FLUX.1-schnell was distilled to 4 steps.
         steps, guidance = 4, 0.0
-    if size < 512:
+    if isinstance(size, int) and size < 512:
         # A small model was not distilled. One that guides itself by leaving captions out is tiny-unet or like it.
         steps, guidance = 24, min(guidance, SMALL_GUIDANCE)
     length = None
     if "max_sequence_length" in call:
         tokenizer = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer
         length = min(int(call["max_sequence_length"].default), int(tokenizer.model_max_length))
-    return CallDefaults(size, size, steps, length, guidance)
+    # FLUX has the parameter, too, and by default does without.
+    guides = "true_cfg_scale" in call and call["true_cfg_scale"].default > 1
+    return CallDefaults(height, width, steps, length, guidance, " " if guides else None)

@@ -7,10 +7,11 @@ pipeline gives its denoiser in a step (both branches in one batch, or two calls)
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,10 @@ def choose(prompts: int, steps: int, samples: int, seed: int) -> dict[int, tuple
         starts = [steps * i // count for i in range(count + 1)]
         chosen[prompt] = tuple(rng.randrange(a, b) for a, b in itertools.pairwise(starts))
     return chosen
+
+
+class _Enough(Exception):
+    """The last step of a trajectory that somebody wants is done."""
 
 
 @torch.no_grad()
@@ -94,18 +99,25 @@ def sample(
         if step in chosen[prompt]:
             states.append(State(prompt, step, args, kwargs).to("cpu", moved))
 
-    def advance(pipe: Any, step: int, _time: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        position[1] = step + 1
-        # Diffusers' loops pass over the steps that follow.
-        pipe._interrupt = step >= chosen[position[0]][-1]
-        if not torch.isfinite(tensors["latents"]).all():
-            text, layer = prompts[position[0]], first_overflow(denoiser, *last[0])
-            raise UserError(
-                f"the model gives NaN or infinity at step {step + 1} of {text!r}{layer and f', first in {layer}'}: "
-                "try another dtype"
-            )
-        return tensors
+    step_of_scheduler: Any = pipe.scheduler.step
 
+    @functools.wraps(step_of_scheduler)
+    def advance(*args: Any, **kwargs: Any) -> Any:
+        result = step_of_scheduler(*args, **kwargs)
+        prompt, step = position
+        latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        if not torch.isfinite(latents).all():
+            layer = first_overflow(denoiser, *last[0])
+            raise UserError(
+                f"the model gives NaN or infinity at step {step + 1} of {prompts[prompt]!r}"
+                f"{layer and f', first in {layer}'}: try another dtype"
+            )
+        if step >= chosen[prompt][-1]:
+            raise _Enough
+        position[1] = step + 1
+        return result
+
+    pipe.scheduler.step = advance
     handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
     if progress:
         progress(0, len(chosen))
@@ -115,18 +127,14 @@ def sample(
                 position[:] = prompt, 0
                 moved.clear()
                 generator = torch.Generator("cpu").manual_seed((seed << 20) + prompt)
-                with playing(pipe, texts[prompt], device_of(denoiser)) if texts is not None else nullcontext():
-                    pipe(
-                        prompt=prompts[prompt],
-                        generator=generator,
-                        output_type="latent",
-                        callback_on_step_end=advance,
-                        **call.options(),
-                    )
+                played = playing(pipe, texts[prompt], device_of(denoiser)) if texts is not None else nullcontext()
+                with played, suppress(_Enough):
+                    pipe(prompt=prompts[prompt], generator=generator, output_type="latent", **call.options())
                 if progress:
                     progress(done + 1, len(chosen))
     finally:
         handle.remove()
+        del pipe.scheduler.step
     return states
 
 
