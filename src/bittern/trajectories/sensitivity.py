@@ -40,8 +40,7 @@ def sensitivities(
     For a model output v and Gaussian noise z of its shape, g = d(v · z) / dy has E[g^T g] = J^T J, summed over the
     tokens of y, with J = dv / dy: the Gauss-Newton matrix of the squared error of v, in the Kronecker form of K-FAC
     (Martens and Grosse 2015, arXiv:1503.05671). An error D [m, n] of the layer's output then costs about
-    tr(D G D^T) / tokens. One backward pass a state; the weights get no gradients. The
-    result is on the host.
+    tr(D G D^T) / tokens. One backward pass a state; the weights get no gradients. The result is on the host.
 
     The device holds 4 n^2 bytes a path, and what a forward pass keeps for its backward pass: of a model that diffusers
     can checkpoint, unless it is small, the inputs of all its blocks and all that one block computes. Every path's
