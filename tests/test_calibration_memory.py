@@ -149,10 +149,11 @@ def test_texts_are_encoded_once_and_the_encoders_are_gone_when_the_denoiser_runs
 
     monkeypatch.setattr(pipeline, "encode_prompt", functools.wraps(own)(lambda *a, **k: spy(*a, **k)))
     monkeypatch.setattr(stored, "sample", sample)
-    recipe = recipe.override(default={"sensitivity": False}, samples=9)
-    pipelines.quantize_folder(
-        folder, recipe, tmp_path / "out", prompts=PROMPTS[:2], limits=Tight.around(folder, recipe)
-    )
+    monkeypatch.setattr(calibration, "record", interrupt)
+    recipe = recipe.override(samples=9)
+    limits = Tight.around(folder, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        pipelines.quantize_folder(folder, recipe, tmp_path / "out", prompts=PROMPTS[:2], limits=limits)
     assert sorted(encoded) == sorted(PROMPTS[:2])
     assert drew == [True]
 
