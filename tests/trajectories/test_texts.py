@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from bittern.errors import UserError
 from bittern.trajectories import choose, defaults, encode_texts, run_on, sample
 
 PROMPTS = ["a red circle", "two stars"]
@@ -98,6 +99,14 @@ def test_states_are_those_of_the_whole_pipeline(
         assert tensors(state.args) + tensors(state.kwargs)
         for one, two in zip(tensors([state.args, state.kwargs]), tensors([other.args, other.kwargs]), strict=True):
             assert torch.equal(one, two)
+
+
+def test_a_pipeline_that_encodes_in_its_own_way_is_named(tiny_random_pipeline: FluxPipeline) -> None:
+    class Other:
+        pass
+
+    with pytest.raises(UserError, match=r"Other has no encode_prompt, .* call bittern\.quantize"):
+        encode_texts(Other(), tiny_random_pipeline.transformer, {0: "a"})  # type: ignore[arg-type]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

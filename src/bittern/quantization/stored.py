@@ -20,6 +20,7 @@ from bittern.errors import memory_size
 from bittern.quantization.calibration import Limits, Progress, named
 from bittern.quantization.workspace import SAMPLES, Workspace
 from bittern.trajectories import State, Texts, choose, defaults, encode_texts, pack, place, run_on, sample, unpack
+from bittern.trajectories.placement import weight_bytes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -67,24 +68,26 @@ class Stored:
 
     def prepare(self) -> None:
         """Encodes the prompts that will be drawn."""
-        from accelerate import cpu_offload
-
         pipe = self.load_pipeline({self.name: self.blank})
         run_on(pipe, self.device)
         chosen = choose(len(self.prompts), defaults(pipe).steps, self.samples, self.seed)
         if self.progress:
             self.progress(f"encoding {len(chosen)} prompts", 0, len(chosen))
-        room = self.limits.weights(self.plan.jobs)
         for name in self.encoders:
-            encoder = getattr(pipe, name)
-            size = sum(parameter.nbytes for parameter in encoder.parameters())
-            if room is not None and size > room:
-                cpu_offload(encoder, execution_device=self.device)
-            else:
-                encoder.to(self.device)
+            self._bring(getattr(pipe, name))
         self.texts = encode_texts(pipe, self.blank, {index: self.prompts[index] for index in chosen})
-        del pipe, encoder
+        del pipe
         self._tidy()
+
+    def _bring(self, encoder: nn.Module) -> None:
+        """An encoder to the device, or, of one that does not fit, its layers when they are called."""
+        from accelerate import cpu_offload
+
+        room = self.limits.weights(self.plan.jobs)
+        if room is not None and weight_bytes(encoder) > room:
+            cpu_offload(encoder, execution_device=self.device)
+        else:
+            encoder.to(self.device)
 
     @contextmanager
     def denoiser(self) -> Generator[nn.Module]:

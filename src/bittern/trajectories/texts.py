@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bittern.errors import UserError
 from bittern.threads import is_small, one_thread
 from bittern.trajectories.calling import defaults
 from bittern.trajectories.states import to_device
@@ -37,9 +38,17 @@ def encode_texts(pipe: DiffusionPipeline, denoiser: nn.Module, prompts: Mapping[
         pipe: With its text encoders where they are to run. The denoiser may be on meta.
         denoiser: The one of its components that denoises; it is not run.
         prompts: Texts by their index.
+
+    Raises:
+        UserError: for a pipeline that has no `encode_prompt`.
     """
     texts: dict[int, list[Any]] = {}
-    own: Any = pipe.encode_prompt
+    own: Any = getattr(pipe, "encode_prompt", None)
+    if own is None:
+        raise UserError(
+            f"{type(pipe).__name__} has no encode_prompt, and its texts cannot be encoded beforehand: load it and call "
+            "bittern.quantize(pipe, ...)"
+        )
     index = 0
 
     def encode(*args: Any, **kwargs: Any) -> Any:
