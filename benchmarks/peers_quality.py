@@ -29,6 +29,7 @@ from typing import Any
 
 import peers
 import torch
+from ablation import Row as Stages
 from ablation import quantized
 from quality import Trajectory, environment, gain_over, keep, put
 from torch import Tensor, nn
@@ -72,9 +73,11 @@ class Bench:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Drawn once, from the pipeline's own prompts; no held-out prompt among them."""
+        """All that any row asks for, of one set of samples; no held-out prompt among the pipeline's own."""
         put(self.pipe, self.dense)
-        return calibrate(self.pipe, self.dense, plan(self.dense, self.base), self.base, None, 0)
+        # Gram matrices are asked for with 16-bit activations alone.
+        whole = self.base.override(default={"activations": 16, "shift": 0.0, "sensitivity": True})
+        return calibrate(self.pipe, self.dense, plan(self.dense, whole), whole, None, 0)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -144,7 +147,7 @@ def ours(name: str, changes: dict[str, Any]) -> Callable[[Bench], Row]:
         put(bench.pipe, model)
         if calibration is None:
             return {"bits_per_weight": bittern.quantize(bench.pipe, recipe).bits_per_weight}
-        return {"bits_per_weight": quantized(model, recipe, calibration)[0]}
+        return {"bits_per_weight": quantized(model, Stages(), recipe, [], calibration)[0]}
 
     return build
 

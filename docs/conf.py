@@ -12,7 +12,7 @@ release = version = installed("bittern")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "quality_table.md", "performance_table.md", "ablation_table.md"]  # parts of other pages
+exclude_patterns = ["_build", "*_table.md"]  # tables are parts of other pages
 
 html_theme = "furo"
 html_title = "bittern"

@@ -136,20 +136,15 @@ def test_the_best_are_sought_at_four_and_a_half_bits_as_tables_print_them() -> N
     assert text.index("peer fat") < text.index("ours fat")
 
 
-def test_finished_rows_are_kept_and_not_drawn_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibrated_row_is_kept_and_not_drawn_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = argparse.Namespace(
-        model="tiny-flux",
-        dtype=None,
-        device="cpu",
-        images=1,
-        steps=1,
-        samples=None,
-        only="int8",
+        model="tiny-flux", dtype=None, device="cpu", images=1, steps=1, samples=1, only="groups of 32",
         out=tmp_path / "r.json",
-    )
+    )  # fmt: skip
     first = run(args)
-    assert list(first["rows"]) == ["int8 abs-max"]
-    assert 8.2 < first["rows"]["int8 abs-max"]["bits_per_weight"] < 8.3
+    assert list(first["rows"]) == ["int4-gptq, groups of 32 [a16]"]
+    assert first["rows"]["int4-gptq, groups of 32 [a16]"]["bits_per_weight"] == 4.5
+    assert first["summary"]["best W4A16 of ours"] == "int4-gptq, groups of 32 [a16]"
     assert json.loads(args.out.read_text()) == first
     monkeypatch.setattr(peers_quality, "measured", None)
     assert run(args) == first
