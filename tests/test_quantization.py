@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +261,49 @@ def test_solver_settings_of_recipes_are_the_solvers_own() -> None:
     from bittern.solvers import SolverOptions
 
     assert recipes.LayerSpec(weight="int4").solver() == asdict(SolverOptions())
+
+
+def test_any_target_may_have_any_scheme(new_tiny_random_pipeline: NewPipeline, tmp_path: Path) -> None:
+    """Every target gets a scheme of its own by a glob: it has it, and the model survives a round trip."""
+    whole = new_tiny_random_pipeline().transformer
+    targets = sorted(quant_layers(quantized(new_tiny_random_pipeline().transformer, "int4")))
+    choices = random.Random(0)
+    wanted: dict[str, dict[str, Any]] = {
+        path: {
+            "weight": choices.choice(["int4", "ternary"]),
+            "group_size": choices.choice([16, 32, 64, None]),
+            "activations": choices.choice([4, 8, 16]),
+            "rank": choices.choice([0, 3, 16, "1/8"]),
+            "scale_dtype": choices.choice(["bf16", "fp16", "fp32"]),
+            "smoothing": choices.choice(["none", "span"]),
+        }
+        for path in targets
+    }
+    kept = "transformer_blocks.0.attn.to_k"
+    named = {path.replace("single_", "s*_"): wanted[path] for path in targets if path != kept}
+    globs = {"*": {"rank": 7}, **named}  # later globs win
+    model = quantized(whole, recipes.load("int4").override(name="any", overrides=globs, keep=[kept]))
+    layers = quant_layers(model)
+    assert set(layers) == set(targets) - {kept} and type(model.get_submodule(kept)) is nn.Linear
+    for path, layer in layers.items():
+        wish = wanted[path]
+        limit = min(layer.in_features, layer.out_features)
+        assert layer.scheme.rank == (limit // 8 if wish["rank"] == "1/8" else wish["rank"])
+        assert layer.scheme.smooth == (wish["smoothing"] == "span")
+        for key in ("weight", "group_size", "activations", "scale_dtype"):
+            assert getattr(layer.scheme, key) == wish[key], path
+    assert len({layer.scheme for layer in layers.values()}) > 12
+    model.save_pretrained(tmp_path)
+    again = FluxTransformer2DModel.from_pretrained(tmp_path)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 16), "encoder_hidden_states": torch.randn(1, 8, 32),
+        "pooled_projections": torch.randn(1, 32), "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(8, 3),
+    }  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], again(**inputs)[0])
+
+
+def quantized(model: FluxTransformer2DModel, recipe: str | recipes.Recipe) -> FluxTransformer2DModel:
+    bittern.quantize(model, recipe)
+    return model

@@ -25,10 +25,11 @@ from bittern.errors import UnusableModel, UserError, did_you_mean
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
 from bittern.quantization.calibration import Limits, Recorder, memory_told
 from bittern.quantization.conductor import with_samples
+from bittern.quantization.fit import Fit, OnFit
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
 from bittern.quantization.stored import Stored, keep_samples, kept_samples
-from bittern.quantization.stream import can_stream, quantize_streaming, run_manifest
+from bittern.quantization.stream import can_stream, choose_recipe, quantize_streaming, run_manifest
 from bittern.quantization.workspace import SAMPLES, Workspace
 from bittern.recipes import Recipe
 from bittern.trajectories import CallDefaults, check_prompts, default_prompts, defaults
@@ -110,12 +111,14 @@ def quantize_folder(
     *,
     prompts: Sequence[str] | None = None,
     samples: int | None = None,
+    fit: str | int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     force: bool = False,
     restart: bool = False,
     limits: Limits | None = None,
     progress: Progress | None = None,
+    on_fit: OnFit | None = None,
 ) -> Report:
     """Quantizes a pipeline's transformer or U-Net and writes the pipeline to `out`: all of it, or nothing.
 
@@ -130,12 +133,15 @@ def quantize_folder(
         out: The folder to write.
         prompts: To calibrate with; by default the pipeline's own, or the bundled ones. Only for calibrated recipes.
         samples: (prompt, step) pairs to calibrate with; by default the recipe's number.
+        fit: The size that the denoiser's weight file is to have at most, as for `quantize`.
         seed: As for `quantize`.
         device: Where layers are solved, and where a calibrated recipe's pipeline draws.
         force: Whether to replace a model that is in `out`.
         restart: Whether to throw away what an unfinished run has left.
         limits: Of the memory that calibration may take; None for what `Limits.of` gives.
         progress: Called as blocks are finished.
+        on_fit: Called with the recipe that was found to meet `fit`, and the size of the file it will give, before
+            anything is solved.
 
     Raises:
         UserError: as `load`, `quantize` and `new_folder` do, if the disk is too small, or if an unfinished run for
@@ -151,7 +157,8 @@ def quantize_folder(
         blank, _ = skeleton(place)
     others = [source / INDEX, *_other_components(source, place.name)]
     work = workspace_of(out)
-    size = predict_size(blank, recipe)
+    wanted = None if fit is None else Fit.of(blank, recipe, fit)
+    size = predict_size(blank, recipe) if wanted is None else wanted.size
     # Finished blocks stay until the whole is written.
     needed = 2 * size + sum(_bytes_of(other) for other in others) - (_bytes_of(work) if work.exists() else 0)
     free = shutil.disk_usage(_existing_parent(work)).free
@@ -159,7 +166,9 @@ def quantize_folder(
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
     if not can_stream(blank, place):
         target = load(model, device=device) if recipe.calibrated else _load_denoiser(model, place).to(device)
-        report = quantize(target, recipe, prompts=prompts, seed=seed, limits=limits, progress=progress)
+        report = quantize(
+            target, recipe, prompts=prompts, fit=fit, seed=seed, limits=limits, progress=progress, on_fit=on_fit
+        )
         _write(component(target), model, out, others, report, place, seed, force)
         return report
     if recipe.calibrated:
@@ -178,9 +187,13 @@ def quantize_folder(
             states=kept_samples(workspace), keep=lambda states: keep_samples(workspace, states), progress=progress,
         )  # fmt: skip
 
-    manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts)
+    manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts, wanted and wanted.size)
     with Workspace(work, manifest, restart=restart) as workspace:
         with _kept_if_worth_it(workspace, out), memory_told():
+            if wanted is not None:
+                recipe = choose_recipe(wanted, blank, place, workspace, seed=seed, device=device, progress=progress)
+                if on_fit:
+                    on_fit(recipe, predict_size(blank, recipe))
             quantize_streaming(
                 blank, place, recipe, workspace, seed=seed, device=device,
                 recorder=recorder if recipe.calibrated else None, progress=progress,

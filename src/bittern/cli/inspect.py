@@ -24,9 +24,13 @@ def inspect(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="With --dry-run: a recipe's name or a .yaml file.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what the recipe would do; loads no weights and writes nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what the recipe would do; writes nothing.")] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit", metavar="SIZE", help="With --dry-run: as for quantize; reads weights.", show_default=False
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Show sizes, bits and errors of a model, layer by layer, or what a recipe would do to it."""
@@ -35,12 +39,14 @@ def inspect(
 
         if dry_run != (recipe is not None):
             raise UserError("--recipe and --dry-run belong together: give both, or neither to see the model as it is")
+        if fit is not None and recipe is None:
+            raise UserError("--fit needs --recipe and --dry-run: give them, too")
         given = Path(model).expanduser()
         # A model without a pipeline around it will do; a built-in name means the same as everywhere.
         folder = given if given.is_dir() and model not in pipelines.BUILT_IN else pipelines.resolve(model)
         if recipe is not None:
             hush()
-            foreseen = quantization.preview(folder, recipe)
+            foreseen = quantization.preview(folder, recipe, fit=fit, progress=out.progress)
             out.result({"model": model, **foreseen.to_dict()}, *preview_tables(foreseen))
             return
         report = quantization.inspect(folder)

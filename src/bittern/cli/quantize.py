@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from bittern.quantization import Report, Row
+    from bittern.recipes import Recipe
 
 
 def quantize(
@@ -42,6 +43,15 @@ def quantize(
             "--record-memory", help="GiB of the host for what is recorded.", show_default="half of what is free, to 16"
         ),
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            help="Choose ranks, and layers to keep, so that the denoiser's file has at most SIZE, such as 6.0GiB.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Same model, recipe and seed: same bytes.")] = 0,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -60,6 +70,7 @@ def quantize(
             out,
             prompts=texts,
             samples=samples,
+            fit=fit,
             force=force,
             restart=restart,
             gpu_memory=gpu_memory,
@@ -83,6 +94,7 @@ class Quantized:
         original_bytes: size of the denoiser's weight files before.
         real_bytes: and after.
         seconds: loading, solving and writing.
+        fitted: the recipe that was found to meet a size, if one was asked for.
     """
 
     model: str
@@ -91,6 +103,7 @@ class Quantized:
     original_bytes: int
     real_bytes: int
     seconds: float
+    fitted: Recipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -102,6 +115,7 @@ class Quantized:
             "predicted_bytes": self.report.file_bytes,
             "real_bytes": self.real_bytes,
             "seconds": round(self.seconds, 2),
+            **({"fitted": self.fitted.dump()} if self.fitted else {}),
         }
 
     @property
@@ -125,6 +139,7 @@ def run(
     output: Output,
     prompts: list[str] | None = None,
     samples: int | None = None,
+    fit: str | None = None,
     restart: bool = False,
     gpu_memory: float | None = None,
     record_memory: float | None = None,
@@ -141,6 +156,13 @@ def run(
     source = pipelines.resolve(model)
     device = options.resolve_device(device)
     limits = Limits.of(device, *(None if gib is None else int(gib * 2**30) for gib in (gpu_memory, record_memory)))
+    fitted: list[Recipe] = []
+
+    def on_fit(chosen: Recipe, nbytes: int) -> None:
+        fitted.append(chosen)
+        for line in said_of(chosen, nbytes):
+            output.step(line)
+
     try:
         report = pipelines.quantize_folder(
             model,
@@ -148,12 +170,14 @@ def run(
             out,
             prompts=prompts,
             samples=samples,
+            fit=fit,
             seed=seed,
             device=device,
             force=force,
             restart=restart,
             limits=limits,
             progress=lambda what, done, total: output.progress(_said(what, recipe), done, total),
+            on_fit=on_fit,
         )
     except KeyboardInterrupt:
         if pipelines.workspace_of(out).exists():
@@ -161,7 +185,15 @@ def run(
         raise
     name = pipelines.denoiser_name(source)
     original, real = (sum(file.stat().st_size for file in weight_files(folder / name)) for folder in (source, out))
-    return Quantized(model, out, report, original, real, time.perf_counter() - began)
+    return Quantized(model, out, report, original, real, time.perf_counter() - began, *fitted)
+
+
+def said_of(chosen: Recipe, nbytes: int) -> list[str]:
+    """A recipe that meets a size: the size, and the rules that it has."""
+    import yaml
+
+    rules = {key: value for key, value in chosen.dump().items() if key in ("overrides", "keep") and value}
+    return [f"{chosen.name}: {nbytes} bytes ({nbytes / 1e6:.2f} MB) predicted", yaml.safe_dump(rules, sort_keys=False)]
 
 
 def _said(what: str, recipe: str) -> str:

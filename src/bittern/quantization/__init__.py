@@ -12,6 +12,7 @@ from bittern.quantization.calibration import (
     passes,
 )
 from bittern.quantization.conductor import quantize
+from bittern.quantization.fit import Fit, foreseen, measuring
 from bittern.quantization.jobs import (
     check_seed,
     check_weight,
@@ -26,6 +27,7 @@ from bittern.quantization.report import Report, Row, component, inspect, predict
 
 __all__ = [
     "Calibration",
+    "Fit",
     "Kept",
     "Limits",
     "Preview",
@@ -40,7 +42,9 @@ __all__ = [
     "checkpoint_config",
     "component",
     "few_bit_class",
+    "foreseen",
     "inspect",
+    "measuring",
     "model_card",
     "passes",
     "predict",

@@ -13,7 +13,7 @@ those that do not fit the device (`Limits`). The device also holds weights and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -310,6 +310,13 @@ class Recorder:
                 said = named(self.progress, f"recording sensitivities{what}")
                 sensitivity = sensitivities(model, felt, self.states, seed=self.seed, progress=said)
         return Calibration(statistics, sensitivity)
+
+
+def passes_of(
+    recorder: Recorder | None, blocks: Sequence[tuple[str, Sequence[Job]]]
+) -> Iterable[tuple[Sequence[int], Calibration | None]]:
+    """The passes of a recorder; without one, all blocks at once and nothing known."""
+    return [(range(len(blocks)), None)] if recorder is None else recorder.passes(blocks)
 
 
 def calibrate(

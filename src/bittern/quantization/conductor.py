@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from bittern import recipes
 from bittern.architectures import modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import Calibration, Limits, Progress, memory_told, recorder_of
+from bittern.quantization.calibration import Limits, Progress, memory_told, passes_of, recorder_of
+from bittern.quantization.fit import Fit, OnFit, foreseen
 from bittern.quantization.jobs import (
     blocks_of,
     check_seed,
@@ -21,7 +22,7 @@ from bittern.quantization.jobs import (
     solve_job,
     swap,
 )
-from bittern.quantization.report import Report, component, inspect, refuse_quantized
+from bittern.quantization.report import Report, component, inspect, predict_size, refuse_quantized
 from bittern.recipes import Recipe
 from bittern.solvers import Stages
 from bittern.trajectories import check_prompts
@@ -36,9 +37,11 @@ def quantize(
     *,
     prompts: Sequence[str] | None = None,
     samples: int | None = None,
+    fit: str | int | None = None,
     seed: int = 0,
     limits: Limits | None = None,
     progress: Progress | None = None,
+    on_fit: OnFit | None = None,
 ) -> Report:
     """Replaces the layers of a pipeline's transformer or U-Net, or of a model, by few-bit ones.
 
@@ -51,11 +54,15 @@ def quantize(
         prompts: Calibration prompts, for a recipe that is calibrated; None takes the pipeline's own or the bundled
             ones. A data-free recipe refuses them.
         samples: (prompt, step) pairs to calibrate with, in place of the recipe's own number.
+        fit: The size that the weight file is to have at most, in bytes or as "6.0GiB": ranks, and layers that keep 16
+            bits, are chosen to meet it with the least error (see `quantization.fit`).
         seed: The same model, recipe and seed give the same bytes on one machine with one number of threads: with
             another, the linear algebra under the SVD sums in another order.
         limits: Of the memory that calibration may take; None for what `Limits.of` gives. The model itself stays where
             it is.
         progress: Called as layers are solved.
+        on_fit: Called with the recipe that was found to meet `fit`, and the size that it will give, before anything is
+            solved.
 
     Returns:
         What every layer became; `inspect(target)` gives it again.
@@ -75,18 +82,23 @@ def quantize(
         for path in job.paths:
             check_weight(path, model.get_submodule(path).weight)
 
-    magnitudes = modulated_magnitudes(made, model, model.get_parameter)
-    blocks = blocks_of(made)
-    known: Iterable[tuple[Sequence[int], Calibration | None]] = [(range(len(blocks)), None)]
+    recorder = None
     if recipe.calibrated:
         recorder = recorder_of(target, model, recipe, prompts, seed, limits, progress)
-        known = recorder.passes(blocks)
+    if fit is not None:
+        wanted = Fit.of(model, recipe, fit)
+        recipe = wanted.choose(foreseen(wanted, model, model.get_parameter, seed=seed, progress=progress))
+        made = plan(model, recipe)
+        if on_fit:
+            on_fit(recipe, predict_size(model, recipe))
+    magnitudes = modulated_magnitudes(made, model, model.get_parameter)
+    blocks = blocks_of(made)
     total = sum(len(job.paths) for job in made.jobs)
     solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
     with memory_told():
-        for members, calibration in known:
+        for members, calibration in passes_of(recorder, blocks):
             for job in [job for index in members for job in blocks[index][1]]:
                 if progress:
                     progress(f"solving {job.paths[0]}", len(solved), total)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -69,12 +71,11 @@ def solve_job(
         UserError: as the solvers do, and if the job needs data and there is none.
     """
     weights = [flat_weight(module) for module in modules]
-    own_seed = (seed << 32) | zlib.crc32(job.paths[0].encode())
     if magnitudes is not None:
         magnitudes = magnitudes.to(weights[0].device)
     options, stages = SolverOptions(**job.solver), [Stages() for _ in job.paths]
     if not needs_data(job.solver):
-        solutions = solve(weights, job.scheme, options, job.segments, own_seed, job.paths, magnitudes)
+        solutions = solve(weights, job.scheme, options, job.segments, own_seed(job, seed), job.paths, magnitudes)
     elif calibration is None:
         raise UserError(
             f"{job.paths[0]} is solved with data: load the model whole and call bittern.quantize(pipe, ...)"
@@ -84,7 +85,7 @@ def solve_job(
         statistics = calibration.statistics[job.paths[0]].to(device)
         felt = [calibration.sensitivity[path].to(device) for path in job.paths] if is_felt(job) else None
         solutions, stages = solve_calibrated(
-            weights, statistics, job.scheme, options, job.segments, own_seed, job.paths, felt
+            weights, statistics, job.scheme, options, job.segments, own_seed(job, seed), job.paths, felt
         )
     layers = [
         few_bit_class(module).from_solution(module, job.scheme, job.segments, solution)
@@ -95,6 +96,40 @@ def solve_job(
     errors = [relative_error(weight, solution) for weight, solution in zip(weights, solutions, strict=True)]
     # Six digits are plenty, and short to write.
     return layers, [float(f"{error:.6g}") for error in errors], stages
+
+
+def own_seed(job: Job, seed: int) -> int:
+    """A job's seed, whatever others are solved before it."""
+    return (seed << 32) | zlib.crc32(job.paths[0].encode())
+
+
+@contextmanager
+def borrowed(
+    model: nn.Module, paths: Sequence[str], read: Callable[[str], Tensor], device: str | torch.device | None = None
+) -> Iterator[list[Any]]:
+    """Layers with weights that are read for them and let go again, and without biases.
+
+    Args:
+        model: Has the layers; it may be on meta.
+        paths: Of the layers.
+        read: Gives a parameter's values by its name.
+        device: Where they are wanted; None for where they are.
+
+    Raises:
+        UserError: for a weight that is not there or not finite.
+    """
+    modules: list[Any] = [model.get_submodule(path) for path in paths]
+    own = [(module.weight, module.bias) for module in modules]
+    try:
+        for path, module in zip(paths, modules, strict=True):
+            weight = read(f"{path}.weight")
+            weight = weight if device is None else weight.to(device)
+            check_weight(path, weight)
+            module.weight, module.bias = nn.Parameter(weight, requires_grad=False), None
+        yield modules
+    finally:
+        for module, (weight, bias) in zip(modules, own, strict=True):
+            module.weight, module.bias = weight, bias
 
 
 def few_bit_class(module: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:

@@ -15,7 +15,10 @@ from bittern import recipes
 from bittern.architectures import plan
 from bittern.checkpoints import read_headers, weight_files
 from bittern.errors import UserError, did_you_mean
+from bittern.quantization.calibration import Progress
+from bittern.quantization.fit import Fit, foreseen
 from bittern.quantization.report import COMPONENTS, Report, component, predict, refuse_quantized
+from bittern.quantization.stream import reader
 from bittern.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -81,11 +84,25 @@ class Preview:
         }
 
 
-def preview(target: DiffusionPipeline | nn.Module | str | Path, recipe: str | Path | Recipe) -> Preview:
+def preview(
+    target: DiffusionPipeline | nn.Module | str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    fit: str | int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Preview:
     """What `quantize` would do to a pipeline, a model, or a folder of either.
 
     Of a folder only `config.json` and the headers of the weight files are read; without weight files sizes are those
-    for bf16, and a note says so.
+    for bf16, and a note says so. With `fit` the weights are read, too.
+
+    Args:
+        target: A pipeline, a model, or a folder.
+        recipe: As for `quantize`.
+        fit: As for `quantize`.
+        seed: As for `quantize`.
+        progress: Called as weights are read for `fit`.
 
     Raises:
         UserError: as `quantize` does, but for what only the weights' values tell; and for a folder that is no model.
@@ -93,6 +110,11 @@ def preview(target: DiffusionPipeline | nn.Module | str | Path, recipe: str | Pa
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     model, notes = skeleton(Path(target).expanduser()) if isinstance(target, str | Path) else (component(target), ())
     refuse_quantized(model)
+    if fit is not None:
+        wanted = Fit.of(model, recipe, fit)
+        read = reader(model, _place(Path(target).expanduser())) if isinstance(target, str | Path) else None
+        errors = foreseen(wanted, model, read or model.get_parameter, seed=seed, progress=progress)
+        recipe = wanted.choose(errors)
     made = plan(model, recipe)
     weights = {path: model.get_submodule(path).weight for path in made.kept}
     return Preview(
@@ -112,10 +134,7 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     import diffusers
     from accelerate import init_empty_weights
 
-    places = [place for place in (folder, *(folder / name for name in COMPONENTS)) if (place / "config.json").is_file()]
-    if not places:
-        raise UserError(f"{str(folder)!r} is no model: expected config.json or {' or '.join(COMPONENTS)} in it")
-    place = places[0]
+    place = _place(folder)
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
         class_name = str(config["_class_name"])
@@ -141,6 +160,14 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
             raise
         dtype, notes = torch.bfloat16, ("no weight files: sizes are those of layers kept in bf16",)
     return _cast(model.eval(), dtype), notes
+
+
+def _place(folder: Path) -> Path:
+    """Where the model of a folder is: there, or in the denoiser's folder."""
+    places = [place for place in (folder, *(folder / name for name in COMPONENTS)) if (place / "config.json").is_file()]
+    if not places:
+        raise UserError(f"{str(folder)!r} is no model: expected config.json or {' or '.join(COMPONENTS)} in it")
+    return places[0]
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

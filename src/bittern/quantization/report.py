@@ -163,6 +163,16 @@ def predict_size(target: DiffusionPipeline | nn.Module, recipe: str | Path | Rec
     return predict(target, recipe).file_bytes
 
 
+def whole_size(model: nn.Module) -> int:
+    """Bytes of the weight file of a model as it is."""
+    return file_bytes(_specs(model))
+
+
+def tensor_bytes(config: CheckpointConfig) -> int:
+    """Bytes on disk of all few-bit tensors."""
+    return sum(TensorSpec(*spec).nbytes for path in config.targets for spec in config.leaves(path).values())
+
+
 def component(target: DiffusionPipeline | nn.Module) -> nn.Module:
     """The model that denoises: the target itself, or the pipeline's transformer or U-Net.
 

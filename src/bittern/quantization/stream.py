@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.architectures import Job, Plan, modulated_magnitudes, plan
-from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, TensorSpec, read_headers, read_tensor, weight_files
+from bittern.architectures import Plan, modulated_magnitudes, plan
+from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, read_headers, read_tensor, weight_files
 from bittern.layers import FewBitLayer, join_group
-from bittern.quantization.calibration import Calibration, Progress, Recorder
+from bittern.quantization.calibration import Progress, Recorder, passes_of
+from bittern.quantization.fit import Fit, foreseen
 from bittern.quantization.jobs import (
     blocks_of,
+    borrowed,
     check_seed,
-    check_weight,
     checkpoint_config,
     few_bit_class,
     finish,
@@ -37,7 +38,8 @@ from bittern.quantization.workspace import Workspace, fingerprint
 from bittern.recipes import Recipe
 from bittern.solvers import Stages
 
-Headers = Mapping[str, tuple[Path, TensorSpec]]
+CHOICE = "recipe"
+"""The name under which a recipe that was bent to a size is kept beside the blocks."""
 
 
 def can_stream(model: nn.Module, folder: Path) -> bool:
@@ -46,17 +48,59 @@ def can_stream(model: nn.Module, folder: Path) -> bool:
 
 
 def run_manifest(
-    folder: Path, recipe: Recipe, seed: int, version: str, prompts: Sequence[str] | None = None
+    folder: Path, recipe: Recipe, seed: int, version: str, prompts: Sequence[str] | None = None, fit: int | None = None
 ) -> dict[str, Any]:
-    """What a run is about: model, recipe, seed, prompts and versions. Two runs with equal ones may share blocks."""
+    """What a run is about: model, recipe, seed, prompts and versions. Two runs with equal ones may share blocks.
+
+    Where the recipe is to be bent to a size, `fit`, it is the one that was given, since the other is work to find.
+    """
     return {
         "bittern": version,
         "format_version": FORMAT_VERSION,
         "model": fingerprint([folder / "config.json", *weight_files(folder)]),
         "recipe": recipe.dump(),
         "seed": seed,
+        "size": fit,
         "prompts": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
     }
+
+
+def reader(model: nn.Module, folder: Path) -> Callable[[str], Tensor]:
+    """Gives the values of a model's tensors by their names, from its files and in the model's dtypes."""
+    headers = read_headers(weight_files(folder))
+    # Noted now, since layers lose their dense weight on the way.
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return lambda name: read_tensor(headers, name).to(dtypes[name])
+
+
+def choose_recipe(
+    fit: Fit,
+    model: nn.Module,
+    folder: Path,
+    workspace: Workspace,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Recipe:
+    """The recipe that meets a size; that of an interrupted run, if it had come so far.
+
+    Args:
+        fit: The problem.
+        model: On meta.
+        folder: The model's own, with its weight files.
+        workspace: Open, and of this run.
+        seed: As for `quantize`.
+        device: Where to work.
+        progress: Called as layers are looked at.
+
+    Raises:
+        UserError: as `quantize` does, and for damaged files.
+    """
+    if not workspace.has(CHOICE):
+        errors = foreseen(fit, model, reader(model, folder), seed=seed, device=device, progress=progress)
+        workspace.save(CHOICE, {}, {"recipe": fit.choose(errors).dump()})
+    return Recipe.model_validate(workspace.load(CHOICE)[1]["recipe"])
 
 
 @torch.no_grad()
@@ -90,22 +134,13 @@ def quantize_streaming(
     refuse_quantized(model)
     made = plan(model, recipe)
     config = checkpoint_config(made, recipe, seed)
-    headers = read_headers(weight_files(folder))
-    # Noted now, since layers lose their dense weight on the way.
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-
-    def read(name: str) -> Tensor:
-        return read_tensor(headers, name).to(dtypes[name])
-
+    read = reader(model, folder)
     blocks = blocks_of(made)
     left = [block for block in blocks if not workspace.has(block[0])]
     done = len(blocks) - len(left)
     if left:
         magnitudes = modulated_magnitudes(made, model, read)
-        known: Iterable[tuple[Sequence[int], Calibration | None]] = [(range(len(left)), None)]
-        if recorder is not None:
-            known = recorder(made).passes(left)
-        for members, calibration in known:
+        for members, calibration in passes_of(recorder and recorder(made), left):
             for name, jobs in [left[index] for index in members]:
                 if progress:
                     progress(f"solving {name.partition('.')[2]}", done, len(blocks))
@@ -113,7 +148,8 @@ def quantize_streaming(
                 notes: dict[str, dict[str, Any]] = {"errors": {}, "stages": {}}
                 for job in jobs:
                     found = calibration, magnitudes.get(job.paths[0])
-                    solved, missed, staged = _solve(model, job, read, seed, device, *found)
+                    with borrowed(model, job.paths, read, device) as modules:
+                        solved, missed, staged = solve_job(job, modules, seed, *found)
                     notes["errors"].update(zip(job.paths, missed, strict=True))
                     notes["stages"].update(zip(job.paths, staged, strict=True))
                     for path, layer in zip(job.paths, solved, strict=True):
@@ -135,29 +171,6 @@ def quantize_streaming(
     _fill(model, read)
     finish(model, made, recipe, seed, errors, stages)
     return model
-
-
-def _solve(
-    model: nn.Module,
-    job: Job,
-    read: Callable[[str], Tensor],
-    seed: int,
-    device: str | torch.device,
-    calibration: Calibration | None,
-    magnitudes: Tensor | None,
-) -> tuple[list[FewBitLayer], list[float], list[Stages]]:
-    """A job's layers, from weights that are read for it and let go again."""
-    modules: list[Any] = [model.get_submodule(path) for path in job.paths]
-    empty = [(module.weight, module.bias) for module in modules]
-    try:
-        for path, module in zip(job.paths, modules, strict=True):
-            weight = read(f"{path}.weight").to(device)
-            check_weight(path, weight)
-            module.weight, module.bias = nn.Parameter(weight, requires_grad=False), None
-        return solve_job(job, modules, seed, calibration, magnitudes)
-    finally:
-        for module, (weight, bias) in zip(modules, empty, strict=True):
-            module.weight, module.bias = weight, bias
 
 
 def _put(model: nn.Module, config: CheckpointConfig, paths: Iterable[str], tensors: Mapping[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ class Workspace:
             self._lock = None
 
     def has(self, name: str) -> bool:
-        """Whether a block is finished. A file of it that is damaged goes, and it is not."""
+        """Whether a block, or other work, is finished. A file of it that is damaged goes, and it is not."""
         if not self._file(name).is_file():
             return False
         try:
@@ -74,8 +74,8 @@ class Workspace:
 
     @property
     def finished(self) -> int:
-        """How many blocks are."""
-        return len([file for file in self.folder.glob("*.safetensors") if file.stem != SAMPLES])
+        """How many blocks are; their names begin with their number."""
+        return len(list(self.folder.glob("[0-9]*.safetensors")))
 
     def save(self, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Writes a block.

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from bittern.solvers.calibrated import Stages, solve_calibrated
+from bittern.solvers.foresight import foresee, foresee_felt
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.solution import Solution, relative_error
 from bittern.solvers.solve import solve
 
-__all__ = ["Solution", "SolverOptions", "Stages", "relative_error", "solve", "solve_calibrated"]
+__all__ = [
+    "Solution",
+    "SolverOptions",
+    "Stages",
+    "foresee",
+    "foresee_felt",
+    "relative_error",
+    "solve",
+    "solve_calibrated",
+]

@@ -73,7 +73,7 @@ def solve(
     """
     layout = scheme.layout(segments)
     check_weights(weights, layout, names or [f"weights[{i}]" for i in range(len(weights))])
-    smooth = _smooth(weights, layout, scheme, options, magnitudes)
+    smooth = data_free_smoothing(weights, layout, scheme, options, magnitudes)
     target = torch.cat([weight.float() for weight in weights])
     if smooth is not None:
         target *= smooth.float()
@@ -120,13 +120,18 @@ def _alternate(
     return best
 
 
-def _smooth(
+def data_free_smoothing(
     weights: Sequence[Float[Tensor, "_ k"]],
     layout: KLayout,
     scheme: Scheme,
     options: SolverOptions,
     magnitudes: Float[Tensor, " k"] | None,
 ) -> Float[Tensor, " k"] | None:
+    """The smoothing that the options ask for; None for a scheme without.
+
+    Raises:
+        UserError: for options that do not fit the scheme, and for magnitudes that are not there.
+    """
     if not scheme.smooth:
         return None
     if options.smoothing not in ("span", "modulation"):
