@@ -22,7 +22,7 @@ import bittern
 from bittern.architectures import Plan
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UnusableModel, UserError, did_you_mean
-from bittern.quantization import Progress, Report, component, inspect, model_card, predict_size, quantize
+from bittern.quantization import Progress, Report, component, inspect, model_card, predict, predict_size, quantize
 from bittern.quantization.calibration import Limits, Recorder, memory_told
 from bittern.quantization.conductor import with_samples
 from bittern.quantization.fit import Fit, OnFit
@@ -158,9 +158,11 @@ def quantize_folder(
     others = [source / INDEX, *_other_components(source, place.name)]
     work = workspace_of(out)
     wanted = None if fit is None else Fit.of(blank, recipe, fit)
-    size = predict_size(blank, recipe) if wanted is None else wanted.size
+    foreseen = predict(blank, recipe)
+    size = foreseen.file_bytes if wanted is None else wanted.size
     # Finished blocks stay until the whole is written.
-    needed = 2 * size + sum(_bytes_of(other) for other in others) - (_bytes_of(work) if work.exists() else 0)
+    solved = sum(row.bytes for row in foreseen.rows) if wanted is None else size
+    needed = size + solved + sum(_bytes_of(other) for other in others) - (_bytes_of(work) if work.exists() else 0)
     free = shutil.disk_usage(_existing_parent(work)).free
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
