@@ -14,6 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bittern.solvers.factor import damped_factor
+
+_NOTHING = 1e-15
+"""Share of the mean diagonal that keeps a Cholesky factor from failing, and changes nothing else."""
+
+_LEAST = 1e-7
+"""Singular values below this share of the largest are rounding, and count as zeros."""
+
 # torch.linalg has no type stubs.
 _linalg = cast(Any, torch.linalg)
 
@@ -25,7 +33,8 @@ class LowRank:
     Attributes:
         up: [n, r]
         down: [r, k]
-        basis: [k, q] right singular vectors with the oversampled ones: where a later call may start.
+        basis: [k, q] orthonormal, spanning the right singular vectors with the oversampled ones: where a later call may
+            start.
     """
 
     up: Float[Tensor, "n r"]
@@ -45,8 +54,8 @@ def low_rank(matrix: Float[Tensor, "n k"], rank: int, start: Float[Tensor, "k q"
     basis = start
     for _ in range(iterations):
         basis = _orthonormal(matrix.T @ _orthonormal(matrix @ basis))
-    left = _orthonormal(matrix @ basis)
-    u, values, vt = _linalg.svd(left.T @ matrix, full_matrices=False)
+    left = _orthonormal(_orthonormal(matrix @ basis))
+    u, values, vt = _thin_svd(left.T @ matrix)
     # Singular vectors are defined up to a sign: the largest entry of each right one is made positive.
     largest = vt.gather(1, vt.abs().argmax(dim=1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)
@@ -56,7 +65,7 @@ def low_rank(matrix: Float[Tensor, "n k"], rank: int, start: Float[Tensor, "k q"
     missing = rank - down.shape[0]
     if missing > 0:
         up, down = torch.nn.functional.pad(up, (0, missing)), torch.nn.functional.pad(down, (0, 0, 0, missing))
-    return LowRank(up, down, vt.T)
+    return LowRank(up, down, _orthonormal(matrix.T @ left))
 
 
 def random_start(k: int, columns: int, seed: int, device: torch.device) -> Float[Tensor, "k q"]:
@@ -66,4 +75,20 @@ def random_start(k: int, columns: int, seed: int, device: torch.device) -> Float
 
 
 def _orthonormal(columns: Float[Tensor, "rows q"]) -> Float[Tensor, "rows q"]:
-    return _linalg.qr(columns).Q
+    # Cholesky QR; done twice it is as exact as Householder's, which on a GPU takes longer than a layer's products.
+    wide = columns.double()
+    return _linalg.solve_triangular(damped_factor(wide.T @ wide, _NOTHING), wide.T, upper=False).T.float()
+
+
+def _thin_svd(matrix: Float[Tensor, "q k"]) -> tuple[Float[Tensor, "q q"], Float[Tensor, " q"], Float[Tensor, "q k"]]:
+    """Singular components of a wide matrix of few rows, from the eigenvectors of its square in float64."""
+    wide = matrix.double()
+    # So few numbers are done on the CPU before a GPU has begun.
+    squares, vectors = _linalg.eigh((wide @ wide.T).cpu())
+    values = squares.clamp(min=0).sqrt().flip(0)
+    u = vectors.flip(1)
+    there = values > _LEAST * values[:1]
+    inverse = torch.where(there, values, 1.0).reciprocal() * there
+    values, u, inverse = (part.to(matrix.device) for part in (values * there, u, inverse))
+    vt = inverse[:, None] * (u.T @ wide)
+    return u.float(), values.float(), vt.float()
