@@ -237,7 +237,7 @@ def foreseen(
         UserError: as the solvers do.
     """
     check_seed(seed)
-    magnitudes = modulated_magnitudes(fit.made, model, read)
+    magnitudes = modulated_magnitudes(fit.made, model, lambda name: read(name).to(device))
     blocks = blocks_of(measuring(fit))
     found: dict[str, list[float]] = {}
     for members, calibration in passes_of(recorder, blocks):

@@ -139,7 +139,8 @@ def quantize_streaming(
     left = [block for block in blocks if not workspace.has(block[0])]
     done = len(blocks) - len(left)
     if left:
-        magnitudes = modulated_magnitudes(made, model, read)
+        # Billions of weights pass here: on the device they take no time.
+        magnitudes = modulated_magnitudes(made, model, lambda name: read(name).to(device))
         for members, calibration in passes_of(recorder and recorder(made), left):
             for name, jobs in [left[index] for index in members]:
                 if progress:
