@@ -412,12 +412,13 @@ def _other_components(folder: Path, denoiser: str) -> list[Path]:
     return [*(folder / name for name in names), *(file for file in folder.glob("LICENSE*") if file.is_file())]
 
 
-def load_denoiser(model: str | Path, folder: Path) -> nn.Module:
+def load_denoiser(model: str | Path, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model that denoises, by itself, on the CPU.
 
     Args:
         model: What a message calls the pipeline.
         folder: The model's own.
+        dtype: What all layers but the few-bit ones compute in; None takes what they are stored in.
 
     Raises:
         UserError: for a class that diffusers has not, or a damaged folder.
@@ -427,9 +428,9 @@ def load_denoiser(model: str | Path, folder: Path) -> nn.Module:
     class_name = str(_read_json(folder / "config.json").get("_class_name"))
     if not hasattr(diffusers, class_name):
         raise UserError(f"{folder / 'config.json'} names the class {class_name!r}, which diffusers does not have")
-    dtype = _stored_dtype(folder)
+    stored = _stored_dtype(folder)
     with _one_line(model):
-        return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
+        return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype or stored)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
