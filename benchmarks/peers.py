@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ UNTOUCHED = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """A relative weight error below this is no 4-bit rounding: the library has passed the layer by."""
 
 Make = Callable[[nn.Linear, int], tuple[nn.Module, float]]
-"""A linear without bias, and a group that divides its inputs -> the layer in its place, and its bytes."""
+"""A linear, and a group that divides its inputs -> the layer in its place, and the bytes of its weight."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,38 @@ def settings() -> list[Setting]:
     return out
 
 
+def fastest() -> list[Setting]:
+    """What is timed: the defaults, and what libraries offer for speed or beside a low-rank branch."""
+    names = (
+        "bitsandbytes NF4, blocks of 64",
+        "bitsandbytes NF4, blocks of 64, nested",
+        "SDNQ int4 g64, the default",
+        "SDNQ int4 g64, SVD rank 32",
+        "quanto int4 g128",
+        "torchao int4 weight-only g128, HQQ",
+    )
+    by_name = {setting.name: setting for setting in settings()}
+    int8 = {"use_quantized_matmul": True}
+    return [by_name[name] for name in names] + [
+        Setting("sdnq", "SDNQ int4 g64, int8 products", 64, _sdnq("int4", **int8)),
+        Setting("sdnq", "SDNQ int4 g64, SVD rank 32, int8 products", 64, _sdnq("int4", 32, **int8)),
+    ]
+
+
+def installed(library: str) -> str | None:
+    """Its version; None if it is not there."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
 def _bitsandbytes(kind: str, nested: bool) -> Make:
     def make(linear: nn.Linear, group: int) -> tuple[nn.Module, float]:
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         weight = linear.weight
+        # A bias is given below: made here it would be one more.
         layer = Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype, quant_type=kind
         )
@@ -145,6 +173,7 @@ def _bitsandbytes(kind: str, nested: bool) -> Make:
             weight.data, requires_grad=False, blocksize=group, compress_statistics=nested, quant_type=kind, module=layer
         )
         layer = layer.to(weight.device)
+        layer.bias = linear.bias
         state = layer.weight.quant_state
         # The tables of 16 and of 256 numbers are the same for every layer.
         held = [layer.weight.data, state.absmax]
@@ -166,7 +195,8 @@ def _sdnq(dtype: str, rank: int | str = 0, **options: Any) -> Make:
         )  # fmt: skip
         model = nn.Sequential(linear)
         model = sdnq_post_load_quant(model, quantization_config=config, torch_dtype=linear.weight.dtype)
-        return model[0], _bytes(model[0].state_dict().values())
+        held = {key: value for key, value in model[0].state_dict().items() if key != "bias"}
+        return model[0], _bytes(held.values())
 
     return make
 

@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +247,11 @@ def run(args: argparse.Namespace) -> Row:
     record: Row = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(bench.pipe, args)
-        | {"samples": bench.base.samples, "targets": len(bench.targets), "peers": {x: installed(x) for x in libraries}},
+        | {
+            "samples": bench.base.samples,
+            "targets": len(bench.targets),
+            "peers": {x: peers.installed(x) for x in libraries},
+        },
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.exists():
@@ -269,17 +272,9 @@ def run(args: argparse.Namespace) -> Row:
     return record
 
 
-def installed(library: str) -> str | None:
-    """Its version; None if it is not there."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
-
-
 def measured(bench: Bench, method: Method, keys: dict[str, str]) -> list[tuple[str, Row]]:
     """A method's rows, one a path; for a peer that does not run one that says why."""
-    if method.library and installed(method.library) is None:
+    if method.library and peers.installed(method.library) is None:
         return [(key, {"kind": "peer", "reason": f"{method.library} is not installed"}) for key in keys]
     try:
         return drawn(bench, method, keys)

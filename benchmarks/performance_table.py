@@ -1,4 +1,4 @@
-"""Writes docs/performance_table.md from the measurements of kernels.py and step.py.
+"""Writes docs/performance_table.md from the measurements of kernels.py, `bittern benchmark` and peers_speed.py.
 
 python benchmarks/performance_table.py benchmarks/results/*_h100.json > docs/performance_table.md
 """
@@ -10,6 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import peers_speed
+
+from bittern.evaluation.drawing import path_name
 
 Row = dict[str, Any]
 LIBRARY = {
@@ -44,7 +48,29 @@ def kernels(result: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
+def benchmarks(result: dict[str, Any]) -> Iterator[str]:
+    """What `bittern benchmark --json` prints."""
+    versions = result["versions"]
+    yield (
+        f"`{result['command']}`: {result['size']}x{result['size']}, batch {result['batch']}, {result['device']}, "
+        f"torch {versions['torch']}, Triton {versions['triton']}, bittern {versions['bittern']}.\n"
+    )
+    yield "| transformer | run | path | ms a step | spread | times faster than 16 bit | weights GiB | above them GiB |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in result["rows"]:
+        found = result["ratios"].get(row["model"], {}).get(row["mode"])
+        told = "" if found is None else found["ratio"] or f"not told ({found['low']} to {found['high']})"
+        peak = row["peak_above_resident_gib"]
+        yield (
+            f"| {row['model']} | {row['mode']} | {path_name(row['paths'], row['dtype'])} | {row['ms']:.2f} "
+            f"| {100 * row['spread']:.1f} % | {told} | {row['resident_gib']:.2f} "
+            f"| {'' if peak is None else f'{peak:.2f}'} |"
+        )
+    yield ""
+
+
 def steps(result: dict[str, Any]) -> Iterator[str]:
+    """What was measured before there was `bittern benchmark`: one run each, so no ratios."""
     yield f"{result['device']}, torch {result['torch']}, Triton {result['triton']}, commit {result['commit']}.\n"
     launched = "compiled blocks" if result["rows"][0]["compiled"] else "eager"
     yield f"| transformer | ms, {launched} | ms, CUDA graph | weights GiB | peak above them GiB |"
@@ -57,10 +83,18 @@ def steps(result: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
+def lines(result: dict[str, Any]) -> Iterator[str]:
+    """A result's tables, by what made it."""
+    if "peers" in result:
+        return iter([peers_speed.table(result), ""])
+    if "ratios" in result:
+        return benchmarks(result)
+    return kernels(result) if isinstance(result.get("runs"), list) else steps(result)
+
+
 def main() -> None:
     for path in map(Path, sys.argv[1:]):
-        result = json.loads(path.read_text())
-        for line in kernels(result) if "runs" in result else steps(result):
+        for line in lines(json.loads(path.read_text())):
             print(line)
 
 

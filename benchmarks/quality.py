@@ -176,13 +176,18 @@ def overall(images: Tensor, world: list[scenes.ScenePrompt]) -> dict[str, float]
     return {"mean": round(score.mean, 4), "stderr": round(score.stderr, 4)}
 
 
+def commit() -> str:
+    """Of the working tree; empty where there is none."""
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
 def environment(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine() + " CPU"
     return {
         "model": args.model, "images": args.images, "steps": args.steps, "device": device,
         "dtype": str(component(pipe).dtype), "torch": torch.__version__, "bittern": bittern.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def quantize_folder(
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
     if not can_stream(blank, place):
-        target = load(model, device=device) if recipe.calibrated else _load_denoiser(model, place).to(device)
+        target = load(model, device=device) if recipe.calibrated else load_denoiser(model, place).to(device)
         report = quantize(
             target, recipe, prompts=prompts, fit=fit, seed=seed, limits=limits, progress=progress, on_fit=on_fit
         )
@@ -179,7 +179,7 @@ def quantize_folder(
     def recorder(made: Plan) -> Recorder:
         allowed = limits or Limits.of(device)
         source = Stored(
-            lambda parts: _load_with(model, parts), lambda: _load_denoiser(model, place),
+            lambda parts: _load_with(model, parts), lambda: load_denoiser(model, place),
             skeleton(place)[0], place.name,
             [other.name for other in others if other.name.startswith("text_encoder")], made,
             prompts=prompts or [], samples=recipe.samples, seed=seed, device=device, limits=allowed, progress=progress,
@@ -412,15 +412,25 @@ def _other_components(folder: Path, denoiser: str) -> list[Path]:
     return [*(folder / name for name in names), *(file for file in folder.glob("LICENSE*") if file.is_file())]
 
 
-def _load_denoiser(model: str | Path, folder: Path) -> nn.Module:
+def load_denoiser(model: str | Path, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model that denoises, by itself, on the CPU.
+
+    Args:
+        model: What a message calls the pipeline.
+        folder: The model's own.
+        dtype: What all layers but the few-bit ones compute in; None takes what they are stored in.
+
+    Raises:
+        UserError: for a class that diffusers has not, or a damaged folder.
+    """
     import diffusers
 
     class_name = str(_read_json(folder / "config.json").get("_class_name"))
     if not hasattr(diffusers, class_name):
         raise UserError(f"{folder / 'config.json'} names the class {class_name!r}, which diffusers does not have")
-    dtype = _stored_dtype(folder)
+    stored = _stored_dtype(folder)
     with _one_line(model):
-        return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype)
+        return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype or stored)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -154,6 +154,44 @@ def test_doctor_gives_a_reason_for_every_path(capsys: Capture) -> None:
     assert "a8-int8" in capsys.readouterr().out
 
 
+def test_doctor_says_which_attention_runs_and_why_others_do_not(capsys: Capture) -> None:
+    rows = [row for row in told(["doctor"], capsys)["attention"] if row["device"] == "cpu"]
+    found = {row["attention"]: row for row in rows}
+    assert found["native"]["runs"] and found["_native_math"]["runs"]
+    assert not found["_native_cudnn"]["runs"]
+    assert all(row["reason"] for row in rows)
+
+
+def test_pictures_say_which_attention_drew_them(few_bit: Path, tmp_path: Path, capsys: Capture) -> None:
+    arguments = ["generate", str(few_bit), "a", "--steps", "1", "--attention", "_native_math"]
+    result = told([*arguments, "--out", str(tmp_path / "a.png")], capsys)
+    assert result["attention"] == "_native_math"
+    assert read_metadata(tmp_path / "a.png")["attention"] == "_native_math"
+
+
+def test_both_sides_of_an_evaluation_attend_alike(few_bit: Path, tiny_random_folder: Path, capsys: Capture) -> None:
+    arguments = ["--limit", "6", "--steps", "1", "--attention", "_native_flash"]
+    result = told(["evaluate", str(few_bit), "--reference", str(tiny_random_folder), *arguments], capsys)
+    assert result["attention"] == "_native_flash"
+    report = ["--report", str(few_bit.parent / "r.html")]
+    result = told(["compare", str(tiny_random_folder), str(few_bit), *arguments, *report], capsys)
+    assert [model["attention"] for model in result["models"]] == ["_native_flash"] * 2
+
+
+def test_benchmark_prints_both_sides_and_their_ratio(tiny_random_folder: Path, capsys: Capture) -> None:
+    arguments = ["benchmark", str(tiny_random_folder), "--recipe", "ternary-fast", "--steps", "1", "--runs", "2"]
+    result = told(arguments, capsys)
+    assert [row["model"] for row in result["rows"]] == ["16 bit", "ternary-fast"]
+    assert result["size"] == 32 and result["command"].startswith("bittern benchmark ")
+    ratio, (base, few) = result["ratios"]["ternary-fast"]["eager"], (row["ms_runs"] for row in result["rows"])
+    assert ratio["low"] == pytest.approx(min(base) / max(few), rel=0.01)
+    assert (ratio["ratio"] is None) == (ratio["low"] <= 1 <= ratio["high"])
+    assert main.run([*arguments, "--profile"]) == 0
+    shown = capsys.readouterr()
+    assert "ternary-fast" in shown.out and "times faster" in shown.out and "few_bit_linear" in shown.out
+    assert "16 bit, eager: " in shown.err
+
+
 def test_a_process_prints_nothing_but_json(few_bit: Path, tiny_random_folder: Path) -> None:
     command = [
         sys.executable,

@@ -26,7 +26,7 @@ def report(blocks: int = 3) -> Report:
 
 
 def drawing(name: str, images: Tensor, prompts: list[str], paths: dict[str, int], made: Report) -> Drawing:
-    return Drawing(name, prompts, images, 7, 12, paths, "bf16", "CPU (test)", 1.5, made)
+    return Drawing(name, prompts, images, 7, 12, paths, "bf16", "CPU (test)", 1.5, made, "native")
 
 
 def comparison(prompts: list[scenes.ScenePrompt], *, models: int = 2, noise: float = 6.0) -> Comparison:

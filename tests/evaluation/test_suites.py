@@ -113,6 +113,7 @@ def test_a_forced_path_is_the_one_that_is_reported(few_bit: FluxPipeline) -> Non
         "steps": 1,
         "size": "32x32",
         "path": "a16",
+        "attention": "native",
         "bittern": "",
     }
     assert draw(few_bit, ["a"], Settings(steps=1, path="auto")).path != "a16"

@@ -101,7 +101,13 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         stream = stream + gate.unsqueeze(1) * self.proj_out([attended, self.act_mlp(mlp)])
         if stream.dtype == torch.float16:
             stream = stream.clip(-65504, 65504)
-        return stream[:, :tokens], stream[:, tokens:]
+        text, image = stream[:, :tokens], stream[:, tokens:]
+        if not torch.compiler.is_compiling():
+            return text, image
+        # The first block's inputs are no slices. To a compiler strides are part of a graph: it would make one more.
+        # It writes copies in place of the sum. For one image `contiguous` would keep the slice and its stride.
+        whole = torch.contiguous_format
+        return text.clone(memory_format=whole), image.clone(memory_format=whole)
 
     def _is_ours(self) -> bool:
         attn = self.attn

@@ -28,6 +28,7 @@ def compare(
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     path: options.ArithmeticPath = "auto",
+    attention: options.Attention = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -50,12 +51,12 @@ def compare(
             models[1:],
             prompts=read_prompts(prompts) if prompts else None,
             limit=limit,
-            settings=options.settings(seed, steps, batch_size, path, device, dtype),
+            settings=options.settings(seed, steps, batch_size, path, device, dtype, attention),
             progress=out.progress,
         )
         command = options.command_line(
             "compare", *models, report=report, prompts=prompts, limit=limit, seed=seed, steps=steps,
-            batch_size=batch_size, path=path, device=device, dtype=dtype,
+            batch_size=batch_size, path=path, attention=attention, device=device, dtype=dtype,
         )  # fmt: skip
         html.write(html.render(comparison, command), report)
         out.result({**comparison.to_dict(), "report": str(report)}, *summary(comparison), f"report: {report}")

@@ -13,7 +13,7 @@ _PACKAGES = ("bittern", "torch", "diffusers", "transformers", "peft", "accelerat
 
 
 def doctor(json: Json = False) -> None:
-    """Print versions, devices, backends, and the paths that run here or the reason why not."""
+    """Print versions, devices, backends, and the paths and attentions that run here or the reason why not."""
     with Output(json) as out:
         hush()
         from bittern import ops
@@ -25,6 +25,7 @@ def doctor(json: Json = False) -> None:
             "backends": list(ops.backends()),
             "registered_with_diffusers": _registered(),
             "paths": [row for device in _devices() for row in _paths(device["device"])],
+            "attention": [row for device in _devices() for row in _attention(device["device"])],
         }
         found = [("python", payload["python"]), *((p, v or "not installed") for p, v in payload["versions"].items())]
         found.append(("registered with diffusers", "yes" if payload["registered_with_diffusers"] else "no"))
@@ -41,11 +42,15 @@ def doctor(json: Json = False) -> None:
             )
             for p in payload["paths"]
         ]
+        attention = [
+            (a["device"], a["attention"], "yes" if a["runs"] else "no", a["reason"]) for a in payload["attention"]
+        ]
         out.result(
             payload,
             table(("package", "version"), found, left=2),
             table(("device", "name", "memory"), devices, left=2),
             table(("device", "weights", "activations", "path", "backend", "runs", "reason"), paths, left=7),
+            table(("device", "attention", "runs", "reason"), attention, left=4),
         )
 
 
@@ -93,3 +98,21 @@ def _paths(device: str) -> list[dict[str, Any]]:
         for weight, bits in schemes
         for verdict in ops.explain(Scheme(weight=weight, activations=bits), device)
     ]
+
+
+def _attention(device: str) -> list[dict[str, Any]]:
+    from bittern.integrations import attention
+
+    refusals = {name: attention.refusal(name, device) for name in attention.names()}
+    return [
+        {"device": device, "attention": name, "runs": why is None, "reason": why or _why_it_runs(name)}
+        for name, why in refusals.items()
+    ]
+
+
+def _why_it_runs(name: str) -> str:
+    from bittern.integrations import attention
+
+    if attention.is_fetched(name):
+        return "not tried: fetches code from the hub when it is first used"
+    return "diffusers' own choice" if name == attention.DEFAULT else "ran on a small problem in bf16"

@@ -28,6 +28,7 @@ def evaluate(
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     path: options.ArithmeticPath = "auto",
+    attention: options.Attention = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -47,7 +48,7 @@ def evaluate(
             reference=reference,
             prompts=read_prompts(prompts) if prompts else None,
             limit=limit,
-            settings=options.settings(seed, steps, batch_size, path, device, dtype),
+            settings=options.settings(seed, steps, batch_size, path, device, dtype, attention),
             progress=out.progress,
         )
         out.result(result.to_dict(), *_tables(result))

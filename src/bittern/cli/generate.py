@@ -23,11 +23,12 @@ def generate(
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     path: options.ArithmeticPath = "auto",
+    attention: options.Attention = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Draw prompts. Every PNG carries model, prompt, seed, steps, size, path and version as text."""
+    """Draw prompts. Every PNG carries model, prompt, seed, steps, size, path, attention and version as text."""
     with Output(json) as output:
         hush()
         from bittern.evaluation.drawing import draw
@@ -40,7 +41,7 @@ def generate(
         files = _files(out.expanduser(), texts)
         for file in files[:1]:
             check_file_out(file, "--out")
-        chosen = options.settings(seed, steps, batch_size, path, device, dtype)
+        chosen = options.settings(seed, steps, batch_size, path, device, dtype, attention)
         if chosen.path is not None and not inspect(resolve(model)).rows:
             raise UserError(f"--path {path} is for few-bit layers and {model} has none: leave it out")
         drawing = draw(model, texts, chosen, progress=output.progress)
@@ -55,6 +56,7 @@ def generate(
             "steps": drawing.steps,
             "path": drawing.path,
             "paths": drawing.paths,
+            "attention": drawing.attention,
             "device": drawing.device,
             "seconds": round(drawing.seconds, 2),
         }

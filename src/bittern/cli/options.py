@@ -27,6 +27,15 @@ BatchSize = Annotated[
 ArithmeticPath = Annotated[
     str, typer.Option("--path", help="Force an arithmetic: a16, a8-int8, a8-fp8 or a4; auto takes the best here.")
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        help="One of diffusers' attention backends; `bittern doctor` lists them.",
+        show_default="the model's",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="How many prompts.", show_default=False)]
@@ -69,23 +78,47 @@ def resolve_dtype(dtype: str) -> torch.dtype | None:
     return getattr(torch, _DTYPES[dtype])
 
 
-def settings(seed: int, steps: int | None, batch_size: int | None, path: str, device: str, dtype: str) -> Settings:
+def settings(
+    seed: int,
+    steps: int | None,
+    batch_size: int | None,
+    path: str,
+    device: str,
+    dtype: str,
+    attention: str | None = None,
+) -> Settings:
     """The drawing settings that the options ask for.
 
     Raises:
-        UserError: for a path, device or dtype that does not exist or is not here.
+        UserError: for a path, device, dtype or attention that does not exist or is not here.
     """
     from bittern.evaluation.drawing import Settings
+    from bittern.integrations.attention import check_name
+
+    if attention is not None:
+        check_name(attention)
+    return Settings(seed, steps, batch_size, forced_path(path), resolve_device(device), resolve_dtype(dtype), attention)
+
+
+def forced_path(path: str) -> str | None:
+    """The arithmetic behind its name; None for "auto".
+
+    Raises:
+        UserError: for an unknown name.
+    """
     from bittern.ops import PATHS
 
     if path not in ("auto", *PATHS):
         raise UserError(f"unknown path '{path}': {did_you_mean(path, ('auto', *PATHS))}")
-    forced = None if path == "auto" else path
-    return Settings(seed, steps, batch_size, forced, resolve_device(device), resolve_dtype(dtype))
+    return None if path == "auto" else path
 
 
 def command_line(*words: object, **flags: object) -> str:
-    """The command that does the same again; a flag that is None or "auto" is left to its default."""
-    given = {name: value for name, value in flags.items() if value not in (None, "auto")}
-    pairs = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    """The command that does the same again; a flag that is None, False or "auto" is left to its default."""
+    given = {name: value for name, value in flags.items() if value is not False and value not in (None, "auto")}
+    pairs = [
+        part
+        for name, value in given.items()
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
+    ]
     return shlex.join(["bittern", *map(str, (*words, *pairs))])

@@ -48,6 +48,7 @@ class Entry:
             "difference": self.difference and difference_dict(self.difference),
             "path": drawing.path,
             "paths": drawing.paths,
+            "attention": drawing.attention,
             "seconds": round(drawing.seconds, 2),
         }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import bittern
 from bittern import layers, pipelines, quantization
 from bittern.evaluation.generate import check_request, generate
+from bittern.integrations import attention
 from bittern.quantization import Progress, component
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Settings:
         path: arithmetic forced on every few-bit layer, such as "a4".
         device: where a model that is loaded by name runs.
         dtype: what a model that is loaded by name computes in.
+        attention: one of diffusers' attention backends; None leaves every model its own.
     """
 
     seed: int = 0
@@ -46,6 +48,7 @@ class Settings:
     path: str | None = None
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Drawing:
         device: the processor's name.
         seconds: spent drawing, loading excluded.
         inspection: sizes, and the few-bit layers with bits and errors.
+        attention: the attention backend; "torch" for a model that asks torch directly.
     """
 
     model: str
@@ -75,6 +79,7 @@ class Drawing:
     device: str
     seconds: float
     inspection: quantization.Report
+    attention: str
 
     @property
     def path(self) -> str:
@@ -91,6 +96,7 @@ class Drawing:
             "steps": self.steps,
             "size": f"{width}x{height}",
             "path": self.path,
+            "attention": self.attention,
             "bittern": bittern.__version__,
         }
 
@@ -113,14 +119,15 @@ def draw(
         progress: called as the pictures advance.
 
     Raises:
-        UserError: if the model cannot be loaded, the path does not exist there, or a prompt is blank.
+        UserError: if the model cannot be loaded, the path does not exist there, the attention does not run there, or a
+            prompt is blank.
     """
     settings = settings or Settings()
     check_request(prompts, settings.seed, settings.steps, settings.batch_size)
     name = name or (model if isinstance(model, str) else type(model).__name__)
     pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
     denoiser = component(pipe)
-    with _forced_path(denoiser, settings.path):
+    with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):
         began = time.perf_counter()
         images = generate(
             pipe,
@@ -137,10 +144,11 @@ def draw(
             seed=settings.seed,
             steps=settings.steps or pipelines.defaults(pipe).steps,
             paths=layers.paths(denoiser),
-            dtype=_DTYPE_NAMES.get(denoiser.dtype, str(denoiser.dtype)),
+            dtype=dtype_name(denoiser.dtype),
             device=device_name(pipe.device),
             seconds=time.perf_counter() - began,
             inspection=quantization.inspect(pipe),
+            attention=attention.chosen(denoiser),
         )
     del pipe, denoiser
     gc.collect()
@@ -176,6 +184,11 @@ def check_models(*models: str | DiffusionPipeline | None) -> None:
 def path_name(paths: dict[str, int], dtype: str) -> str:
     """One word for the arithmetic that ran: the paths joined, most layers first; the dtype if there are none."""
     return "+".join(sorted(paths, key=lambda p: (-paths[p], p))) or dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name of a dtype, such as "bf16"."""
+    return _DTYPE_NAMES.get(dtype, str(dtype))
 
 
 def versions() -> dict[str, str]:

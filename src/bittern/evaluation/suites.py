@@ -85,6 +85,7 @@ class Evaluation:
             "path": drawing.path,
             "paths": drawing.paths,
             "reference_path": reference and reference.path,
+            "attention": drawing.attention,
             "device": drawing.device,
             "seconds": round(drawing.seconds, 2),
             "versions": versions(),

@@ -1,1 +1,1 @@
-"""Where bittern meets other libraries: one file for each."""
+"""Where bittern meets other libraries: one file for each concern."""

@@ -170,16 +170,13 @@ class BitternQuantizer(DiffusersQuantizer):
     def _build(self, model: nn.Module) -> None:
         """Empty few-bit layers in the model on meta, once the files are known to fill them."""
         from bittern.checkpoints import check_headers, check_values, read_headers
-        from bittern.layers import LEAVES, FewBitLayer, join_group
-        from bittern.quantization import few_bit_class, swap
+        from bittern.layers import LEAVES
+        from bittern.quantization import empty_layers, swap
 
         config = self._checkpoint()
-        layers: dict[str, FewBitLayer] = {}
         for path, target in config.targets.items():
-            module = _layer_at(model, path, target)
-            layers[path] = few_bit_class(module).like(module, config.scheme(path), config.k_segments(path))
-        for group in config.groups:
-            join_group([layers[path] for path in group])
+            _layer_at(model, path, target)
+        layers = empty_layers(model, config, config.targets)
         for path, layer in layers.items():
             swap(model, path, layer)
 

@@ -17,12 +17,14 @@ from bittern.quantization.jobs import (
     check_seed,
     check_weight,
     checkpoint_config,
+    empty_layers,
     few_bit_class,
+    fill_meta,
     solve_job,
     swap,
 )
 from bittern.quantization.model_card import model_card
-from bittern.quantization.preview import Kept, Preview, preview
+from bittern.quantization.preview import Kept, Preview, model_on_meta, preview
 from bittern.quantization.report import Report, Row, component, inspect, predict, predict_size
 
 __all__ = [
@@ -41,11 +43,14 @@ __all__ = [
     "check_weight",
     "checkpoint_config",
     "component",
+    "empty_layers",
     "few_bit_class",
+    "fill_meta",
     "foreseen",
     "inspect",
     "measuring",
     "model_card",
+    "model_on_meta",
     "passes",
     "predict",
     "predict_size",

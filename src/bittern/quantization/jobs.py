@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -135,6 +135,32 @@ def borrowed(
 def few_bit_class(module: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
     """What takes the place of a module."""
     return QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
+
+
+def empty_layers(model: nn.Module, config: CheckpointConfig, paths: Iterable[str]) -> dict[str, FewBitLayer]:
+    """Few-bit layers on meta for these targets, groups joined; they are not in the model yet.
+
+    A group is in `paths` as a whole or not at all.
+    """
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
+    layers: dict[str, FewBitLayer] = {
+        path: few_bit_class(module).like(module, config.scheme(path), config.k_segments(path))
+        for path, module in modules.items()
+    }
+    for group in config.groups:
+        if group[0] in layers:
+            join_group([layers[path] for path in group])
+    return layers
+
+
+def fill_meta(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Gives every parameter and buffer that is still on meta its values, by name."""
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for leaf, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    value = read(f"{path}.{leaf}" if path else leaf)
+                    held[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
 def swap(model: nn.Module, path: str, layer: nn.Module) -> None:

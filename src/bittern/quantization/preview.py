@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,9 +131,6 @@ def preview(
 
 def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     """The model of a folder on the meta device, in the dtypes it would be loaded in, and what to say about them."""
-    import diffusers
-    from accelerate import init_empty_weights
-
     place = _place(folder)
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
@@ -143,15 +140,6 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(f"{str(folder)!r} is already quantized ({method}): give the original")
-    model_class = getattr(diffusers, class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
-        known = [name for name in dir(diffusers) if name.endswith("Model")]
-        raise UserError(f"diffusers has no model class {class_name!r}: {did_you_mean(class_name, known)}")
-    try:
-        with init_empty_weights():
-            model = model_class.from_config(config)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{place / 'config.json'} makes no {class_name}: {error}") from None
     notes: tuple[str, ...] = ()
     try:
         dtype = stored_dtype(place)
@@ -159,7 +147,34 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
         if any(place.glob("*.safetensors*")):
             raise
         dtype, notes = torch.bfloat16, ("no weight files: sizes are those of layers kept in bf16",)
-    return _cast(model.eval(), dtype), notes
+    return model_on_meta(class_name, config, dtype, str(place / "config.json")), notes
+
+
+def model_on_meta(class_name: str, config: Mapping[str, Any], dtype: torch.dtype, where: str) -> nn.Module:
+    """A model of a diffusers class on the meta device, in the dtypes it would be loaded in.
+
+    Args:
+        class_name: The diffusers class.
+        config: Its config.
+        dtype: What its files hold.
+        where: What a message calls the config.
+
+    Raises:
+        UserError: for a class that diffusers has not, or a config that is not the class's.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    model_class: Any = getattr(diffusers, class_name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        known = [name for name in dir(diffusers) if name.endswith("Model")]
+        raise UserError(f"diffusers has no model class {class_name!r}: {did_you_mean(class_name, known)}")
+    try:
+        with init_empty_weights():
+            model = model_class.from_config(dict(config))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{where} makes no {class_name}: {error}") from None
+    return _cast(model.eval(), dtype)
 
 
 def _place(folder: Path) -> Path:

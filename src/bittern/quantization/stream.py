@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from bittern.architectures import Plan, modulated_magnitudes, plan
 from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, read_headers, read_tensor, weight_files
-from bittern.layers import FewBitLayer, join_group
 from bittern.quantization.calibration import Progress, Recorder, passes_of
 from bittern.quantization.fit import Fit, foreseen
 from bittern.quantization.jobs import (
@@ -28,7 +27,8 @@ from bittern.quantization.jobs import (
     borrowed,
     check_seed,
     checkpoint_config,
-    few_bit_class,
+    empty_layers,
+    fill_meta,
     finish,
     solve_job,
     swap,
@@ -169,31 +169,15 @@ def quantize_streaming(
         errors.update(notes["errors"])
         stages.update(notes["stages"])
         _put(model, config, [path for job in jobs for path in job.paths], tensors)
-    _fill(model, read)
+    fill_meta(model, read)
     finish(model, made, recipe, seed, errors, stages)
     return model
 
 
 def _put(model: nn.Module, config: CheckpointConfig, paths: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     """Few-bit layers with these tensors in the places of a block's layers; their biases stay on meta."""
-    layers: dict[str, FewBitLayer] = {}
-    for path in paths:
-        module: Any = model.get_submodule(path)
-        layers[path] = few_bit_class(module).like(module, config.scheme(path), config.k_segments(path))
-    for group in config.groups:
-        if group[0] in layers:
-            join_group([layers[path] for path in group])
+    layers = empty_layers(model, config, paths)
     for path, layer in layers.items():
         for leaf in layer.tensors():
             layer.load(leaf, tensors[f"{path}.{leaf}"])
         swap(model, path, layer)
-
-
-def _fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """The parameters and buffers that keep their bits, biases of few-bit layers included."""
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            for leaf, tensor in held.items():
-                if tensor is not None and tensor.is_meta:
-                    value = read(f"{path}.{leaf}" if path else leaf)
-                    held[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
