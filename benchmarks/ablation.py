@@ -289,7 +289,9 @@ def table(record: dict[str, Any]) -> str:
     for name, row in found.items():
         gains = ["", ""]
         if name != BASELINE and BASELINE in found:
-            gains = [gain_over(row, found[BASELINE], f"{key}_each") for key in ("psnr", "training_psnr")]
+            # Records of before drew held-out prompts alone.
+            keys = [f"{key}_each" for key in ("psnr", "training_psnr")]
+            gains = [gain_over(row, found[BASELINE], key) if key in row else "" for key in keys]
         lines.append(
             f"| {name} | {row['bits_per_weight']:.2f} | {row['psnr']:.2f} ± {row['psnr_stderr']:.2f} | {gains[0]} | "
             f"{gains[1]} | {row['velocity_error']:.4f} |"

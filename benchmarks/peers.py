@@ -6,7 +6,7 @@ weight in a plain product, which is quicker on a CPU and the same thing: `effect
 for every layer, and refuses a library that computes something else or leaves the weight as it was.
 
 bitsandbytes (MIT), optimum-quanto (Apache-2.0), torchao (BSD-3) and SDNQ (GPL-3.0) are used as they are installed, and
-nothing of them is here. `pip install "bittern[peers]"` brings all four.
+nothing of them is here. `pip install -e ".[peers]"` brings all four.
 """
 
 from __future__ import annotations

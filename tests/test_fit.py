@@ -313,3 +313,28 @@ def test_foreseen_errors_rank_as_the_real_ones_do(tiny: torch.nn.Module) -> None
     found, real = np.array(pairs).T
     ranks = [np.argsort(np.argsort(values)) for values in (found, real)]
     assert len(pairs) >= 20 and np.corrcoef(*ranks)[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("size", ["8.2MB", "8200KB", "8200000", 8_200_000])
+def test_one_size_has_one_number_of_bytes(size: str | int) -> None:
+    assert parse_size(size) == 8_200_000
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"transformer_blocks.0.ff.net.2": {"rank": 32}},
+        {"transformer_blocks.0.*": {"rounds": 2}},
+        {"transformer_blocks.1.*": {"rounds": 2}},
+        {"single_transformer_blocks.2.attn.to_q*": {"rank": 16}},
+    ],
+)
+def test_blocks_that_a_recipe_sets_apart_are_no_longer_alike(overrides: dict[str, dict[str, int]]) -> None:
+    recipe = recipes.load("svdquant-fast").override(overrides=overrides)
+    wanted = Fit.of(skeleton(tiny_flux.path() / "transformer")[0], recipe, "8.2MB")
+    errors = {name: [1 / (1 + level) for level in range(len(slot.levels))] for name, slot in wanted.slots.items()}
+    chosen = wanted.choose(errors)
+    size = predict_size(wanted.model, chosen)
+    assert wanted.smallest <= size <= 8_200_000
+    for glob, patch in overrides.items():
+        assert chosen.overrides[glob] == patch

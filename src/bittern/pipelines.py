@@ -29,7 +29,7 @@ from bittern.quantization.fit import Fit, OnFit
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
 from bittern.quantization.stored import Stored, keep_samples, kept_samples
-from bittern.quantization.stream import can_stream, choose_recipe, quantize_streaming, run_manifest
+from bittern.quantization.stream import CHOICE, can_stream, choose_recipe, quantize_streaming, run_manifest
 from bittern.quantization.workspace import SAMPLES, Workspace
 from bittern.recipes import Recipe
 from bittern.trajectories import CallDefaults, check_prompts, default_prompts, defaults
@@ -239,8 +239,9 @@ def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        drawn = workspace.has(SAMPLES) and not isinstance(error, UserError)
-        if isinstance(error, UnusableModel) or not (workspace.finished or drawn):
+        mistake = isinstance(error, UserError) and not isinstance(error.__cause__, torch.OutOfMemoryError)
+        begun = not mistake and (workspace.has(SAMPLES) or workspace.has(CHOICE))
+        if isinstance(error, UnusableModel) or not (workspace.finished or begun):
             workspace.remove()
         finished = workspace.finished
         cause = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
@@ -249,6 +250,8 @@ def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
             left = (
                 f"{finished} finished blocks are kept, run the same command again"
                 if finished
+                else f"what was drawn is kept in {workspace.folder}"
+                if begun
                 else "nothing is left behind"
             )
             raise UserError(f"output {str(out)!r} cannot be written: {reason}; {left}") from error

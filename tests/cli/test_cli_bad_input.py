@@ -101,6 +101,16 @@ def test_empty_prompts_file(content: str, tiny_random_folder: Path, tmp_path: Pa
     assert "p.txt is empty" in line
 
 
+@pytest.mark.parametrize("gib", ["nan", "inf", "1e300", "-1", "0"])
+@pytest.mark.parametrize("option", ["--gpu-memory", "--record-memory"])
+def test_memory_that_is_no_amount(
+    option: str, gib: str, tiny_random_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    arguments = ["quantize", str(tiny_random_folder), "--recipe", "svdquant", "--out", str(tmp_path / "o")]
+    line = refused([*arguments, option, gib], capsys)
+    assert f"{option} {float(gib):g}: expected GiB" in line
+
+
 def test_unknown_recipe_key_is_refused_with_the_nearest(
     tiny_random_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

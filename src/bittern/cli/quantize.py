@@ -11,6 +11,7 @@ import typer
 
 from bittern.cli import options
 from bittern.cli.output import Output, hush, table
+from bittern.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -130,6 +131,14 @@ class Quantized:
         )
 
 
+def _bytes(option: str, gib: float | None) -> int | None:
+    if gib is None:
+        return None
+    if not 0 < gib < 1e6:
+        raise UserError(f"{option} {gib:g}: expected GiB, more than 0 and less than a million")
+    return int(gib * 2**30)
+
+
 def run(
     model: str,
     recipe: str,
@@ -155,7 +164,7 @@ def run(
     out = out.expanduser()
     source = pipelines.resolve(model)
     device = options.resolve_device(device)
-    limits = Limits.of(device, *(None if gib is None else int(gib * 2**30) for gib in (gpu_memory, record_memory)))
+    limits = Limits.of(device, _bytes("--gpu-memory", gpu_memory), _bytes("--record-memory", record_memory))
     fitted: list[Recipe] = []
 
     def on_fit(chosen: Recipe, nbytes: int) -> None:
@@ -181,7 +190,7 @@ def run(
         )
     except KeyboardInterrupt:
         if pipelines.workspace_of(out).exists():
-            output.step("finished blocks are kept: the same command goes on from them")
+            output.step("what is finished is kept: the same command goes on from there")
         raise
     name = pipelines.denoiser_name(source)
     original, real = (sum(file.stat().st_size for file in weight_files(folder / name)) for folder in (source, out))

@@ -26,6 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -50,7 +51,7 @@ RANKS = (0, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 OnFit = Callable[[Recipe, int], None]
 """Called with a recipe that meets a size, and the bytes of the file that it gives."""
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmg]?)(i?)b)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmg]?)(i?)b)?\s*", re.IGNORECASE)
 
 
 def parse_size(size: str | int) -> int:
@@ -63,7 +64,7 @@ def parse_size(size: str | int) -> int:
     if match is None or (match[3] and not match[2]):
         raise UserError(f"size {str(size)!r}: expected a number and B, KB, MB, GB, KiB, MiB or GiB, such as 6.0GiB")
     power = " kmg".index((match[2] or " ").lower())
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,12 @@ class Fit:
         kinds: dict[object, list[list[str]]] = {}
         for jobs in blocks.values():
             likeness = tuple(
-                (tuple(self._site(path).name for path in job.paths), job.shapes, job.scheme, job.kernel) for job in jobs
-            )
+                (
+                    tuple(self._site(path).name for path in job.paths), job.shapes, job.scheme, job.kernel,
+                    job.paths[0] in self.slots,
+                )
+                for job in jobs
+            )  # fmt: skip
             kind = self._site(jobs[0].paths[0]).block.prefix, likeness
             kinds.setdefault(kind, []).append([job.paths[0] for job in jobs if job.paths[0] in self.slots])
         return list(kinds.values())
