@@ -164,3 +164,13 @@ def test_the_stated_memory_is_what_a_calibration_holds(new_tiny_random_pipeline:
     assert sums == stated.device > 0
     # The adaLN linears see fewer rows than they may.
     assert 0.6 * stated.host < held <= stated.host
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer_2", "scheduler", "vae"])
+def test_a_pipeline_that_cannot_draw_is_told_what_it_lacks(
+    part: str, new_tiny_random_pipeline: NewPipeline, recipe: Recipe
+) -> None:
+    pipe = new_tiny_random_pipeline()
+    setattr(pipe, part, None)
+    with pytest.raises(UserError, match=f"it has no {part}: load it whole"):
+        bittern.quantize(pipe, recipe, prompts=PROMPTS)

@@ -357,12 +357,19 @@ def recorder_of(
     """What records from a pipeline in memory.
 
     Raises:
-        UserError: for a model without its pipeline.
+        UserError: for a model without its pipeline, and a pipeline that lacks a component.
     """
     if isinstance(target, nn.Module):
         raise UserError(
             f"recipe {recipe.name} is calibrated on trajectories: give the whole pipeline, not its "
             f"{type(target).__name__}; or take a data-free recipe"
+        )
+    optional = getattr(target, "_optional_components", [])
+    missing = [name for name, part in target.components.items() if part is None and name not in optional]
+    if missing:
+        raise UserError(
+            f"recipe {recipe.name} is calibrated on what the pipeline draws, and it has no {' and no '.join(missing)}: "
+            "load it whole, or take a data-free recipe"
         )
     if prompts is None:
         prompts = default_prompts(target.config.get("_name_or_path"))
