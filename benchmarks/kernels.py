@@ -304,7 +304,8 @@ def whole_layers(bench: Bench) -> None:
             branch = list(layer.values()) if weight == "int4" else [None] * 3
             for path in ("a8-fp8", "a8-int8"):
                 args = (inputs, codes, scales, *branch, bias, weight, group, path, ())
-                call: Any = lambda args=args: linear.eight_bit_linear(*args)  # noqa: E731
+                run = linear.plan(path, m)
+                call: Any = lambda args=args, run=run: run(*args)  # noqa: E731
                 error: dict[str, Any] = {}
                 if bench.share is None:
                     want = reference.few_bit_linear(*args).float()

@@ -65,7 +65,7 @@ def make(case: Any, seed: int = 0, n: int = N, zero_rows: bool = False) -> Layer
 
 
 def run(inputs: list[Tensor], layer: Layer, path: str) -> Tensor:
-    function = linear.sixteen_bit_linear if path == "a16" else linear.eight_bit_linear
+    function = linear.plan(path, inputs[0].shape[:-1].numel())
     return function([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, ())
 
 
@@ -168,16 +168,16 @@ def test_sixteen_bit_linear_on_hostile_inputs(kind: str) -> None:
 @pytest.mark.parametrize("path", [*PATHS, "a16"])
 def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None:
     layer = moved(random_layer(0, N, (200,), rank=16, smooth=True))
-    function = linear.sixteen_bit_linear if path == "a16" else linear.eight_bit_linear
     x = torch.randn(3, 5, 200, generator=torch.Generator().manual_seed(0)).to(BF16).to(DEVICE)
+    function = linear.plan(path, 15)
     y = function([x], *layer.args(), path, ())
     assert y.shape == (3, 5, N)
     assert torch.equal(function([x], *layer.args(), path, ()), y)
     strided = torch.empty(5, 3, 400, dtype=BF16, device=DEVICE)[..., ::2].transpose(0, 1).copy_(x)
     assert not strided.is_contiguous()
-    assert torch.equal(function([strided], *layer.args(), path, ()), y)
+    assert torch.equal(linear.plan(path, 15)([strided], *layer.args(), path, ()), y)
     column = torch.empty(15, 300, dtype=BF16, device=DEVICE)[:, 50:250].copy_(x.flatten(0, 1))
-    assert torch.equal(function([column], *layer.args(), path, ()), y.flatten(0, 1))
+    assert torch.equal(linear.plan(path, 15)([column], *layer.args(), path, ()), y.flatten(0, 1))
 
 
 @pytest.mark.parametrize("path", [*PATHS, "a16"])

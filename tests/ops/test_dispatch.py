@@ -20,6 +20,7 @@ def registry() -> Iterator[None]:
     before = list(dispatch._kernels)
     yield
     dispatch._kernels[:] = before
+    dispatch._plans.clear()
 
 
 @pytest.mark.parametrize(("activations", "path"), [(4, "a8-int8"), (8, "a8-int8"), (16, "a16")])

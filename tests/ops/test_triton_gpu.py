@@ -93,7 +93,7 @@ def test_every_kind_of_configuration(chosen: GemmConfig, path: str, monkeypatch:
     monkeypatch.setattr(config, "gemm_for", lambda *args: chosen)
     layer = random_gpu_layer((1544, (1000, 300), "int4", 64, 24))
     inputs = random_gpu_inputs(300, (1000, 300))
-    y = linear.eight_bit_linear(inputs, *layer.args(), path, ())
+    y = linear.plan(path, 300)(inputs, *layer.args(), path, ())
     with ops.use_backend("torch"):
         want = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
     assert relative(y, want) <= 5e-3

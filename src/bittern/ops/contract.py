@@ -192,19 +192,31 @@ def _linear(
     path: str,
     shift: Sequence[float],
 ) -> Tensor:
-    check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift)
-    x = inputs[0]
-    call = dispatch.Call(
+    tensors = [*inputs, codes, scales, smooth, down, up, bias]
+    # All that a check or a choice may look at. What follows from it is worked out once.
+    signature = (
+        path,
         weight,
-        x.device.type,
-        dispatch.device_capability(x.device),
-        x.dtype,
-        x.shape[:-1].numel(),
-        group_size or 0,
+        group_size,
         len(inputs),
+        tuple(shift),
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors],
     )
-    kernel = dispatch.select(path, call)
-    return kernel.run(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift)
+    run = dispatch.planned(signature)
+    if run is None:
+        check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift)
+        x = inputs[0]
+        call = dispatch.Call(
+            weight,
+            x.device.type,
+            dispatch.device_capability(x.device),
+            x.dtype,
+            x.shape[:-1].numel(),
+            group_size or 0,
+            len(inputs),
+        )
+        run = dispatch.plan(signature, path, call)
+    return run(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift)
 
 
 def _linear_shape(

@@ -34,7 +34,7 @@ def kernels() -> tuple[Kernel, ...]:
     }
     eight: dict[str, Any] = {
         **common,
-        "run": _lazily("eight_bit_linear"),
+        "plan": _lazily("plan"),
         "prologue": _lazily("quantize_activations"),
         "rows": (1, None),
         "segments": 2,
@@ -42,5 +42,5 @@ def kernels() -> tuple[Kernel, ...]:
     return (
         Kernel("a8-int8", capability=((8, 0), NEWEST), **eight),
         Kernel("a8-fp8", capability=((8, 9), NEWEST), **eight),
-        Kernel("a16", run=_lazily("sixteen_bit_linear"), capability=((8, 0), NEWEST), rows=(1, None), **common),
+        Kernel("a16", plan=_lazily("plan"), capability=((8, 0), NEWEST), rows=(1, None), **common),
     )

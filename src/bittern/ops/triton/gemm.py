@@ -29,10 +29,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bittern.ops.triton.config import GemmConfig, padded_rank
-from bittern.ops.triton.launch import cdiv, multiprocessors, on_device_of
+from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, launch, multiprocessors
 from bittern.ops.triton.numerics import product, rounded
 
 
@@ -47,6 +46,7 @@ def gemm(
     out: Tensor,
     first_segment: int,
     config: GemmConfig,
+    launch: Launch = launch,
 ) -> None:
     """Fills `out` with the product of 8-bit operands.
 
@@ -61,48 +61,37 @@ def gemm(
         out: The result [M, N], contiguous, any float dtype.
         first_segment: Where the second segment starts; K if there is one.
         config: Tile and launch.
+        launch: What launches.
     """
     m, n = out.shape
     rank = 0 if up is None else up.shape[1]
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     store_descriptors = config.store_descriptors and n % 8 == 0
-    first, second, result = a, b, out
-    if config.descriptors:
-        first = TensorDescriptor.from_tensor(a, [config.block_m, config.block_k])
-        second = TensorDescriptor.from_tensor(b, [config.block_n, config.block_k])
+    first: Operand = Tiled(a, [config.block_m, config.block_k]) if config.descriptors else a
+    second: Operand = Tiled(b, [config.block_n, config.block_k]) if config.descriptors else b
+    result: Operand = out
     if store_descriptors:
-        result = TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // (2 if config.halves else 1)])
-    with on_device_of(a):
-        gemm_kernel[(min(tiles, config.programs * multiprocessors(a.device)),)](
-            first,
-            second,
-            result,
-            row_scales,
-            column_scales,
-            low,
-            up,
-            bias,
-            m,
-            n,
-            first_segment,
-            a.shape[1],
-            rank,
-            0 if up is None else up.stride(0),
-            SEGMENTS=row_scales.shape[0],
-            RANK=padded_rank(rank),
-            BIAS=bias is not None,
-            OUT_DTYPE=_DTYPES[out.dtype],
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            DESCRIPTORS=config.descriptors,
-            STORE_DESCRIPTORS=store_descriptors,
-            HALVES=config.halves,
-            EARLY=config.early,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        result = Tiled(out, [config.block_m, config.block_n // (2 if config.halves else 1)])
+    launch(
+        gemm_kernel,
+        (min(tiles, config.programs * multiprocessors(a.device)),),
+        (first, second, result, row_scales, column_scales, low, up, bias),
+        (m, n, first_segment, a.shape[1], rank, 0 if up is None else up.stride(0)),
+        SEGMENTS=row_scales.shape[0],
+        RANK=padded_rank(rank),
+        BIAS=bias is not None,
+        OUT_DTYPE=_DTYPES[out.dtype],
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        DESCRIPTORS=config.descriptors,
+        STORE_DESCRIPTORS=store_descriptors,
+        HALVES=config.halves,
+        EARLY=config.early,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
