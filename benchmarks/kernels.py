@@ -223,7 +223,7 @@ def gemms(bench: Bench) -> None:
                 def call(
                     a: Any = a, b: Any = b, rows: Any = rows, columns: Any = columns, config: Any = config
                 ) -> None:
-                    gemm(a, b, rows, columns, low, up, bias, out, segments[0], config)  # noqa: B023
+                    gemm(a, b, rows, columns, low, up, bias, out, segments[0], None, config)  # noqa: B023
 
                 bench.time(f"gemm {kind}", case, name, [call] * 3, floor=floor[kind], predicted=predicted, **facts)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ops_oracle import ROUNDING, Layer, expect, random_inputs, random_layer
+from ops_oracle import ROUNDING, Layer, expect, gelu, random_inputs, random_layer
 from torch import Tensor
 
 from bittern import formats
@@ -234,6 +234,35 @@ def test_many_tokens_on_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         want, _ = expect(inputs, layer, "a16")
         error = run(inputs, layer, "a16").cpu().double().numpy() - want
         assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize("gelu_from", [0, 17, N])
+def test_gelu_in_the_epilogue(path: str, gelu_from: int) -> None:
+    layer = make(LAYERS[1])
+    layer = dataclasses.replace(layer, scales=layer.scales * 4)
+    inputs = random_inputs(3, "gaussian", 33, layer.layout.segments, BF16)
+    args = ([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, (), gelu_from)
+    want, size = gelu(*expect(inputs, layer, path), gelu_from)
+    error = abs(linear.plan(path, 33)(*args).cpu().double().numpy() - want)
+    allowed = EXACT + BRANCH
+    if path == "a16":
+        # It rounds the smoothed input, and the output before the GELU.
+        allowed += SMOOTHED + ROUNDING[BF16][0]
+    if path == "a8-fp8" and HOPPER:
+        allowed += HOPPER_FP8
+    assert (error <= allowed * size + ROUNDING[BF16][0] * abs(want) + 2**-126).all()
+    assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
+
+
+def test_gelu_everywhere() -> None:
+    y = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30])])
+    layer = random_layer(0, len(y), (64,))
+    layer = dataclasses.replace(layer, bias=y, scales=layer.scales * 0)
+    x = torch.zeros(1, 64, device=DEVICE)
+    got = linear.plan("a8-int8", 1)([x], *moved(layer).args(), "a8-int8", (), 0).cpu()[0]
+    want = torch.nn.functional.gelu(y.double(), approximate="tanh")
+    assert ((got.double() - want).abs() <= 1e-5 * want.abs() + 1e-12).all()
 
 
 def test_segments_fill_whole_tiles() -> None:

@@ -52,8 +52,10 @@ def described(launches: list[Any], tensors: list[Tensor]) -> list[Any]:
     for address in {a for each in arguments for a in each if isinstance(a, int) and a > 2**32}:
         distances = ((i, address - t.data_ptr()) for i, t in enumerate(tensors))
         within = [(i, d) for i, d in distances if 0 <= d < tensors[i].untyped_storage().nbytes()]
-        names |= {address: place for place in within}
-        own += [] if within else [address]
+        if within:
+            names[address] = within[0]
+        else:
+            own.append(address)
     names |= {a: (-1, a - min(own)) for a in own}
     return [
         (*head, [names.get(a, a) if isinstance(a, int) else a for a in each])

@@ -85,6 +85,7 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_p
             "SEGMENTS": segments,
             "RANK": 32,
             "BIAS": True,
+            "GELU": True,
             "OUT_DTYPE": tl.bfloat16,
             "BLOCK_M": chosen.block_m,
             "BLOCK_N": chosen.block_n,

@@ -2,7 +2,7 @@
 
 The maths, for M tokens, N outputs, segments of K, and rank R:
 
-    y = sum over segments of ((Qa · Qw^T) · a) · c  +  low · U^T  +  bias
+    y = sum over segments of ((Qa · Qw^T) · a) · c  +  low · U^T  +  bias,  and gelu(y) from one output on
 
 with codes Qa [M, K] and Qw [N, K] in int8 (summed in int32, exactly) or e4m3 (in float32, on Hopper with the
 tensor cores' own fast accumulation), one scale a for each token and segment and one c for each output and
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bittern.ops.triton.config import GemmConfig, padded_rank
 from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, launch, multiprocessors
-from bittern.ops.triton.numerics import product, rounded
+from bittern.ops.triton.numerics import gelu, product, rounded
 
 
 def gemm(
@@ -45,6 +45,7 @@ def gemm(
     bias: Tensor | None,
     out: Tensor,
     first_segment: int,
+    gelu_from: int | None,
     config: GemmConfig,
     launch: Launch = launch,
 ) -> None:
@@ -60,6 +61,7 @@ def gemm(
         bias: [N].
         out: The result [M, N], contiguous, any float dtype.
         first_segment: Where the second segment starts; K if there is one.
+        gelu_from: First output that passes through a GELU; None for none.
         config: Tile and launch.
         launch: What launches.
     """
@@ -76,10 +78,11 @@ def gemm(
         gemm_kernel,
         (min(tiles, config.programs * multiprocessors(a.device)),),
         (first, second, result, row_scales, column_scales, low, up, bias),
-        (m, n, first_segment, a.shape[1], rank, 0 if up is None else up.stride(0)),
+        (m, n, first_segment, a.shape[1], rank, 0 if up is None else up.stride(0), gelu_from or 0),
         SEGMENTS=row_scales.shape[0],
         RANK=padded_rank(rank),
         BIAS=bias is not None,
+        GELU=gelu_from is not None,
         OUT_DTYPE=_DTYPES[out.dtype],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -154,9 +157,11 @@ def gemm_kernel(
     k,
     rank,
     stride_up,
+    gelu_from,
     SEGMENTS: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
+    GELU: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -224,6 +229,9 @@ def gemm_kernel(
             if not EARLY:
                 shift = tl.load(bias + b_rows)
             y += shift.to(tl.float32)[None, :]
+        if GELU:
+            if column_start + BLOCK_N > gelu_from:
+                y = tl.where((columns >= gelu_from)[None, :], gelu(y), y)
         if STORE_DESCRIPTORS:
             if HALVES:
                 left, right = y.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()

@@ -12,7 +12,7 @@ A layer's first call with a signature records its launches, and the next ones re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class _Call(NamedTuple):
     weight: str
     layout: KLayout
     path: str
+    gelu_from: int | None
 
 
 class LayerPlan:
@@ -87,6 +88,7 @@ class LayerPlan:
         group_size: int | None,
         path: str,
         shift: Sequence[float],
+        gelu_from: int | None = None,
     ) -> Tensor:
         """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
         first = inputs[0]
@@ -112,6 +114,7 @@ class LayerPlan:
             weight,
             layout,
             path,
+            gelu_from,
         )
         self._record(recorder, call)
         self.launches = recorder.launches() or self.launches
@@ -171,6 +174,7 @@ class EightBits(LayerPlan):
             call.bias,
             call.out,
             bounds[0][1],
+            call.gelu_from,
             config.gemm_for(here, m, count, call.path == "a8-int8", rank),
             launch=recorder.launch,
         )
@@ -178,6 +182,11 @@ class EightBits(LayerPlan):
 
 class SixteenBits(LayerPlan):
     """Path "a16" for few tokens."""
+
+    def __call__(self, inputs: Sequence[Tensor], *args: Any) -> Tensor:
+        """As every plan's."""
+        gelu_from = args[10] if len(args) > 10 else None
+        return activated(super().__call__(inputs, *args), gelu_from)
 
     def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
         if down is None:
@@ -225,6 +234,7 @@ def many_tokens(
     group_size: int | None,
     path: str,
     shift: Sequence[float],
+    gelu_from: int | None = None,
 ) -> Tensor:
     """The layer on path "a16" by the vendor's GEMM. Arguments as in `bittern.ops.few_bit_linear`."""
     first, n = inputs[0], codes.shape[0]
@@ -245,7 +255,15 @@ def many_tokens(
         )
         y = x @ part.T if y is None else torch.addmm(y, x, part.T)
     assert y is not None
-    return y.reshape(*first.shape[:-1], n)
+    return activated(y.reshape(*first.shape[:-1], n), gelu_from)
+
+
+def activated(y: Tensor, gelu_from: int | None) -> Tensor:
+    """Outputs of a kernel whose epilogue has no GELU, with theirs, in place."""
+    if gelu_from is not None:
+        part = y[..., gelu_from:]
+        part.copy_(torch.nn.functional.gelu(part, approximate="tanh"))
+    return y
 
 
 def quantize_activations(
