@@ -302,7 +302,7 @@ def whole_layers(bench: Bench) -> None:
         for weight, group in (("int4", 64), ("ternary", None)):
             codes, scales = weights(weight, group, n, segments)
             branch = list(layer.values()) if weight == "int4" else [None] * 3
-            for path in ("a8-fp8", "a8-int8"):
+            for path in ("a8-fp8", "a8-int8", "a4"):
                 args = (inputs, codes, scales, *branch, bias, weight, group, path, ())
                 run = linear.plan(path, m)
                 call: Any = lambda args=args, run=run: run(*args)  # noqa: E731

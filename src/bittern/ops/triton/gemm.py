@@ -83,7 +83,7 @@ def gemm(
         RANK=padded_rank(rank),
         BIAS=bias is not None,
         GELU=gelu_from is not None,
-        OUT_DTYPE=_DTYPES[out.dtype],
+        OUT_DTYPE=DTYPES[out.dtype],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -97,7 +97,7 @@ def gemm(
     )
 
 
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _add_products(
 
 
 @triton.jit
-def _factors(low, up, a_rows, b_rows, rank, stride_up, RANK: tl.constexpr):
+def factors(low, up, a_rows, b_rows, rank, stride_up, RANK: tl.constexpr):
     """The tile's rows of the low-rank branch, both in the dtype of U."""
     ranks = tl.arange(0, RANK)
     known = (ranks < rank)[None, :]
@@ -189,7 +189,7 @@ def gemm_kernel(
             # What the epilogue reads is asked for now and arrives during the products.
             row_scale, column_scale = tl.load(row_scales + a_rows), tl.load(column_scales + b_rows)
             if RANK > 0:
-                projected, u = _factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+                projected, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
             if BIAS:
                 shift = tl.load(bias + b_rows)
 
@@ -223,7 +223,7 @@ def gemm_kernel(
             y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
         if RANK > 0:
             if not EARLY:
-                projected, u = _factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+                projected, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
             y = product(projected, u.T, y)
         if BIAS:
             if not EARLY:

@@ -1,6 +1,7 @@
 """The layer put together from the kernels: what the registry runs for a path.
 
     a8    per segment: prologue -> codes, scales, low;  per segment: unpack -> 8-bit weight;  one GEMM
+    a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   few tokens: per segment one pass over the packed weight;  more: a 16-bit weight, and the vendor's GEMM
 
 The 8-bit operands live in torch's caching allocator for the length of a call, so that layers share the memory;
@@ -21,11 +22,14 @@ from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import config
 from bittern.ops.triton.dequantize import dequantize_segment
+from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
+from bittern.ops.triton.grouped_gemm import grouped_gemm
 from bittern.ops.triton.launch import Launches, Recorder, on_device_of
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
+from bittern.scheme import ACTIVATION_GROUP
 
 FEW_TOKENS = 64
 """Up to here the 16-bit path reads packed weights in the product itself."""
@@ -60,6 +64,7 @@ class _Call(NamedTuple):
     weight: str
     layout: KLayout
     path: str
+    shift: Sequence[float]
     gelu_from: int | None
 
 
@@ -114,6 +119,7 @@ class LayerPlan:
             weight,
             layout,
             path,
+            shift,
             gelu_from,
         )
         self._record(recorder, call)
@@ -180,6 +186,78 @@ class EightBits(LayerPlan):
         )
 
 
+class FourBits(LayerPlan):
+    """Path "a4"."""
+
+    def _record(self, recorder: Recorder, call: _Call) -> None:
+        (m, n), device = call.out.shape, call.out.device
+        bounds = scratch_bounds(call.layout)
+        width, rank = bounds[-1][1], 0 if call.up is None else call.up.shape[1]
+        a, b, row_scales, unused, corrected, low = recorder.scratch(
+            device,
+            ((m, width), torch.int8),
+            ((n, width), torch.int8),
+            ((width // ACTIVATION_GROUP, m), torch.float32),
+            ((n,), torch.float32),
+            ((n,), torch.float32),
+            ((m, rank), torch.float32),
+        )
+        bias = call.bias
+        shifts = call.shift or (0.0,) * len(bounds)
+        for i, (x, segment, (start, stop)) in enumerate(zip(call.inputs, call.layout, bounds, strict=True)):
+            groups = slice(start // ACTIVATION_GROUP, stop // ACTIVATION_GROUP)
+            quantize_groups(
+                x,
+                call.smooth[i],
+                call.down[i],
+                recorder.part(a, a[:, start:stop]),
+                recorder.part(row_scales, row_scales[groups]),
+                low if rank else None,
+                shifts[i],
+                accumulate=i > 0,
+                launch=recorder.launch,
+            )
+            unpack_segment(
+                call.codes,
+                call.scales,
+                call.weight,
+                segment,
+                recorder.part(b, b[:, start:stop]),
+                unused,
+                config.unpack_for(x.shape[-1], False),
+                fold=False,
+                launch=recorder.launch,
+            )
+            if shifts[i]:
+                correct_bias(
+                    call.codes,
+                    call.scales,
+                    call.smooth[i],
+                    bias,
+                    corrected,
+                    call.weight,
+                    segment,
+                    shifts[i],
+                    launch=recorder.launch,
+                )
+                bias = corrected
+        grouped_gemm(
+            a,
+            b,
+            row_scales,
+            call.scales,
+            low if rank else None,
+            call.up,
+            bias,
+            call.out,
+            call.layout,
+            bounds[0][1],
+            call.gelu_from,
+            config.grouped_gemm_for(config.device_of(device), m),
+            launch=recorder.launch,
+        )
+
+
 class SixteenBits(LayerPlan):
     """Path "a16" for few tokens."""
 
@@ -218,7 +296,7 @@ class SixteenBits(LayerPlan):
 def plan(path: str, rows: int) -> Callable[..., Tensor]:
     """What runs calls of one signature on a path, with so many tokens."""
     if path != "a16":
-        return EightBits()
+        return FourBits() if path == "a4" else EightBits()
     return SixteenBits() if rows <= FEW_TOKENS else many_tokens
 
 

@@ -42,6 +42,7 @@ def unpack_segment(
     out: Tensor,
     column_scales: Tensor,
     config: UnpackConfig,
+    fold: bool = True,
     launch: Launch = launch,
 ) -> None:
     """Folds one K-segment of a weight to 8 bits.
@@ -52,12 +53,13 @@ def unpack_segment(
         weight: "int4" or "ternary".
         segment: Where the segment lies in both.
         out: int8 or e4m3 [N, width]; what lies beyond the segment's inputs becomes 0.
-        column_scales: float32 [N].
+        column_scales: float32 [N]; without folding, of the first group only.
         config: Tile and launch.
+        fold: Whether to apply the groups' scales; otherwise codes stay as they are.
         launch: What launches.
     """
     n, per_byte = codes.shape[0], {"int4": 2, "ternary": 4}[weight]
-    grouped = segment.groups.stop - segment.groups.start > 1
+    grouped = fold and segment.groups.stop - segment.groups.start > 1
     block_k = max(config.block_k, segment.size) if grouped else config.block_k
     k = segment.unpadded.stop - segment.unpadded.start
     launch(
