@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import wrap_handle_tensordesc
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -42,20 +42,20 @@ class Utils:
 
 
 class Launcher:
-    """Takes the arguments in the manner of Triton's own."""
+    """Takes what Triton's own takes: grid, stream, function, two of metadata, two hooks, and the arguments."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
-        self._note = wrap_handle_tensordesc(self._launched, dict(src.signature), metadata.tensordesc_meta)
+        described = [str(kind).startswith("tensordesc") for kind in src.signature.values()]
+        maps = iter(metadata.tensordesc_meta or [])
+        self._maps = [next(maps) if is_described else None for is_described in described]
 
     def __call__(self, *args: Any) -> None:
-        # Grid, stream, function, two switches and two scratch buffers, two of metadata, two hooks, arguments.
-        x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments = args
-        self._note(x, y, z, stream, function, 0, 0, None, None, packed, launch_metadata, enter, leave, *arguments)
-
-    @staticmethod
-    def _launched(*args: Any) -> None:
-        arguments = [a.data_ptr() if hasattr(a, "data_ptr") else a for a in args[13:]]
-        launched.append((args[4], args[:3], arguments))
+        x, y, z, _stream, function, _, _, _, _, *given = args
+        arguments = [
+            value if layout is None else make_tensordesc_arg(value, layout)
+            for value, layout in zip(given, self._maps, strict=True)
+        ]
+        launched.append((function, (x, y, z), [a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments]))
 
 
 class Driver:
