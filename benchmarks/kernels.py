@@ -223,7 +223,7 @@ def gemms(bench: Bench) -> None:
                 def call(
                     a: Any = a, b: Any = b, rows: Any = rows, columns: Any = columns, config: Any = config
                 ) -> None:
-                    gemm(a, b, rows, columns, low, up, bias, out, segments[0], config)  # noqa: B023
+                    gemm(a, b, rows, columns, low, up, bias, out, segments[0], None, config)  # noqa: B023
 
                 bench.time(f"gemm {kind}", case, name, [call] * 3, floor=floor[kind], predicted=predicted, **facts)
 
@@ -302,9 +302,10 @@ def whole_layers(bench: Bench) -> None:
         for weight, group in (("int4", 64), ("ternary", None)):
             codes, scales = weights(weight, group, n, segments)
             branch = list(layer.values()) if weight == "int4" else [None] * 3
-            for path in ("a8-fp8", "a8-int8"):
+            for path in ("a8-fp8", "a8-int8", "a4"):
                 args = (inputs, codes, scales, *branch, bias, weight, group, path, ())
-                call: Any = lambda args=args: linear.eight_bit_linear(*args)  # noqa: E731
+                run = linear.plan(path, m)
+                call: Any = lambda args=args, run=run: run(*args)  # noqa: E731
                 error: dict[str, Any] = {}
                 if bench.share is None:
                     want = reference.few_bit_linear(*args).float()

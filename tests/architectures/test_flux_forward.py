@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models import activations
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,6 +45,8 @@ def ungrouped(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
             module.set_processor(transformer_flux.FluxAttnProcessor())
         elif isinstance(module, flux_forward.FluxSingleTransformerBlock):
             module.__class__ = transformer_flux.FluxSingleTransformerBlock
+        elif isinstance(module, flux_forward.GELU):
+            module.__class__ = activations.GELU
     return model
 
 
@@ -97,6 +100,26 @@ def test_a_group_is_one_operation_and_nothing_is_concatenated(model: FluxTransfo
     assert theirs.count[name] == 14 + 6
     assert 64 + 256 not in ours.joined
     assert 64 + 256 in theirs.joined
+
+
+def test_what_goes_into_a_gelu_is_not_written(model: FluxTransformer2DModel) -> None:
+    bittern.quantize(model, "svdquant-fast")
+    gelus = [module for module in model.modules() if isinstance(module, activations.GELU)]
+    expected = run(model)
+    with Operations() as theirs:
+        run(ungrouped(model))
+    with Operations() as ours:
+        run(model)
+    assert (theirs.count["aten::gelu"], ours.count["aten::gelu"]) == (3, 0)
+    assert all(type(module) is flux_forward.GELU for module in gelus)
+    seen: list[str] = []
+    single = model.single_transformer_blocks[0]
+    handles = [m.register_forward_hook(lambda *_: seen.append("layer")) for m in (gelus[0].proj, single.proj_mlp)]
+    handles.append(single.act_mlp.register_forward_hook(lambda *_: seen.append("act")))
+    assert (run(model) - expected).norm() <= 2e-3 * expected.norm()
+    assert seen == ["layer", "layer", "act"]
+    for handle in handles:
+        handle.remove()
 
 
 def test_fp16_stays_finite_where_diffusers_clips(model: FluxTransformer2DModel) -> None:

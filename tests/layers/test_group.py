@@ -74,9 +74,9 @@ def test_what_can_run_together_runs_as_one_operation(monkeypatch: pytest.MonkeyP
     calls: list[tuple[int, int]] = []
     run = QuantLinear.linear_rows
 
-    def counted(self: QuantLinear, x: Any, start: int, stop: int, bias: Any) -> Tensor:
+    def counted(self: QuantLinear, x: Any, start: int, stop: int, *rest: Any) -> Tensor:
         calls.append((start, stop))
-        return run(self, x, start, stop, bias)
+        return run(self, x, start, stop, *rest)
 
     monkeypatch.setattr(QuantLinear, "linear_rows", counted)
     model, x = group(), torch.randn(3, 96)

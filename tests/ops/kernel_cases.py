@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from ops_oracle import ROUNDING, Layer, expect, random_inputs, random_layer
+from ops_oracle import ROUNDING, Layer, expect, gelu, random_inputs, random_layer
 from torch import Tensor
 
 from bittern import formats
@@ -21,6 +21,7 @@ from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import config, linear
 from bittern.ops.triton.dequantize import dequantize_segment
+from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
 from bittern.ops.triton.unpack import unpack_segment
 
@@ -65,7 +66,7 @@ def make(case: Any, seed: int = 0, n: int = N, zero_rows: bool = False) -> Layer
 
 
 def run(inputs: list[Tensor], layer: Layer, path: str) -> Tensor:
-    function = linear.sixteen_bit_linear if path == "a16" else linear.eight_bit_linear
+    function = linear.plan(path, inputs[0].shape[:-1].numel())
     return function([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, ())
 
 
@@ -165,22 +166,22 @@ def test_sixteen_bit_linear_on_hostile_inputs(kind: str) -> None:
     check(run(inputs, layer, "a16"), inputs, layer, "a16")
 
 
-@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None:
     layer = moved(random_layer(0, N, (200,), rank=16, smooth=True))
-    function = linear.sixteen_bit_linear if path == "a16" else linear.eight_bit_linear
     x = torch.randn(3, 5, 200, generator=torch.Generator().manual_seed(0)).to(BF16).to(DEVICE)
+    function = linear.plan(path, 15)
     y = function([x], *layer.args(), path, ())
     assert y.shape == (3, 5, N)
     assert torch.equal(function([x], *layer.args(), path, ()), y)
     strided = torch.empty(5, 3, 400, dtype=BF16, device=DEVICE)[..., ::2].transpose(0, 1).copy_(x)
     assert not strided.is_contiguous()
-    assert torch.equal(function([strided], *layer.args(), path, ()), y)
+    assert torch.equal(linear.plan(path, 15)([strided], *layer.args(), path, ()), y)
     column = torch.empty(15, 300, dtype=BF16, device=DEVICE)[:, 50:250].copy_(x.flatten(0, 1))
-    assert torch.equal(function([column], *layer.args(), path, ()), y.flatten(0, 1))
+    assert torch.equal(linear.plan(path, 15)([column], *layer.args(), path, ()), y.flatten(0, 1))
 
 
-@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_token_that_is_not_finite_stays_visible_and_alone(path: str, value: float) -> None:
     layer = random_layer(0, 20, (300,), rank=16, smooth=True)
@@ -191,6 +192,77 @@ def test_a_token_that_is_not_finite_stays_visible_and_alone(path: str, value: fl
     others = torch.arange(6) != 2
     assert not y[2].isfinite().any()
     assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "positive", "outlier channels"])
+@pytest.mark.parametrize("shift", [0.0, 0.171875])
+@pytest.mark.parametrize(("m", "k", "rank"), [(7, 200, 16), (33, 1100, 40), (1, 64, 0)])
+def test_four_bit_prologue(kind: str, shift: float, m: int, k: int, rank: int) -> None:
+    layer = random_layer(1, 4, (k,), rank=rank, smooth=True)
+    (x,) = hostile_inputs(kind, m, (k,))
+    format = "uint4" if shift else "int4"
+    packed, scales, low = reference.quantize_activations(x, layer.smooth, layer.down, format, shift)
+    there, width = moved(layer), -(-k // 128) * 128
+    codes = torch.full((m, width), 77, dtype=torch.int8, device=DEVICE)
+    got = torch.full((width // 64, m), float("nan"), device=DEVICE)
+    sums = torch.full((m, rank), float("nan"), device=DEVICE) if rank else None
+    quantize_groups(x.to(DEVICE), there.smooth, there.down, codes, got, sums, shift)
+    want = formats.get_packing("nibbles").unpack(packed, scales.shape[1] * 64)
+    known = scales.shape[1]
+    assert torch.equal(codes[:, : known * 64].cpu(), want & 15 if shift else want)
+    assert not codes[:, known * 64 :].any()
+    assert torch.equal(got[:known].T.cpu(), scales)
+    assert got.isfinite().all()
+    if sums is not None:
+        assert torch.allclose(sums.cpu(), low, rtol=1e-4, atol=1e-4 * low.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("case", "m", "shift"),
+    [(case, 33, ()) for case in LAYERS]
+    + [
+        (LAYERS[0], 7, (0.171875,)),
+        (LAYERS[1], 1, ()),
+        (LAYERS[1], 40, (0.0, 0.171875)),
+        (LAYERS[3], 16, (0.171875,)),
+        (LAYERS[5], 16, (0.25, 0.5)),
+        (("int4", 32, (200, 72), 16, True), 9, (0.0, 0.171875)),
+        (("ternary", None, (70, 300), 16, True), 9, (0.171875, 0.0)),
+        (("int4", 256, (700,), 0, False), 9, ()),
+    ],
+)
+def test_four_bit_linear(case: Any, m: int, shift: tuple[float, ...]) -> None:
+    layer = make(case)
+    inputs = random_inputs(m, "gaussian", m, case[2], BF16)
+    check_four_bits(inputs, layer, shift)
+
+
+@pytest.mark.parametrize("shift", [(), (0.0, 0.171875)])
+@pytest.mark.parametrize("kind", [*KINDS, "outlier channels"])
+def test_four_bit_linear_on_hostile_inputs(kind: str, shift: tuple[float, ...]) -> None:
+    layer = make(LAYERS[1], zero_rows=True)
+    check_four_bits(hostile_inputs(kind, 33, layer.layout.segments), layer, shift)
+
+
+def hostile_inputs(kind: str, m: int, segments: tuple[int, ...]) -> list[Tensor]:
+    if kind != "outlier channels":
+        return random_inputs(2, kind, m, segments, BF16)
+    inputs = random_inputs(2, "gaussian", m, segments, BF16)
+    for x in inputs:
+        x[:, ::13] *= 20
+        x[:, 64:128] = 0
+    return inputs
+
+
+def check_four_bits(inputs: list[Tensor], layer: Layer, shift: tuple[float, ...]) -> None:
+    m = len(inputs[0])
+    y = linear.plan("a4", m)([x.to(DEVICE) for x in inputs], *moved(layer).args(), "a4", shift).cpu()
+    want, size = expect(inputs, layer, "a4", shift)
+    allowed = EXACT + (BRANCH if layer.up is not None else 0.0)
+    error = abs(y.double().numpy() - want)
+    assert (error <= allowed * size + ROUNDING[BF16][0] * abs(want) + 2**-126).all()
+    ours = reference.few_bit_linear(inputs, *layer.args(), "a4", shift)
+    assert (y.float() - ours.float()).norm() <= 5e-3 * ours.float().norm() + 2**-126
 
 
 def test_int8_is_the_reference_to_the_last_bit_without_a_branch() -> None:
@@ -234,6 +306,35 @@ def test_many_tokens_on_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         want, _ = expect(inputs, layer, "a16")
         error = run(inputs, layer, "a16").cpu().double().numpy() - want
         assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
+@pytest.mark.parametrize("gelu_from", [0, 17, N])
+def test_gelu_in_the_epilogue(path: str, gelu_from: int) -> None:
+    layer = make(LAYERS[1])
+    layer = dataclasses.replace(layer, scales=layer.scales * 4)
+    inputs = random_inputs(3, "gaussian", 33, layer.layout.segments, BF16)
+    args = ([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, (), gelu_from)
+    want, size = gelu(*expect(inputs, layer, path), gelu_from)
+    error = abs(linear.plan(path, 33)(*args).cpu().double().numpy() - want)
+    allowed = EXACT + BRANCH
+    if path == "a16":
+        # It rounds the smoothed input, and the output before the GELU.
+        allowed += SMOOTHED + ROUNDING[BF16][0]
+    if path == "a8-fp8" and HOPPER:
+        allowed += HOPPER_FP8
+    assert (error <= allowed * size + ROUNDING[BF16][0] * abs(want) + 2**-126).all()
+    assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
+
+
+def test_gelu_everywhere() -> None:
+    y = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30])])
+    layer = random_layer(0, len(y), (64,))
+    layer = dataclasses.replace(layer, bias=y, scales=layer.scales * 0)
+    x = torch.zeros(1, 64, device=DEVICE)
+    got = linear.plan("a8-int8", 1)([x], *moved(layer).args(), "a8-int8", (), 0).cpu()[0]
+    want = torch.nn.functional.gelu(y.double(), approximate="tanh")
+    assert ((got.double() - want).abs() <= 1e-5 * want.abs() + 1e-12).all()
 
 
 def test_segments_fill_whole_tiles() -> None:

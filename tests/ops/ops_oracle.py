@@ -99,6 +99,16 @@ def random_inputs(seed: int, kind: str, m: int, segments: tuple[int, ...], dtype
     return [part.to(dtype) for part in x.split(segments, dim=-1)]
 
 
+def gelu(y: Any, size: Any, gelu_from: int) -> tuple[Any, Any]:
+    """Outputs, and magnitudes that bound their errors, after a GELU from one output on."""
+    y, size = y.copy(), size.copy()
+    part = y[:, gelu_from:]
+    y[:, gelu_from:] = part / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (part + 0.044715 * part**3)))
+    # Nowhere steeper than 1.13.
+    size[:, gelu_from:] = 1.13 * size[:, gelu_from:] + abs(part)
+    return y, size
+
+
 def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ...] = ()) -> tuple[Any, Any]:
     """The outputs in float64, and the sum of magnitudes that went into each."""
     codes = formats.get(layer.weight).unpack(layer.codes, layer.layout.padded_k).numpy().astype(F32)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from ops_oracle import assert_close, expect, random_layer
+from ops_oracle import assert_close, expect, gelu, random_layer
 from torch import Tensor
 
 from bittern import ops
 from bittern.errors import UserError
+from bittern.ops import reference
 
 OP = torch.ops.bittern.few_bit_linear.default
 
@@ -20,9 +21,34 @@ def test_the_operation_keeps_torchs_rules(path: str, trained: bool) -> None:
     layer = random_layer(0, 24, (64, 72), rank=16, smooth=True)
     inputs = [torch.randn(2, 5, k, requires_grad=trained) for k in (64, 72)]
     for shift in ([], [0.2, 0.0]):
-        torch.library.opcheck(OP, (inputs, *layer.args(), path, shift))
+        torch.library.opcheck(OP, (inputs, *layer.args(), path, shift, None))
     bare = random_layer(0, 24, (64,), "ternary", None, bias=False)
-    torch.library.opcheck(OP, ([torch.randn(3, 64, requires_grad=trained)], *bare.args(), path, []))
+    torch.library.opcheck(OP, ([torch.randn(3, 64, requires_grad=trained)], *bare.args(), path, [], None))
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+@pytest.mark.parametrize("gelu_from", [0, 10, 24])
+def test_some_outputs_pass_through_a_gelu(path: str, gelu_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(0, 24, (64, 72), rank=16, smooth=True)
+    inputs = [torch.randn(2, 5, k) for k in (64, 72)]
+    torch.library.opcheck(OP, (inputs, *layer.args(), path, [], gelu_from))
+    # Blocks of rows that lie before, across and behind the first.
+    monkeypatch.setitem(reference._BLOCK, "cpu", 7 * layer.layout.padded_k)
+    y = ops.few_bit_linear(inputs, path=path, gelu_from=gelu_from, **layer.kwargs())
+    assert_close(y, *gelu(*expect(inputs, layer, path), gelu_from))
+
+
+def test_a_gelu_passes_gradients() -> None:
+    layer = random_layer(0, 24, (64,), rank=16)
+    x, same = (torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    y = ops.few_bit_linear([x], path="a16", gelu_from=10, **layer.kwargs())
+    plain = ops.few_bit_linear([same], path="a16", **layer.kwargs())
+    want = torch.cat([plain[:, :10], torch.nn.functional.gelu(plain[:, 10:], approximate="tanh")], dim=1)
+    y.square().sum().backward()
+    want.square().sum().backward()
+    assert torch.equal(y, want) and torch.equal(x.grad, same.grad)
+    with pytest.raises(NotImplementedError, match="fused GELU has no gradient"):
+        OP([x], *layer.args(), "a16", [], 10).sum().backward()
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4", "uint4"])

@@ -20,6 +20,7 @@ def registry() -> Iterator[None]:
     before = list(dispatch._kernels)
     yield
     dispatch._kernels[:] = before
+    dispatch._plans.clear()
 
 
 @pytest.mark.parametrize(("activations", "path"), [(4, "a8-int8"), (8, "a8-int8"), (16, "a16")])
@@ -66,6 +67,16 @@ def test_a_native_kernel_beats_an_emulation_of_a_narrower_path() -> None:
     # Triton has no kernels for so old a GPU, and the reference emulates.
     assert ops.choose_path(scheme, "cuda", 1, capability=(7, 5)).path == "a16"
     assert ops.choose_path(scheme, "cuda", 100, capability=(7, 5)).path == "a8-int8"
+
+
+def test_emulated_four_bits_run_when_forced_and_say_why_not_otherwise() -> None:
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        choice = ops.choose_path(Scheme(activations=4), "cuda", path="a4", capability=capability)
+        assert (choice.path, choice.backend) == ("a4", "triton")
+    verdicts = ops.explain(Scheme(activations=4), "cuda", capability=(8, 6))
+    reasons = {v.backend: v.reason for v in verdicts if v.path == "a4" and not v.accepted}
+    assert "emulated 4 bits are slower" in reasons["triton"]
+    assert ops.choose_path(Scheme(activations=4), "cuda", path="a4", capability=(7, 5)).backend == "torch"
 
 
 def test_every_verdict_has_its_reason() -> None:
@@ -187,6 +198,7 @@ def test_triton_takes_over_only_what_it_declares() -> None:
     assert dispatch.select("a8-fp8", call).backend == "triton"
     for change in ({"dtype": torch.float32}, {"rows": 0}, {"group": 48}, {"segments": 3}, {"device": "cpu"}):
         assert dispatch.select("a8-fp8", dataclasses.replace(call, **change)).backend == "torch"
-    assert dispatch.select("a4", call).backend == "torch"
+    assert dispatch.select("a4", call).backend == "triton"
+    assert dispatch.select("a4", dataclasses.replace(call, capability=(7, 5))).backend == "torch"
     with ops.use_backend("torch"):
         assert dispatch.select("a8-fp8", call).backend == "torch"

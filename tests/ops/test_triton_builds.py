@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bittern.ops.triton import config, dequantize, gemm, prologue, skinny, unpack
+from bittern.ops.triton import config, dequantize, four_bits, gemm, grouped_gemm, prologue, skinny, unpack
 
 FP8, INT8 = "fp8e4nv", "i8"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -85,6 +85,7 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_p
             "SEGMENTS": segments,
             "RANK": 32,
             "BIAS": True,
+            "GELU": True,
             "OUT_DTYPE": tl.bfloat16,
             "BLOCK_M": chosen.block_m,
             "BLOCK_N": chosen.block_n,
@@ -210,3 +211,80 @@ def test_dequantize(capability: int, tmp_path: Path) -> None:
         enable_fp_fusion=False,
     )
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+
+
+INT8_INSTRUCTION = r"mma\S*s32\.s8\.s8"
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(("group", "segments", "tokens"), [(64, 1, 4096), (64, 2, 4096), (0, 2, 4096), (32, 1, 7)])
+def test_grouped_gemm(capability: int, group: int, segments: int, tokens: int, tmp_path: Path) -> None:
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    chosen = config.grouped_gemm_for(device, tokens)
+    compiled = build(
+        grouped_gemm.grouped_gemm_kernel,
+        capability,
+        {
+            "a": "*i8",
+            "b": "*i8",
+            "out": "*bf16",
+            "row_scales": "*fp32",
+            "scales": "*bf16",
+            "low": "*fp32",
+            "up": "*bf16",
+            "bias": "*bf16",
+        },
+        {
+            "SEGMENTS": segments,
+            "GROUP": group,
+            "RANK": 32,
+            "BIAS": True,
+            "GELU": True,
+            "OUT_DTYPE": tl.bfloat16,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_N": chosen.block_n,
+            "CHUNK": min(group, 64) if group else 64,
+            "GROUP_M": chosen.group_m,
+        },
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    expect(compiled, capability, INT8_INSTRUCTION, tmp_path, 256 if segments == 2 else STACK)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("shift", [0.0, 0.171875])
+def test_four_bit_prologue(capability: int, shift: float, tmp_path: Path) -> None:
+    compiled = build(
+        four_bits.groups_kernel,
+        capability,
+        {"x": "*bf16", "smooth": "*bf16", "down": "*bf16", "codes": "*i8", "scales": "*fp32", "low": "*fp32"},
+        {
+            "SHIFT": shift,
+            "SMOOTH": True,
+            "RANK": 32,
+            "ACCUMULATE": False,
+            "BLOCK_M": four_bits.BLOCK_M,
+            "BLOCK_K": four_bits.BLOCK_K,
+        },
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    compiled = build(
+        four_bits.correction_kernel,
+        capability,
+        {"codes": "*u8", "scales": "*bf16", "smooth": "*bf16", "bias": "*bf16", "out": "*fp32"},
+        {
+            "SHIFT": 0.171875,
+            "PER_BYTE": 2,
+            "GROUP": 64,
+            "SMOOTH": True,
+            "BIAS": True,
+            "BLOCK_N": four_bits.CORRECTED_N,
+            "BLOCK_K": four_bits.CORRECTED_K,
+        },
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    expect(compiled, capability, r"ld\.global", tmp_path)

@@ -51,7 +51,7 @@ def exact_float32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 @pytest.mark.parametrize("case", LARGE)
 def test_every_number_of_rows_against_the_reference(path: str, case: Any) -> None:
     layer = random_gpu_layer(case)
@@ -93,13 +93,13 @@ def test_every_kind_of_configuration(chosen: GemmConfig, path: str, monkeypatch:
     monkeypatch.setattr(config, "gemm_for", lambda *args: chosen)
     layer = random_gpu_layer((1544, (1000, 300), "int4", 64, 24))
     inputs = random_gpu_inputs(300, (1000, 300))
-    y = linear.eight_bit_linear(inputs, *layer.args(), path, ())
+    y = linear.plan(path, 300)(inputs, *layer.args(), path, ())
     with ops.use_backend("torch"):
         want = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
     assert relative(y, want) <= 5e-3
 
 
-@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 def test_compiles_whole_and_replays_from_a_graph(path: str) -> None:
     layer = random_gpu_layer((512, (256,), "int4", 64, 32))
 
@@ -117,6 +117,40 @@ def test_compiles_whole_and_replays_from_a_graph(path: str) -> None:
     still.copy_(fresh.flip(0))
     graph.replay()
     assert torch.equal(y, call(fresh.flip(0)))
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a4"])
+@pytest.mark.parametrize("gelu_from", [0, 1000])
+def test_gelu_at_full_size(path: str, gelu_from: int) -> None:
+    layer = random_gpu_layer((3072, (3072,), "int4", 64, 32))
+    inputs = random_gpu_inputs(4608, (3072,))
+    y = ops.few_bit_linear(inputs, path=path, gelu_from=gelu_from, **layer.kwargs())
+    with ops.use_backend("torch"):
+        want = ops.few_bit_linear(inputs, path=path, gelu_from=gelu_from, **layer.kwargs())
+    assert relative(y, want) <= 5e-3
+
+
+def test_a_shift_on_four_bits() -> None:
+    layer = random_gpu_layer((3072, (3072, 12288), "int4", 64, 32))
+    inputs = random_gpu_inputs(512, (3072, 12288))
+    shift = (0.0, 0.171875)
+    y = ops.few_bit_linear(inputs, path="a4", shift=shift, **layer.kwargs())
+    with ops.use_backend("torch"):
+        want = ops.few_bit_linear(inputs, path="a4", shift=shift, **layer.kwargs())
+    assert relative(y, want) <= 5e-3
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
+def test_launches_are_repeated(path: str) -> None:
+    layer = random_gpu_layer((512, (256, 128), "int4", 64, 32))
+    plan = linear.plan(path, 48)
+    inputs = random_gpu_inputs(48, (256, 128))
+    first = plan(inputs, *layer.args(), path, ())
+    assert isinstance(plan, linear.LayerPlan) and plan.launches is not None
+    assert torch.equal(plan(inputs, *layer.args(), path, ()), first)
+    other = [x.flip(0).contiguous() for x in inputs]
+    want = linear.plan(path, 48)(other, *layer.args(), path, ())
+    assert torch.equal(plan(other, *layer.args(), path, ()), want) and not torch.equal(want, first)
 
 
 def test_the_backend_that_runs_is_the_one_asked_for() -> None:

@@ -1,4 +1,5 @@
-"""FLUX blocks that run what shares an input as one layer, and never write the concatenated input of `proj_out`.
+"""FLUX blocks that run what shares an input as one layer, and write neither the concatenated input of `proj_out` nor
+what goes into a GELU.
 
 The attention processor and the single block of diffusers call q, k, v (and `proj_mlp`) one by one: each would
 smooth, quantize and project the same tensor down again. Ours ask `group_linear` for all at once. Wherever
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models import activations
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
@@ -25,13 +27,25 @@ Heads = tuple[Float[Tensor, "b l h d"], Float[Tensor, "b l h d"], Float[Tensor, 
 
 
 def install(model: nn.Module) -> None:
-    """Puts our processor and our single block in the place of diffusers' own, which are kept if they are others."""
+    """Puts our processor, single block and GELU in the place of diffusers' own, which are kept if they are others."""
     for module in model.modules():
         if isinstance(module, FluxAttention) and type(module.processor) is FluxAttnProcessor:
             module.set_processor(GroupedAttention())
         elif type(module) is transformer_flux.FluxSingleTransformerBlock:
             # Another class, not another `forward`: copies and pickles of the block keep it.
             module.__class__ = FluxSingleTransformerBlock
+        elif type(module) is activations.GELU and module.approximate == "tanh":
+            module.__class__ = GELU
+
+
+class GELU(activations.GELU):
+    """A feed-forward's first half, the layer and the GELU in one."""
+
+    def forward(self, hidden_states: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch n"]:
+        """The activated outputs."""
+        if isinstance(self.proj, QuantLinear):
+            return self.proj.with_gelu(hidden_states)
+        return super().forward(hidden_states)
 
 
 class GroupedAttention(FluxAttnProcessor):
@@ -96,9 +110,9 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         attn, tokens = self.attn, encoder_hidden_states.shape[1]
         stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         x, gate = self.norm(stream, emb=temb)
-        *qkv, mlp = group_linear((attn.to_q, attn.to_k, attn.to_v, self.proj_mlp), x)
+        *qkv, mlp = group_linear((attn.to_q, attn.to_k, attn.to_v, self.proj_mlp), x, gelus=1)
         attended = attn.processor.attend(attn.processor.heads(attn, qkv), image_rotary_emb)
-        stream = stream + gate.unsqueeze(1) * self.proj_out([attended, self.act_mlp(mlp)])
+        stream = stream + gate.unsqueeze(1) * self.proj_out([attended, mlp])
         if stream.dtype == torch.float16:
             stream = stream.clip(-65504, 65504)
         text, image = stream[:, :tokens], stream[:, tokens:]
@@ -112,4 +126,6 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     def _is_ours(self) -> bool:
         attn = self.attn
         hooked = attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)
+        act = self.act_mlp
+        hooked = hooked or act._forward_hooks or act._forward_pre_hooks or getattr(act, "approximate", None) != "tanh"
         return type(attn.processor) is GroupedAttention and isinstance(self.proj_out, QuantLinear) and not hooked

@@ -62,7 +62,7 @@ def join_group(members: Sequence[QuantLinear]) -> Group:
     return group
 
 
-def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor], *, gelus: int = 0) -> list[Tensor]:
     """The outputs of several layers for one input, together where possible.
 
     Layers that follow one another in a group run as one operation, and their outputs are views of its result.
@@ -71,11 +71,16 @@ def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor]) -> 
     Args:
         members: The layers.
         x: Their input, or one input per K-segment.
+        gelus: How many of the last are followed by a GELU, in its tanh form.
     """
+    plain = len(members) - gelus
     if not _run_as_one(members):
-        return [member(x) for member in members]
+        outputs = [member(x) for member in members]
+        return outputs[:plain] + [nn.functional.gelu(y, approximate="tanh") for y in outputs[plain:]]
     layers = cast("Sequence[QuantLinear]", members)
-    y = layers[0].linear_rows(x, layers[0].rows[0], layers[-1].rows[1], _biases(layers))
+    start = layers[0].rows[0]
+    gelu_from = layers[plain].rows[0] - start if gelus else None
+    y = layers[0].linear_rows(x, start, layers[-1].rows[1], _biases(layers), gelu_from)
     return list(y.split([layer.out_features for layer in layers], dim=-1))
 
 
@@ -84,7 +89,7 @@ def _run_as_one(members: Sequence[nn.Module]) -> bool:
     for member in members:
         if not isinstance(member, QuantLinear) or member.group is None:
             return False
-        if member._forward_hooks or member._forward_pre_hooks or "forward" in member.__dict__:
+        if not member.is_plain:
             return False
         if previous is not None and (
             member.group is not previous.group or member.rows[0] != previous.rows[1] or member.path != previous.path

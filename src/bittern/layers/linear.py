@@ -111,10 +111,34 @@ class QuantLinear(FewBitLayer, nn.Linear):
         """The layer's output for an input, or for one input per K-segment."""
         return self.linear_rows(x, *self.rows, self.bias)
 
+    def with_gelu(self, x: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch n"]:
+        """The output after a GELU in its tanh form."""
+        if not self.is_plain:
+            return nn.functional.gelu(self(x), approximate="tanh")
+        return self.linear_rows(x, *self.rows, self.bias, 0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a call is `forward` and nothing else, so that it may run in other ways."""
+        return not (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)
+
     def linear_rows(
-        self, x: Float[Tensor, "*batch k"] | Sequence[Tensor], start: int, stop: int, bias: Tensor | None
+        self,
+        x: Float[Tensor, "*batch k"] | Sequence[Tensor],
+        start: int,
+        stop: int,
+        bias: Tensor | None,
+        gelu_from: int | None = None,
     ) -> Float[Tensor, "*batch rows"]:
-        """The outputs of these rows of the group's stacked weight; `forward` asks for the layer's own."""
+        """The outputs of these rows of the group's stacked weight; `forward` asks for the layer's own.
+
+        Args:
+            x: The input, or one input per K-segment.
+            start: First row.
+            stop: The one after the last.
+            bias: Of these rows.
+            gelu_from: The first of these rows whose outputs pass through a GELU; None for none.
+        """
         if not isinstance(x, Tensor):
             inputs = list(x)
         else:
@@ -127,6 +151,7 @@ class QuantLinear(FewBitLayer, nn.Linear):
             self.scheme.group_size,
             self.choice(inputs[0].device).path,
             self.scheme.shift,
+            gelu_from,
         )
 
     def extra_repr(self) -> str:

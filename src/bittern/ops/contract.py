@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from bittern import formats
 from bittern.errors import UserError
@@ -24,7 +25,7 @@ library = torch.library.Library("bittern", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 library.define(
     f"few_bit_linear(Tensor[] inputs, {_TENSORS}, Tensor? bias, "
-    "str weight, int? group_size, str path, float[] shift) -> Tensor",
+    "str weight, int? group_size, str path, float[] shift, int? gelu_from) -> Tensor",
     tags=_TAGS,
 )
 library.define(
@@ -53,6 +54,7 @@ def few_bit_linear(
     group_size: int | None,
     path: str,
     shift: Sequence[float] = (),
+    gelu_from: int | None = None,
 ) -> Float[Tensor, "*batch n"]:
     """A few-bit linear layer, or several that share an input, with their rows stacked.
 
@@ -70,6 +72,8 @@ def few_bit_linear(
         group_size: Inputs under one scale; None for one scale per row and segment.
         path: The arithmetic: "a16", "a8-int8", "a8-fp8" or "a4".
         shift: What the a4 path adds to each segment before unsigned rounding; empty for none.
+        gelu_from: The first of the outputs that pass through a GELU (its tanh form) before they are rounded; None
+            for none.
 
     Returns:
         The outputs, in the dtype of the inputs. `bittern.ops.reference` defines the numbers.
@@ -77,9 +81,14 @@ def few_bit_linear(
     Raises:
         UserError: if shapes or dtypes do not fit together, or no backend computes the path here.
     """
-    return torch.ops.bittern.few_bit_linear.default(
-        inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, bias))
+    # The backward pass wants what goes into the GELU.
+    y = torch.ops.bittern.few_bit_linear.default(
+        inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift, None if trained else gelu_from
     )
+    if gelu_from is None or not trained:
+        return y
+    return torch.cat([y[..., :gelu_from], functional.gelu(y[..., gelu_from:], approximate="tanh")], dim=-1)
 
 
 def quantize_activations(
@@ -145,6 +154,7 @@ def check(
     weight: str,
     group_size: int | None,
     shift: Sequence[float],
+    gelu_from: int | None,
 ) -> None:
     """Refuses tensors that do not fit together: kernels read memory by these shapes without looking again."""
     n = codes.shape[0]
@@ -177,6 +187,8 @@ def check(
         raise UserError("the inputs of the K-segments differ in dtype or batch shape: expected equal ones")
     if shift and len(shift) != len(inputs):
         raise UserError(f"shift has {len(shift)} values: expected {len(inputs)}, one per input, or none")
+    if gelu_from is not None and not 0 <= gelu_from <= n:
+        raise UserError(f"gelu_from {gelu_from}: expected one of the {n} outputs, or none")
 
 
 def _linear(
@@ -191,20 +203,34 @@ def _linear(
     group_size: int | None,
     path: str,
     shift: Sequence[float],
+    gelu_from: int | None,
 ) -> Tensor:
-    check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift)
-    x = inputs[0]
-    call = dispatch.Call(
+    tensors = [*inputs, codes, scales, smooth, down, up, bias]
+    # All that a check or a choice may look at. What follows from it is worked out once.
+    signature = (
+        path,
         weight,
-        x.device.type,
-        dispatch.device_capability(x.device),
-        x.dtype,
-        x.shape[:-1].numel(),
-        group_size or 0,
+        group_size,
         len(inputs),
+        tuple(shift),
+        gelu_from,
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors],
     )
-    kernel = dispatch.select(path, call)
-    return kernel.run(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift)
+    run = dispatch.planned(signature)
+    if run is None:
+        check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift, gelu_from)
+        x = inputs[0]
+        call = dispatch.Call(
+            weight,
+            x.device.type,
+            dispatch.device_capability(x.device),
+            x.dtype,
+            x.shape[:-1].numel(),
+            group_size or 0,
+            len(inputs),
+        )
+        run = dispatch.plan(signature, path, call)
+    return run(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift, gelu_from)
 
 
 def _linear_shape(
@@ -219,8 +245,9 @@ def _linear_shape(
     group_size: int | None,
     path: str,
     shift: Sequence[float],
+    gelu_from: int | None,
 ) -> Tensor:
-    check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift)
+    check(inputs, codes, scales, smooth, down, up, bias, weight, group_size, shift, gelu_from)
     return inputs[0].new_empty(*inputs[0].shape[:-1], codes.shape[0])
 
 
@@ -259,7 +286,8 @@ def _quantize_shape(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    segments, codes, scales, smooth, down, up, bias, weight, group_size, _, shift = inputs
+    segments, codes, scales, smooth, down, up, bias, weight, group_size, _, shift, gelu_from = inputs
+    ctx.has_gelu = gelu_from is not None
     ctx.save_for_backward(codes, scales, smooth, down, up)
     ctx.layout = (weight, group_size, [x.shape[-1] for x in segments])
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -268,6 +296,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if ctx.has_gelu:
+        raise NotImplementedError("a fused GELU has no gradient; ops.few_bit_linear takes it apart for training")
     if any(ctx.needs_input_grad[1:6]):
         raise NotImplementedError(
             "the tensors of a few-bit layer (codes, scales, smooth, down, up) have no gradient; train a LoRA"
@@ -277,7 +307,7 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[6]:
         bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     gradients = [*inputs.split(ctx.layout[-1], -1)]
-    return gradients, None, None, None, None, None, bias, None, None, None, ctx.shift_gradient
+    return gradients, None, None, None, None, None, bias, None, None, None, ctx.shift_gradient, None
 
 
 for _device in ("CPU", "CUDA"):

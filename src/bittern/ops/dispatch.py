@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -68,7 +68,9 @@ class Kernel:
     Attributes:
         path: The arithmetic that it computes.
         backend: Name of the implementation, such as "torch" or "triton".
-        run: Has the arguments of the operation `bittern::few_bit_linear`.
+        run: Has the arguments of the operation `bittern::few_bit_linear`; None where `plan` makes one.
+        plan: Makes a `run` for calls of one signature (shapes, strides and dtypes), from their path and rows. It may
+            keep whatever follows from the signature.
         prologue: Has the arguments of `bittern::quantize_activations`, for the path's format; None for the
             reference's.
         lacks: A package that the kernel needs and that is not installed.
@@ -84,7 +86,8 @@ class Kernel:
 
     path: Path
     backend: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor] | None = None
+    plan: Callable[[str, int], Callable[..., Tensor]] | None = None
     native: bool = True
     devices: tuple[str, ...] | None = None
     capability: tuple[Capability, Capability] | None = None
@@ -144,12 +147,15 @@ class Verdict:
 
 # The last registered comes first, and so the reference, registered first, is everybody's last resort.
 _kernels: list[Kernel] = []
+_plans: dict[Hashable, Callable[..., Tensor]] = {}
+_MOST_PLANS = 4096
 _forced_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
 
 def register(kernel: Kernel) -> None:
     """Adds an implementation; it is preferred to those registered before it."""
     _kernels.insert(0, kernel)
+    _plans.clear()
 
 
 def backends() -> tuple[str, ...]:
@@ -190,6 +196,27 @@ def select(path: str, call: Call) -> Kernel:
         reasons.append(f"{kernel.backend} {refusal}")
     _check_path(path)
     raise UserError(f"no kernel computes path {path!r} here: {'; '.join(reasons) or f'{forced} has none'}")
+
+
+def planned(signature: Hashable) -> Callable[..., Tensor] | None:
+    """What runs calls of this signature, if one was planned before."""
+    return _plans.get((_forced_backend.get(), signature))
+
+
+def plan(signature: Hashable, path: str, call: Call) -> Callable[..., Tensor]:
+    """Chooses what runs calls of a signature, and remembers it.
+
+    Raises:
+        UserError: as `select`.
+    """
+    kernel = select(path, call)
+    run = kernel.run if kernel.plan is None else kernel.plan(path, call.rows or 0)
+    assert run is not None
+    if len(_plans) >= _MOST_PLANS:
+        # Inputs of ever new lengths must not fill the memory.
+        _plans.clear()
+    _plans[_forced_backend.get(), signature] = run
+    return run
 
 
 def choose_path(

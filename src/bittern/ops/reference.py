@@ -9,6 +9,8 @@ With K inputs, N outputs, rank R and M rows (tokens), a layer computes
 What = codes · scales, one scale per group of K. K may be cut into segments, one input tensor each; every
 segment has its own activation scales and its part of s and D, and the products of the segments add up.
 
+From one output on, y may pass through a GELU: gelu(y) = y / 2 · (1 + tanh(sqrt(2 / pi) · (y + 0.044715 · y^3))).
+
 Rules that make the numbers definite
 - All arithmetic is float32; codes, scales, s, D, U and b are widened first. The result is rounded once, to
   the dtype of the input. Rounding is to nearest, ties to even, everywhere.
@@ -105,6 +107,7 @@ def few_bit_linear(
     group_size: int | None,
     path: str,
     shift: Sequence[float],
+    gelu_from: int | None = None,
 ) -> Float[Tensor, "*batch n"]:
     """The layer of the module's docstring. Arguments as in `bittern.ops.few_bit_linear`."""
     layout = layout_of(tuple(x.shape[-1] for x in inputs), group_size)
@@ -136,6 +139,9 @@ def few_bit_linear(
             total.addmm_(low, up[rows].float().T)
         if bias is not None:
             total.add_(bias[rows])
+        if gelu_from is not None and gelu_from < rows.stop:
+            activated = total[:, max(0, gelu_from - rows.start) :]
+            activated.copy_(torch.nn.functional.gelu(activated, approximate="tanh"))
         outputs.append(total.to(inputs[0].dtype))
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return y.reshape(*inputs[0].shape[:-1], codes.shape[0])

@@ -32,15 +32,17 @@ def kernels() -> tuple[Kernel, ...]:
         # Asked once: a compiler cannot trace the search.
         "lacks": None if importlib.util.find_spec("triton") else "triton",
     }
-    eight: dict[str, Any] = {
+    prologue = _lazily("quantize_activations")
+    few: dict[str, Any] = {
         **common,
-        "run": _lazily("eight_bit_linear"),
-        "prologue": _lazily("quantize_activations"),
+        "plan": _lazily("plan"),
         "rows": (1, None),
         "segments": 2,
     }
     return (
-        Kernel("a8-int8", capability=((8, 0), NEWEST), **eight),
-        Kernel("a8-fp8", capability=((8, 9), NEWEST), **eight),
-        Kernel("a16", run=_lazily("sixteen_bit_linear"), capability=((8, 0), NEWEST), rows=(1, None), **common),
+        # On int8 tensor cores: 4-bit ones cannot be reached.
+        Kernel("a4", capability=((8, 0), NEWEST), native=False, **few),
+        Kernel("a8-int8", capability=((8, 0), NEWEST), prologue=prologue, **few),
+        Kernel("a8-fp8", capability=((8, 9), NEWEST), prologue=prologue, **few),
+        Kernel("a16", plan=_lazily("plan"), capability=((8, 0), NEWEST), rows=(1, None), **common),
     )

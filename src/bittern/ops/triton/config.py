@@ -89,6 +89,17 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
+class GroupedGemmConfig:
+    """Tiles of the 4-bit GEMM: as of `GemmConfig`."""
+
+    block_m: int = 128
+    block_n: int = 128
+    group_m: int = 8
+    warps: int = 8
+    stages: int = 4
+
+
+@dataclass(frozen=True)
 class SkinnyConfig:
     """Tiles of the product with few tokens.
 
@@ -139,6 +150,13 @@ def unpack_for(k: int, grouped: bool) -> UnpackConfig:
     if not grouped:
         return UnpackConfig(4, 1024, 4, 3)
     return UnpackConfig(2, 1024, 2, 1) if k <= 4096 else UnpackConfig(2, 2048, 4, 1)
+
+
+def grouped_gemm_for(device: Device, m: int) -> GroupedGemmConfig:
+    """The configuration for M tokens. A guess: none was measured. All devices have its 64 KiB of shared memory."""
+    if device.capability == (0, 0):
+        return GroupedGemmConfig(32, 64)
+    return GroupedGemmConfig(64, 128, warps=4) if m <= 512 else GroupedGemmConfig()
 
 
 def skinny_for(m: int, grouped: bool) -> SkinnyConfig:

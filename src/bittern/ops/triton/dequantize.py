@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bittern.formats import Segment
 from bittern.ops.triton.config import padded_rank
-from bittern.ops.triton.launch import cdiv, on_device_of
+from bittern.ops.triton.launch import cdiv, launch
 from bittern.ops.triton.numerics import product, reciprocal_of_smooth, rounded
 from bittern.ops.triton.unpack import load_weights
 
@@ -56,14 +56,11 @@ def dequantize_segment(
     (n, k), per_byte = out.shape, {"int4": 2, "ternary": 4}[weight]
     grouped = segment.groups.stop - segment.groups.start > 1
     rank = 0 if up is None else up.shape[1]
-    with on_device_of(codes):
-        dequantize_kernel[(cdiv(n, BLOCK_N), cdiv(k, BLOCK_K))](
-            codes,
-            scales,
-            smooth,
-            down,
-            up,
-            out,
+    launch(
+        dequantize_kernel,
+        (cdiv(n, BLOCK_N), cdiv(k, BLOCK_K)),
+        (codes, scales, smooth, down, up, out),
+        (
             n,
             k,
             cdiv(k, per_byte),
@@ -75,15 +72,16 @@ def dequantize_segment(
             0 if up is None else up.stride(0),
             out.stride(0),
             rank,
-            PER_BYTE=per_byte,
-            GROUP=segment.size if grouped else 0,
-            SMOOTH=smooth is not None,
-            RANK=padded_rank(rank),
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            num_warps=8,
-            enable_fp_fusion=False,
-        )
+        ),
+        PER_BYTE=per_byte,
+        GROUP=segment.size if grouped else 0,
+        SMOOTH=smooth is not None,
+        RANK=padded_rank(rank),
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
 
 
 @triton.jit

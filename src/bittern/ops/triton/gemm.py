@@ -2,7 +2,7 @@
 
 The maths, for M tokens, N outputs, segments of K, and rank R:
 
-    y = sum over segments of ((Qa · Qw^T) · a) · c  +  low · U^T  +  bias
+    y = sum over segments of ((Qa · Qw^T) · a) · c  +  low · U^T  +  bias,  and gelu(y) from one output on
 
 with codes Qa [M, K] and Qw [N, K] in int8 (summed in int32, exactly) or e4m3 (in float32, on Hopper with the
 tensor cores' own fast accumulation), one scale a for each token and segment and one c for each output and
@@ -29,11 +29,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bittern.ops.triton.config import GemmConfig, padded_rank
-from bittern.ops.triton.launch import cdiv, multiprocessors, on_device_of
-from bittern.ops.triton.numerics import product, rounded
+from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, launch, multiprocessors
+from bittern.ops.triton.numerics import gelu, product, rounded
 
 
 def gemm(
@@ -46,7 +45,9 @@ def gemm(
     bias: Tensor | None,
     out: Tensor,
     first_segment: int,
+    gelu_from: int | None,
     config: GemmConfig,
+    launch: Launch = launch,
 ) -> None:
     """Fills `out` with the product of 8-bit operands.
 
@@ -60,52 +61,43 @@ def gemm(
         bias: [N].
         out: The result [M, N], contiguous, any float dtype.
         first_segment: Where the second segment starts; K if there is one.
+        gelu_from: First output that passes through a GELU; None for none.
         config: Tile and launch.
+        launch: What launches.
     """
     m, n = out.shape
     rank = 0 if up is None else up.shape[1]
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     store_descriptors = config.store_descriptors and n % 8 == 0
-    first, second, result = a, b, out
-    if config.descriptors:
-        first = TensorDescriptor.from_tensor(a, [config.block_m, config.block_k])
-        second = TensorDescriptor.from_tensor(b, [config.block_n, config.block_k])
+    first: Operand = Tiled(a, [config.block_m, config.block_k]) if config.descriptors else a
+    second: Operand = Tiled(b, [config.block_n, config.block_k]) if config.descriptors else b
+    result: Operand = out
     if store_descriptors:
-        result = TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // (2 if config.halves else 1)])
-    with on_device_of(a):
-        gemm_kernel[(min(tiles, config.programs * multiprocessors(a.device)),)](
-            first,
-            second,
-            result,
-            row_scales,
-            column_scales,
-            low,
-            up,
-            bias,
-            m,
-            n,
-            first_segment,
-            a.shape[1],
-            rank,
-            0 if up is None else up.stride(0),
-            SEGMENTS=row_scales.shape[0],
-            RANK=padded_rank(rank),
-            BIAS=bias is not None,
-            OUT_DTYPE=_DTYPES[out.dtype],
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            DESCRIPTORS=config.descriptors,
-            STORE_DESCRIPTORS=store_descriptors,
-            HALVES=config.halves,
-            EARLY=config.early,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        result = Tiled(out, [config.block_m, config.block_n // (2 if config.halves else 1)])
+    launch(
+        gemm_kernel,
+        (min(tiles, config.programs * multiprocessors(a.device)),),
+        (first, second, result, row_scales, column_scales, low, up, bias),
+        (m, n, first_segment, a.shape[1], rank, 0 if up is None else up.stride(0), gelu_from or 0),
+        SEGMENTS=row_scales.shape[0],
+        RANK=padded_rank(rank),
+        BIAS=bias is not None,
+        GELU=gelu_from is not None,
+        OUT_DTYPE=DTYPES[out.dtype],
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        DESCRIPTORS=config.descriptors,
+        STORE_DESCRIPTORS=store_descriptors,
+        HALVES=config.halves,
+        EARLY=config.early,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -130,7 +122,7 @@ def _add_products(
 
 
 @triton.jit
-def _factors(low, up, a_rows, b_rows, rank, stride_up, RANK: tl.constexpr):
+def factors(low, up, a_rows, b_rows, rank, stride_up, RANK: tl.constexpr):
     """The tile's rows of the low-rank branch, both in the dtype of U."""
     ranks = tl.arange(0, RANK)
     known = (ranks < rank)[None, :]
@@ -165,9 +157,11 @@ def gemm_kernel(
     k,
     rank,
     stride_up,
+    gelu_from,
     SEGMENTS: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
+    GELU: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -195,7 +189,7 @@ def gemm_kernel(
             # What the epilogue reads is asked for now and arrives during the products.
             row_scale, column_scale = tl.load(row_scales + a_rows), tl.load(column_scales + b_rows)
             if RANK > 0:
-                projected, u = _factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+                projected, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
             if BIAS:
                 shift = tl.load(bias + b_rows)
 
@@ -229,12 +223,15 @@ def gemm_kernel(
             y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
         if RANK > 0:
             if not EARLY:
-                projected, u = _factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+                projected, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
             y = product(projected, u.T, y)
         if BIAS:
             if not EARLY:
                 shift = tl.load(bias + b_rows)
             y += shift.to(tl.float32)[None, :]
+        if GELU:
+            if column_start + BLOCK_N > gelu_from:
+                y = tl.where((columns >= gelu_from)[None, :], gelu(y), y)
         if STORE_DESCRIPTORS:
             if HALVES:
                 left, right = y.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()

@@ -1,15 +1,19 @@
 """The layer put together from the kernels: what the registry runs for a path.
 
     a8    per segment: prologue -> codes, scales, low;  per segment: unpack -> 8-bit weight;  one GEMM
+    a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   few tokens: per segment one pass over the packed weight;  more: a 16-bit weight, and the vendor's GEMM
 
 The 8-bit operands live in torch's caching allocator for the length of a call, so that layers share the memory;
 the largest of FLUX needs 71 MB for activations and 66 MB for weights.
+
+A layer's first call with a signature records its launches, and the next ones repeat them (see `launch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +22,14 @@ from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import config
 from bittern.ops.triton.dequantize import dequantize_segment
+from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
+from bittern.ops.triton.grouped_gemm import grouped_gemm
+from bittern.ops.triton.launch import Launches, Recorder, on_device_of
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
+from bittern.scheme import ACTIVATION_GROUP
 
 FEW_TOKENS = 64
 """Up to here the 16-bit path reads packed weights in the product itself."""
@@ -40,7 +48,259 @@ def scratch_bounds(layout: KLayout) -> list[tuple[int, int]]:
     return bounds
 
 
-def eight_bit_linear(
+class _Call(NamedTuple):
+    """The tensors of one call, matrices all, and what its signature says; parts are known to the recorder."""
+
+    inputs: list[Tensor]
+    codes: Tensor
+    scales: Tensor
+    smooth: list[Tensor | None]
+    """By segment, as `down`."""
+    down: list[Tensor | None]
+    up: Tensor | None
+    bias: Tensor | None
+    low: Tensor | None
+    out: Tensor
+    weight: str
+    layout: KLayout
+    path: str
+    shift: Sequence[float]
+    gelu_from: int | None
+
+
+class LayerPlan:
+    """A layer's launches for calls of one signature, found by the first of them.
+
+    Attributes:
+        launches: What later calls repeat; None before the first, and where launches cannot be repeated.
+    """
+
+    _record: Callable[[Recorder, _Call], None]
+
+    def __init__(self) -> None:
+        self.launches: Launches | None = None
+
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        codes: Tensor,
+        scales: Tensor,
+        smooth: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        bias: Tensor | None,
+        weight: str,
+        group_size: int | None,
+        path: str,
+        shift: Sequence[float],
+        gelu_from: int | None = None,
+    ) -> Tensor:
+        """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
+        first = inputs[0]
+        out = first.new_empty((*first.shape[:-1], codes.shape[0]))
+        tensors = (*inputs, codes, scales, smooth, down, up, bias, self._low(inputs, down), out)
+        if self.launches is not None:
+            with on_device_of(first):
+                if self.launches.repeat(tensors, first.device):
+                    return out
+        recorder = Recorder(tensors)
+        layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
+        columns = [segment.logical for segment in layout]
+        call = _Call(
+            [recorder.part(x, x.reshape(-1, x.shape[-1])) for x in inputs],
+            codes,
+            scales,
+            [None if smooth is None else recorder.part(smooth, smooth[part]) for part in columns],
+            [None if down is None else recorder.part(down, down[:, part]) for part in columns],
+            up,
+            bias,
+            tensors[-2],
+            recorder.part(out, out.view(-1, codes.shape[0])),
+            weight,
+            layout,
+            path,
+            shift,
+            gelu_from,
+        )
+        self._record(recorder, call)
+        self.launches = recorder.launches() or self.launches
+        return out
+
+    def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
+        """The down-projected inputs [M, R] in float32, where no kernel projects them."""
+        return None
+
+
+class EightBits(LayerPlan):
+    """Path "a8-int8" or "a8-fp8"."""
+
+    def _record(self, recorder: Recorder, call: _Call) -> None:
+        (m, n), device, grouped = call.out.shape, call.out.device, call.layout.group_size is not None
+        here = config.device_of(device)
+        bounds = scratch_bounds(call.layout)
+        width, count = bounds[-1][1], len(bounds)
+        rank = 0 if call.up is None else call.up.shape[1]
+        a, b, row_scales, column_scales, low = recorder.scratch(
+            device,
+            ((m, width), CODES[call.path]),
+            ((n, width), CODES[call.path]),
+            ((count, m), torch.float32),
+            ((count, n), torch.float32),
+            ((m, rank), torch.float32),
+        )
+        for i, (x, segment, (start, stop)) in enumerate(zip(call.inputs, call.layout, bounds, strict=True)):
+            quantize_rows(
+                x,
+                call.smooth[i],
+                call.down[i],
+                recorder.part(a, a[:, start:stop]),
+                recorder.part(row_scales, row_scales[i]),
+                low if rank else None,
+                config.prologue_for(here, m),
+                accumulate=i > 0,
+                launch=recorder.launch,
+            )
+            unpack_segment(
+                call.codes,
+                call.scales,
+                call.weight,
+                segment,
+                recorder.part(b, b[:, start:stop]),
+                recorder.part(column_scales, column_scales[i]),
+                config.unpack_for(x.shape[-1], grouped),
+                launch=recorder.launch,
+            )
+        gemm(
+            a,
+            b,
+            row_scales,
+            column_scales,
+            low if rank else None,
+            call.up,
+            call.bias,
+            call.out,
+            bounds[0][1],
+            call.gelu_from,
+            config.gemm_for(here, m, count, call.path == "a8-int8", rank),
+            launch=recorder.launch,
+        )
+
+
+class FourBits(LayerPlan):
+    """Path "a4"."""
+
+    def _record(self, recorder: Recorder, call: _Call) -> None:
+        (m, n), device = call.out.shape, call.out.device
+        bounds = scratch_bounds(call.layout)
+        width, rank = bounds[-1][1], 0 if call.up is None else call.up.shape[1]
+        a, b, row_scales, unused, corrected, low = recorder.scratch(
+            device,
+            ((m, width), torch.int8),
+            ((n, width), torch.int8),
+            ((width // ACTIVATION_GROUP, m), torch.float32),
+            ((n,), torch.float32),
+            ((n,), torch.float32),
+            ((m, rank), torch.float32),
+        )
+        bias = call.bias
+        shifts = call.shift or (0.0,) * len(bounds)
+        for i, (x, segment, (start, stop)) in enumerate(zip(call.inputs, call.layout, bounds, strict=True)):
+            groups = slice(start // ACTIVATION_GROUP, stop // ACTIVATION_GROUP)
+            quantize_groups(
+                x,
+                call.smooth[i],
+                call.down[i],
+                recorder.part(a, a[:, start:stop]),
+                recorder.part(row_scales, row_scales[groups]),
+                low if rank else None,
+                shifts[i],
+                accumulate=i > 0,
+                launch=recorder.launch,
+            )
+            unpack_segment(
+                call.codes,
+                call.scales,
+                call.weight,
+                segment,
+                recorder.part(b, b[:, start:stop]),
+                unused,
+                config.unpack_for(x.shape[-1], False),
+                fold=False,
+                launch=recorder.launch,
+            )
+            if shifts[i]:
+                correct_bias(
+                    call.codes,
+                    call.scales,
+                    call.smooth[i],
+                    bias,
+                    corrected,
+                    call.weight,
+                    segment,
+                    shifts[i],
+                    launch=recorder.launch,
+                )
+                bias = corrected
+        grouped_gemm(
+            a,
+            b,
+            row_scales,
+            call.scales,
+            low if rank else None,
+            call.up,
+            bias,
+            call.out,
+            call.layout,
+            bounds[0][1],
+            call.gelu_from,
+            config.grouped_gemm_for(config.device_of(device), m),
+            launch=recorder.launch,
+        )
+
+
+class SixteenBits(LayerPlan):
+    """Path "a16" for few tokens."""
+
+    def __call__(self, inputs: Sequence[Tensor], *args: Any) -> Tensor:
+        """As every plan's."""
+        gelu_from = args[10] if len(args) > 10 else None
+        return activated(super().__call__(inputs, *args), gelu_from)
+
+    def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
+        if down is None:
+            return None
+        x = inputs[0] if len(inputs) == 1 else torch.cat(tuple(inputs), dim=-1)
+        return x.reshape(-1, x.shape[-1]).float() @ down.float().T
+
+    def _record(self, recorder: Recorder, call: _Call) -> None:
+        m, last = call.out.shape[0], len(call.inputs) - 1
+        sums = recorder.scratch(call.out.device, *[(tuple(call.out.shape), torch.float32)] * last) if last else []
+        for i, (x, segment) in enumerate(zip(call.inputs, call.layout, strict=True)):
+            skinny_segment(
+                x,
+                call.codes,
+                call.scales,
+                call.smooth[i],
+                call.weight,
+                segment,
+                sums[i - 1] if i else None,
+                call.low if i == last else None,
+                call.up if i == last else None,
+                call.bias if i == last else None,
+                call.out if i == last else sums[i],
+                config.skinny_for(m, call.layout.group_size is not None),
+                launch=recorder.launch,
+            )
+
+
+def plan(path: str, rows: int) -> Callable[..., Tensor]:
+    """What runs calls of one signature on a path, with so many tokens."""
+    if path != "a16":
+        return FourBits() if path == "a4" else EightBits()
+    return SixteenBits() if rows <= FEW_TOKENS else many_tokens
+
+
+def many_tokens(
     inputs: Sequence[Tensor],
     codes: Tensor,
     scales: Tensor,
@@ -52,115 +312,36 @@ def eight_bit_linear(
     group_size: int | None,
     path: str,
     shift: Sequence[float],
+    gelu_from: int | None = None,
 ) -> Tensor:
-    """The layer on path "a8-int8" or "a8-fp8". Arguments as in `bittern.ops.few_bit_linear`."""
+    """The layer on path "a16" by the vendor's GEMM. Arguments as in `bittern.ops.few_bit_linear`."""
     first, n = inputs[0], codes.shape[0]
-    m, device = first.shape[:-1].numel(), first.device
-    here = config.device_of(device)
     layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
-    bounds = scratch_bounds(layout)
-    width, count = bounds[-1][1], len(bounds)
-    a = torch.empty(m, width, dtype=CODES[path], device=device)
-    b = torch.empty(n, width, dtype=CODES[path], device=device)
-    row_scales = torch.empty(count, m, dtype=torch.float32, device=device)
-    column_scales = torch.empty(count, n, dtype=torch.float32, device=device)
-    low = None if down is None else torch.empty(m, down.shape[0], dtype=torch.float32, device=device)
-    out = torch.empty(m, n, dtype=first.dtype, device=device)
-    for i, (x, segment, (start, stop)) in enumerate(zip(inputs, layout, bounds, strict=True)):
-        quantize_rows(
-            x.reshape(m, x.shape[-1]),
+    whole = torch.empty(n, layout.k, dtype=first.dtype, device=first.device)
+    y = None if bias is None else bias.to(first.dtype)
+    for x, segment in zip(inputs, layout, strict=True):
+        x, part = x.reshape(-1, x.shape[-1]), whole[:, segment.logical]
+        dequantize_segment(
+            codes,
+            scales,
             None if smooth is None else smooth[segment.logical],
             None if down is None else down[:, segment.logical],
-            a[:, start:stop],
-            row_scales[i],
-            low,
-            config.prologue_for(here, m),
-            accumulate=i > 0,
-        )
-        unpack_segment(
-            codes,
-            scales,
+            up,
             weight,
             segment,
-            b[:, start:stop],
-            column_scales[i],
-            config.unpack_for(x.shape[-1], group_size is not None),
+            part,
         )
-    gemm(
-        a,
-        b,
-        row_scales,
-        column_scales,
-        low,
-        up,
-        bias,
-        out,
-        bounds[0][1],
-        config.gemm_for(here, m, count, path == "a8-int8", 0 if up is None else up.shape[1]),
-    )
-    return out.reshape(*first.shape[:-1], n)
+        y = x @ part.T if y is None else torch.addmm(y, x, part.T)
+    assert y is not None
+    return activated(y.reshape(*first.shape[:-1], n), gelu_from)
 
 
-def sixteen_bit_linear(
-    inputs: Sequence[Tensor],
-    codes: Tensor,
-    scales: Tensor,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    weight: str,
-    group_size: int | None,
-    path: str,
-    shift: Sequence[float],
-) -> Tensor:
-    """The layer on path "a16". Arguments as in `bittern.ops.few_bit_linear`."""
-    first, n = inputs[0], codes.shape[0]
-    m = first.shape[:-1].numel()
-    layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
-    flat = [x.reshape(m, x.shape[-1]) for x in inputs]
-    if m > FEW_TOKENS:
-        whole = torch.empty(n, layout.k, dtype=first.dtype, device=first.device)
-        y = None if bias is None else bias.to(first.dtype)
-        for x, segment in zip(flat, layout, strict=True):
-            part = whole[:, segment.logical]
-            dequantize_segment(
-                codes,
-                scales,
-                None if smooth is None else smooth[segment.logical],
-                None if down is None else down[:, segment.logical],
-                up,
-                weight,
-                segment,
-                part,
-            )
-            y = x @ part.T if y is None else torch.addmm(y, x, part.T)
-        assert y is not None
-        return y.reshape(*first.shape[:-1], n)
-    low: Tensor | None = None
-    if down is not None:
-        low = torch.cat(flat, dim=-1).float() @ down.float().T
-    partial: Tensor | None = None
-    last = len(flat) - 1
-    for i, (x, segment) in enumerate(zip(flat, layout, strict=True)):
-        out = torch.empty(m, n, dtype=first.dtype if i == last else torch.float32, device=first.device)
-        skinny_segment(
-            x,
-            codes,
-            scales,
-            None if smooth is None else smooth[segment.logical],
-            weight,
-            segment,
-            partial,
-            low if i == last else None,
-            up if i == last else None,
-            bias if i == last else None,
-            out,
-            config.skinny_for(m, group_size is not None),
-        )
-        partial = out
-    assert partial is not None
-    return partial.reshape(*first.shape[:-1], n)
+def activated(y: Tensor, gelu_from: int | None) -> Tensor:
+    """Outputs of a kernel whose epilogue has no GELU, with theirs, in place."""
+    if gelu_from is not None:
+        part = y[..., gelu_from:]
+        part.copy_(torch.nn.functional.gelu(part, approximate="tanh"))
+    return y
 
 
 def quantize_activations(

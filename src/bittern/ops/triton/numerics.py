@@ -117,3 +117,14 @@ def rounded(x, DTYPE: tl.constexpr):
         return tl.where(x == x, nearest, x).to(DTYPE)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def gelu(x):
+    """The GELU in its tanh form: x / (1 + exp(-2 z)), z = sqrt(2 / pi) · (x + 0.044715 · x^3).
+
+    The same as x / 2 · (1 + tanh(z)), without the cancellation where tanh is near -1: two instructions of the special
+    function unit for each number, an exponential and an approximate reciprocal.
+    """
+    negative = x * (-2.302208198 - 0.1029432397 * x * x)
+    return x / (1.0 + tl.exp2(negative))

@@ -25,10 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bittern.ops.triton.config import PrologueConfig, padded_rank
-from bittern.ops.triton.launch import cdiv, describable, on_device_of
+from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, describable, launch
 from bittern.ops.triton.numerics import (
     eight_bits,
     larger_magnitude,
@@ -48,6 +47,7 @@ def quantize_rows(
     low: Tensor | None,
     config: PrologueConfig,
     accumulate: bool = False,
+    launch: Launch = launch,
 ) -> None:
     """Fills codes, scales and low from x.
 
@@ -60,6 +60,7 @@ def quantize_rows(
         low: float32 [M, R].
         config: Tile and launch.
         accumulate: Whether to add to what `low` holds, for a later segment of K.
+        launch: What launches.
     """
     m, k = x.shape
     rank = 0 if down is None else down.shape[0]
@@ -67,38 +68,25 @@ def quantize_rows(
     padded = padded_rank(rank)
     x = x if x.stride(1) == 1 else x.contiguous()
     descriptors = config.descriptors and describable(x) and (down is None or describable(down))
-    tokens, factors = x, down
-    if descriptors:
-        tokens = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
-        if down is not None:
-            factors = TensorDescriptor.from_tensor(down, [padded, config.block_k])
-    with on_device_of(x):
-        prologue_kernel[(cdiv(m, config.block_m),)](
-            tokens,
-            smooth,
-            factors,
-            codes,
-            scales,
-            low,
-            m,
-            k,
-            width,
-            x.stride(0),
-            0 if down is None else down.stride(0),
-            codes.stride(0),
-            rank,
-            SMOOTH=smooth is not None,
-            RANK=padded,
-            FP8=codes.dtype == torch.float8_e4m3fn,
-            ACCUMULATE=accumulate,
-            EVEN=k % config.block_k == 0 and width == k,
-            DESCRIPTORS=descriptors,
-            BLOCK_M=config.block_m,
-            BLOCK_K=config.block_k,
-            STAGES=config.stages,
-            num_warps=config.warps,
-            enable_fp_fusion=False,
-        )
+    tokens: Operand = Tiled(x, [config.block_m, config.block_k]) if descriptors else x
+    factors: Operand = Tiled(down, [padded, config.block_k]) if descriptors and down is not None else down
+    launch(
+        prologue_kernel,
+        (cdiv(m, config.block_m),),
+        (tokens, smooth, factors, codes, scales, low),
+        (m, k, width, x.stride(0), 0 if down is None else down.stride(0), codes.stride(0), rank),
+        SMOOTH=smooth is not None,
+        RANK=padded,
+        FP8=codes.dtype == torch.float8_e4m3fn,
+        ACCUMULATE=accumulate,
+        EVEN=k % config.block_k == 0 and width == k,
+        DESCRIPTORS=descriptors,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        enable_fp_fusion=False,
+    )
 
 
 @triton.jit

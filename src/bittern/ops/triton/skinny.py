@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bittern.formats import Segment
 from bittern.ops.triton.config import SkinnyConfig, padded_rank
-from bittern.ops.triton.launch import cdiv, on_device_of
+from bittern.ops.triton.launch import Launch, cdiv, launch
 from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
 
 
@@ -46,6 +46,7 @@ def skinny_segment(
     bias: Tensor | None,
     out: Tensor,
     config: SkinnyConfig,
+    launch: Launch = launch,
 ) -> None:
     """Adds one K-segment's product to `partial` and writes `out`.
 
@@ -62,6 +63,7 @@ def skinny_segment(
         bias: [N].
         out: float32 [M, N] for the next segment, or the result in any float dtype; contiguous.
         config: Tile and launch.
+        launch: What launches.
     """
     (m, k), n = x.shape, codes.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -70,17 +72,11 @@ def skinny_segment(
     block_m = min(64, 1 << (m - 1).bit_length())
     rank = 0 if up is None else up.shape[1]
     operand = torch.bfloat16 if smooth is not None else x.dtype
-    with on_device_of(x):
-        skinny_kernel[(cdiv(n, config.block_n), cdiv(m, block_m))](
-            x,
-            codes,
-            scales,
-            smooth,
-            partial,
-            low,
-            up,
-            bias,
-            out,
+    launch(
+        skinny_kernel,
+        (cdiv(n, config.block_n), cdiv(m, block_m)),
+        (x, codes, scales, smooth, partial, low, up, bias, out),
+        (
             m,
             n,
             k,
@@ -92,19 +88,20 @@ def skinny_segment(
             scales.stride(0),
             rank,
             0 if up is None else up.stride(0),
-            PER_BYTE=per_byte,
-            GROUPED=grouped,
-            SMOOTH=smooth is not None,
-            OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
-            PARTIAL=partial is not None,
-            RANK=padded_rank(rank),
-            BIAS=bias is not None,
-            BLOCK_M=block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_B=segment.size // per_byte if grouped else config.block_b,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        ),
+        PER_BYTE=per_byte,
+        GROUPED=grouped,
+        SMOOTH=smooth is not None,
+        OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
+        PARTIAL=partial is not None,
+        RANK=padded_rank(rank),
+        BIAS=bias is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_B=segment.size // per_byte if grouped else config.block_b,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 _NIBBLES = """

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bittern.formats import Segment
 from bittern.ops.triton.config import UnpackConfig
-from bittern.ops.triton.launch import cdiv, on_device_of
+from bittern.ops.triton.launch import Launch, cdiv, launch
 from bittern.ops.triton.numerics import eight_bits, larger_magnitude, reciprocal, scale_of
 
 
@@ -42,6 +42,8 @@ def unpack_segment(
     out: Tensor,
     column_scales: Tensor,
     config: UnpackConfig,
+    fold: bool = True,
+    launch: Launch = launch,
 ) -> None:
     """Folds one K-segment of a weight to 8 bits.
 
@@ -51,19 +53,20 @@ def unpack_segment(
         weight: "int4" or "ternary".
         segment: Where the segment lies in both.
         out: int8 or e4m3 [N, width]; what lies beyond the segment's inputs becomes 0.
-        column_scales: float32 [N].
+        column_scales: float32 [N]; without folding, of the first group only.
         config: Tile and launch.
+        fold: Whether to apply the groups' scales; otherwise codes stay as they are.
+        launch: What launches.
     """
     n, per_byte = codes.shape[0], {"int4": 2, "ternary": 4}[weight]
-    grouped = segment.groups.stop - segment.groups.start > 1
+    grouped = fold and segment.groups.stop - segment.groups.start > 1
     block_k = max(config.block_k, segment.size) if grouped else config.block_k
     k = segment.unpadded.stop - segment.unpadded.start
-    with on_device_of(codes):
-        unpack_kernel[(cdiv(n, config.block_n),)](
-            codes,
-            scales,
-            out,
-            column_scales,
+    launch(
+        unpack_kernel,
+        (cdiv(n, config.block_n),),
+        (codes, scales, out, column_scales),
+        (
             n,
             k,
             cdiv(k, per_byte),
@@ -73,16 +76,17 @@ def unpack_segment(
             codes.stride(0),
             scales.stride(0),
             out.stride(0),
-            PER_BYTE=per_byte,
-            GROUP=segment.size if grouped else 0,
-            FP8=out.dtype == torch.float8_e4m3fn,
-            EVEN=k % block_k == 0 and out.shape[1] == k,
-            BLOCK_N=config.block_n,
-            BLOCK_K=block_k,
-            STAGES=config.stages,
-            num_warps=config.warps,
-            enable_fp_fusion=False,
-        )
+        ),
+        PER_BYTE=per_byte,
+        GROUP=segment.size if grouped else 0,
+        FP8=out.dtype == torch.float8_e4m3fn,
+        EVEN=k % block_k == 0 and out.shape[1] == k,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        enable_fp_fusion=False,
+    )
 
 
 @triton.jit

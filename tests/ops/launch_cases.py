@@ -1,0 +1,145 @@
+"""What a layer launches, and how often it plans; run by `test_launches.py` in a process of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fake_gpu
+import pytest
+import torch
+from ops_oracle import Layer, random_inputs, random_layer
+from torch import Tensor
+
+from bittern import ops
+from bittern.ops import dispatch
+from bittern.ops.triton import linear
+
+fake_gpu.install()
+
+BF16 = torch.bfloat16
+# (path, segments, rank, tokens, launches).
+CASES: list[tuple[str, tuple[int, ...], int, int, int]] = [
+    ("a8-fp8", (256,), 16, 2048, 3),
+    ("a8-int8", (128, 256), 16, 2048, 5),
+    ("a8-fp8", (256,), 0, 7, 3),
+    ("a4", (128, 256), 16, 2048, 5),
+    ("a16", (256,), 0, 1, 1),
+    ("a16", (128, 256), 0, 5, 2),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    dispatch._plans.clear()
+    fake_gpu.launched.clear()
+    fake_gpu.searches.clear()
+
+
+def make(path: str, segments: tuple[int, ...], rank: int, m: int, seed: int = 0) -> tuple[Layer, list[Tensor]]:
+    layer = random_layer(seed, 128, segments, rank=rank, smooth=rank > 0)
+    return layer, [x.contiguous() for x in random_inputs(seed, "gaussian", m, segments, BF16)]
+
+
+def call(inputs: list[Tensor], layer: Layer, path: str) -> Tensor:
+    with ops.use_backend("triton"):
+        return ops.few_bit_linear(inputs, path=path, **layer.kwargs())
+
+
+def described(launches: list[Any], tensors: list[Tensor]) -> list[Any]:
+    """Launches with tensors and distances in the place of addresses; for scratch the distance from the lowest."""
+    arguments = [flat(arguments) for *_, arguments in launches]
+    names: dict[int, tuple[int, int]] = {}
+    own: list[int] = []
+    for address in {a for each in arguments for a in each if isinstance(a, int) and a > 2**32}:
+        distances = ((i, address - t.data_ptr()) for i, t in enumerate(tensors))
+        within = [(i, d) for i, d in distances if 0 <= d < tensors[i].untyped_storage().nbytes()]
+        if within:
+            names[address] = within[0]
+        else:
+            own.append(address)
+    names |= {a: (-1, a - min(own)) for a in own}
+    return [
+        (*head, [names.get(a, a) if isinstance(a, int) else a for a in each])
+        for (*head, _), each in zip(launches, arguments, strict=True)
+    ]
+
+
+def flat(values: Any) -> list[Any]:
+    return [x for v in values for x in (flat(v) if isinstance(v, (list, tuple)) else [v])]
+
+
+@pytest.mark.parametrize(("path", "segments", "rank", "m", "launches"), CASES)
+def test_calls_of_a_known_signature_plan_nothing_and_search_nothing(
+    path: str, segments: tuple[int, ...], rank: int, m: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[str] = []
+    checks = dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda *args: plans.append(args[0]) or checks(*args))
+    layer, inputs = make(path, segments, rank, m)
+    call(inputs, layer, path)
+    assert (len(plans), len(fake_gpu.searches), len(fake_gpu.launched)) == (1, launches, launches)
+    for seed in (1, 2):
+        # Another layer of the same shapes, as the next block has.
+        layer, inputs = make(path, segments, rank, m, seed)
+        call(inputs, layer, path)
+    assert (len(plans), len(fake_gpu.searches), len(fake_gpu.launched)) == (1, launches, 3 * launches)
+
+
+@pytest.mark.parametrize(("path", "segments", "rank", "m", "launches"), CASES)
+def test_what_is_repeated_is_what_triton_would_launch(
+    path: str, segments: tuple[int, ...], rank: int, m: int, launches: int
+) -> None:
+    first, others = make(path, segments, rank, m), make(path, segments, rank, m, seed=1)
+    planned = linear.plan(path, m)
+    planned(first[1], *first[0].args(), path, ())
+    tensors = [*others[1], *[t for t in others[0].args() if isinstance(t, Tensor)]]
+    found: list[list[Any]] = []
+    for plan in (planned, linear.plan(path, m)):
+        fake_gpu.launched.clear()
+        y = plan(others[1], *others[0].args(), path, ())
+        found.append(described(fake_gpu.launched, [*tensors, y]))
+    assert len(fake_gpu.searches) == 2 * launches
+    assert found[0] == found[1]
+
+
+def test_addresses_that_are_not_aligned_are_launched_by_triton() -> None:
+    layer, (x,) = make("a8-fp8", (256,), 0, 7)
+    planned = linear.plan("a8-fp8", 7)
+    planned([x], *layer.args(), "a8-fp8", ())
+    shifted = torch.empty(7 * 256 + 1, dtype=BF16)[1:].view(7, 256).copy_(x)
+    for _ in range(2):
+        fake_gpu.searches.clear()
+        planned([shifted], *layer.args(), "a8-fp8", ())
+        assert len(fake_gpu.searches) == 3
+    fake_gpu.searches.clear()
+    planned([x], *layer.args(), "a8-fp8", ())
+    assert not fake_gpu.searches
+
+
+def test_inputs_that_are_copied_or_given_twice_are_launched_by_triton() -> None:
+    layer, (x, _) = make("a8-fp8", (256, 256), 0, 7)
+    transposed = torch.empty(256, 7, dtype=BF16).T
+    for inputs in ([x, x], [transposed, x]):
+        planned = linear.plan("a8-fp8", 7)
+        planned(inputs, *layer.args(), "a8-fp8", ())
+        assert isinstance(planned, linear.LayerPlan) and planned.launches is None
+
+
+def test_a_plan_serves_one_backend_and_one_signature() -> None:
+    layer, inputs = make("a8-int8", (256,), 0, 7)
+    call(inputs, layer, "a8-int8")
+    with ops.use_backend("torch"):
+        y = ops.few_bit_linear(inputs, path="a8-int8", **layer.kwargs())
+    assert torch.isfinite(y).all() and len(fake_gpu.launched) == 3
+    call([x[:3] for x in inputs], layer, "a8-int8")
+    call([torch.stack([x, x], 1)[:, 0] for x in inputs], layer, "a8-int8")
+    assert len(dispatch._plans) == 4
+
+
+def test_plans_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_MOST_PLANS", 3)
+    layer = random_layer(0, 8, (64,))
+    for rows in range(1, 9):
+        with ops.use_backend("torch"):
+            ops.few_bit_linear([torch.randn(rows, 64)], path="a16", **layer.kwargs())
+        assert len(dispatch._plans) <= 3
