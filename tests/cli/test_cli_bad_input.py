@@ -111,6 +111,11 @@ def test_memory_that_is_no_amount(
     assert f"{option} {float(gib):g}: expected GiB" in line
 
 
+def test_memory_for_records_that_nobody_makes(tiny_random_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    arguments = ["quantize", str(tiny_random_folder), "--recipe", "int4", "--out", str(tmp_path / "o")]
+    assert "recipe int4 records nothing" in refused([*arguments, "--gpu-memory", "8"], capsys)
+
+
 def test_unknown_recipe_key_is_refused_with_the_nearest(
     tiny_random_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

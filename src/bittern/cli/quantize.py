@@ -156,7 +156,7 @@ def run(
     device: str = "auto",
 ) -> Quantized:
     """Quantize `model` into `out`, with progress."""
-    from bittern import pipelines
+    from bittern import pipelines, recipes
     from bittern.checkpoints import weight_files
     from bittern.quantization import Limits
 
@@ -165,6 +165,8 @@ def run(
     source = pipelines.resolve(model)
     device = options.resolve_device(device)
     limits = Limits.of(device, _bytes("--gpu-memory", gpu_memory), _bytes("--record-memory", record_memory))
+    if (gpu_memory or record_memory) and not recipes.load(recipe).calibrated:
+        raise UserError(f"recipe {recipe} records nothing: leave out --gpu-memory and --record-memory")
     fitted: list[Recipe] = []
 
     def on_fit(chosen: Recipe, nbytes: int) -> None:
