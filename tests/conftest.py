@@ -58,6 +58,40 @@ def tiny_random_folder(
     return folder
 
 
+@pytest.fixture(scope="session")
+def unet_folder(new_tiny_random_pipeline: Callable[[], FluxPipeline], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion pipeline with guidance, concatenated skip inputs and convolutions; not to be written to."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    flux = new_tiny_random_pipeline()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(32, 48),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=TEXT,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        ).eval()
+    pipe = StableDiffusionPipeline(
+        vae=flux.vae,
+        text_encoder=flux.text_encoder,
+        tokenizer=flux.tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny-unet"
+    pipe.save_pretrained(folder)
+    return folder
+
+
 def _build() -> FluxPipeline:
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel

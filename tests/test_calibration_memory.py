@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import FluxPipeline
 from torch import nn
 
 import bittern
@@ -34,37 +34,6 @@ def recipe() -> Recipe:
     """Everything that is recorded: rows, Gram matrices of the modulation, sensitivities."""
     default = {"rank": 4, "svd_iterations": 1, "smoothing": "none"}
     return recipes.load("svdquant").override(name="small", samples=4, rows=96, default=default | {"sensitivity": True})
-
-
-@pytest.fixture(scope="module")
-def unet_folder(new_tiny_random_pipeline: NewPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline with guidance: two images a step, concatenated skip inputs, convolutions."""
-    flux = new_tiny_random_pipeline()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(32, 48),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=16,
-        ).eval()
-    pipe = StableDiffusionPipeline(
-        vae=flux.vae,
-        text_encoder=flux.text_encoder,
-        tokenizer=flux.tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("unet") / "sd"
-    pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=["flux", "unet"])

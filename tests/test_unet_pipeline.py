@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 import bittern
@@ -18,37 +17,10 @@ from bittern.cli import main
 from bittern.errors import UserError
 from bittern.layers import QuantConv2d, quant_layers
 
-UNET = {
-    "sample_size": 16,
-    "block_out_channels": (32, 48),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-    "norm_num_groups": 16,
-}
-
 
 @pytest.fixture(scope="module")
-def folder(new_tiny_random_pipeline: Callable[[], FluxPipeline], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flux = new_tiny_random_pipeline()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(**UNET).eval()
-    pipe = StableDiffusionPipeline(
-        vae=flux.vae,
-        text_encoder=flux.text_encoder,
-        tokenizer=flux.tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    place = tmp_path_factory.mktemp("unet") / "sd"
-    pipe.save_pretrained(place)
-    return place
+def folder(unet_folder: Path) -> Path:
+    return unet_folder
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,8 @@
-"""Pipelines by name: find, load, call as they were made to be called, and write whole folders or nothing."""
+"""Pipelines by name: find, load, call as they were made to be called, and quantize from folder to folder."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
-import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +18,7 @@ import bittern
 from bittern.architectures import Plan
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UnusableModel, UserError, did_you_mean
+from bittern.outputs import INDEX, check_out, disk_problem, existing_parent, new_folder
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict, predict_size, quantize
 from bittern.quantization.calibration import Limits, Recorder, memory_told
 from bittern.quantization.conductor import with_samples
@@ -50,8 +47,6 @@ __all__ = [
 
 BUILT_IN = {"tiny-flux": "bittern.tiny_flux", "tiny-unet": "bittern.tiny_unet"}
 """The embedded models, and the modules that know where they lie."""
-
-INDEX = "model_index.json"
 
 
 def resolve(model: str | Path) -> Path:
@@ -158,12 +153,14 @@ def quantize_folder(
     others = [source / INDEX, *_other_components(source, place.name)]
     work = workspace_of(out)
     wanted = None if fit is None else Fit.of(blank, recipe, fit)
-    foreseen = predict(blank, recipe)
-    size = foreseen.file_bytes if wanted is None else wanted.size
     # Finished blocks stay until the whole is written.
-    solved = sum(row.bytes for row in foreseen.rows) if wanted is None else size
+    if wanted is None:
+        foreseen = predict(blank, recipe)
+        size, solved = foreseen.file_bytes, sum(row.bytes for row in foreseen.rows)
+    else:
+        size = solved = wanted.size
     needed = size + solved + sum(_bytes_of(other) for other in others) - (_bytes_of(work) if work.exists() else 0)
-    free = shutil.disk_usage(_existing_parent(work)).free
+    free = shutil.disk_usage(existing_parent(work)).free
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
     if not can_stream(blank, place):
@@ -245,7 +242,7 @@ def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
             workspace.remove()
         finished = workspace.finished
         cause = error.__cause__ if isinstance(error, UserError) and isinstance(error.__cause__, Exception) else error
-        reason = _disk_problem(cause) if isinstance(error, UserError | OSError | SafetensorError) else None
+        reason = disk_problem(cause) if isinstance(error, UserError | OSError | SafetensorError) else None
         if reason is not None:
             left = (
                 f"{finished} finished blocks are kept, run the same command again"
@@ -258,102 +255,6 @@ def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
         if isinstance(error, UserError) and finished:
             raise UserError(f"{error}; {finished} finished blocks are kept for the same command") from error
         raise
-
-
-def check_out(out: str | Path, *, force: bool = False, source: Path | None = None) -> None:
-    """Refuses an output folder that `new_folder` would refuse, before time is spent.
-
-    Raises:
-        UserError: if it is a file, holds something and `force` is not given, holds something that is no model,
-            is the source itself or around it, or cannot be written.
-    """
-    path = Path(out).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output {str(out)!r} is a file: expected a folder that is new or empty")
-    if source is not None and (source.resolve().is_relative_to(path) or path.is_relative_to(source.resolve())):
-        raise UserError(
-            f"output {str(out)!r} would replace the model it is made from, or a part of it: choose another folder"
-        )
-    if path.is_mount():
-        raise UserError(f"output {str(out)!r} is a mount point, which cannot be replaced: choose a folder in it")
-    if path.is_dir() and any(path.iterdir()):
-        if not force:
-            raise UserError(f"output folder {str(out)!r} is not empty: choose another, or replace it with --force")
-        if not any(_names_a_class(path / name) for name in (INDEX, "config.json")):
-            raise UserError(f"output folder {str(out)!r} holds no model: --force replaces only models; empty it first")
-    parent = _existing_parent(path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"output {str(out)!r} is not writable: {parent} allows no new folder; choose another place")
-
-
-@contextmanager
-def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well and vanishes when not.
-
-    Raises:
-        UserError: as `check_out` does, and if the disk is full or not writable.
-    """
-    check_out(out, force=force)
-    path = Path(out).expanduser().resolve()
-    token = secrets.token_hex(4)
-    fresh, aside = (path.parent / f".{path.name}.{token}.{kind}" for kind in ("tmp", "old"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        yield fresh
-        _open_to_readers(fresh)
-        if path.exists():
-            path.rename(aside)
-        try:
-            fresh.rename(path)
-        except BaseException:
-            if aside.exists():
-                aside.rename(path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except Exception as error:
-        reason = _disk_problem(error)
-        if reason is None:
-            raise
-        raise UserError(f"output {str(out)!r} cannot be written: {reason}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _names_a_class(file: Path) -> bool:
-    """Whether a file is the config of a model or the index of a pipeline: both name their class."""
-    try:
-        return isinstance(json.loads(file.read_text(encoding="utf-8"))["_class_name"], str)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Give every file the mode that a plain `open` would have given it; safetensors writes for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(0o666 & ~mask)
-
-
-def check_file_out(file: Path, option: str) -> None:
-    """Refuses a file that could not be written, before time is spent.
-
-    Args:
-        file: what is to be written.
-        option: the option it was given with, for the message.
-
-    Raises:
-        UserError: if it is a folder, or its folder cannot be made or written.
-    """
-    if file.is_dir():
-        raise UserError(f"{option} {file} is a folder: expected a file such as {file / 'name.ending'}")
-    parent = _existing_parent(file.expanduser())
-    if not parent.is_dir():
-        raise UserError(f"{option} {file}: {parent} is a file, not a folder; choose another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {file}: {parent} is not writable; choose another place")
 
 
 def check_device(device: str | torch.device) -> None:
@@ -470,24 +371,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no mapping: fetch or write it again")
     return content
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.resolve().parents if parent.exists())
-
-
-def _disk_problem(error: Exception) -> str | None:
-    """What the disk said, if this is the disk's error."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and isinstance(error, shutil.Error | SafetensorError):
-        # These two give the number only in their text.
-        match = re.search(r"(?:os error|Errno) (\d+)", str(error))
-        number = int(match[1]) if match else None
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "the disk is full"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG):
-        return f"{os.strerror(number)}, choose another place"
-    return os.strerror(number) if number else None
 
 
 def _first_line(error: Exception) -> str:

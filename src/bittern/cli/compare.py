@@ -41,7 +41,7 @@ def compare(
         hush()
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare as run
-        from bittern.pipelines import check_file_out
+        from bittern.outputs import check_file_out
         from bittern.trajectories import read_prompts
 
         report = report.expanduser()

@@ -32,7 +32,7 @@ def demo(
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare
         from bittern.evaluation.suites import choose_prompts
-        from bittern.pipelines import check_file_out
+        from bittern.outputs import check_file_out
 
         chosen = options.settings(seed, steps, batch_size, path, device, dtype)
         out = out.expanduser()

@@ -33,7 +33,8 @@ def generate(
         hush()
         from bittern.evaluation.drawing import draw
         from bittern.evaluation.generate import save_png
-        from bittern.pipelines import check_file_out, resolve
+        from bittern.outputs import check_file_out
+        from bittern.pipelines import resolve
         from bittern.quantization import inspect
         from bittern.trajectories import read_prompts
 

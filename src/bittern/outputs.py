@@ -1,0 +1,134 @@
+"""Where results go: refused before time is spent, and written as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from bittern.errors import UserError
+
+INDEX = "model_index.json"
+
+
+def check_out(out: str | Path, *, force: bool = False, source: Path | None = None) -> None:
+    """Refuses an output folder that `new_folder` would refuse, before time is spent.
+
+    Raises:
+        UserError: if it is a file, holds something and `force` is not given, holds something that is no model,
+            is the source itself or around it, or cannot be written.
+    """
+    path = Path(out).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output {str(out)!r} is a file: expected a folder that is new or empty")
+    if source is not None and (source.resolve().is_relative_to(path) or path.is_relative_to(source.resolve())):
+        raise UserError(
+            f"output {str(out)!r} would replace the model it is made from, or a part of it: choose another folder"
+        )
+    if path.is_mount():
+        raise UserError(f"output {str(out)!r} is a mount point, which cannot be replaced: choose a folder in it")
+    if path.is_dir() and any(path.iterdir()):
+        if not force:
+            raise UserError(f"output folder {str(out)!r} is not empty: choose another, or replace it with --force")
+        if not any(_names_a_class(path / name) for name in (INDEX, "config.json")):
+            raise UserError(f"output folder {str(out)!r} holds no model: --force replaces only models; empty it first")
+    parent = existing_parent(path)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"output {str(out)!r} is not writable: {parent} allows no new folder; choose another place")
+
+
+@contextmanager
+def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well and vanishes when not.
+
+    Raises:
+        UserError: as `check_out` does, and if the disk is full or not writable.
+    """
+    check_out(out, force=force)
+    path = Path(out).expanduser().resolve()
+    token = secrets.token_hex(4)
+    fresh, aside = (path.parent / f".{path.name}.{token}.{kind}" for kind in ("tmp", "old"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        yield fresh
+        _open_to_readers(fresh)
+        if path.exists():
+            path.rename(aside)
+        try:
+            fresh.rename(path)
+        except BaseException:
+            if aside.exists():
+                aside.rename(path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    except Exception as error:
+        reason = disk_problem(error)
+        if reason is None:
+            raise
+        raise UserError(f"output {str(out)!r} cannot be written: {reason}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _names_a_class(file: Path) -> bool:
+    """Whether a file is the config of a model or the index of a pipeline: both name their class."""
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8"))["_class_name"], str)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give every file the mode that a plain `open` would have given it; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def check_file_out(file: Path, option: str) -> None:
+    """Refuses a file that could not be written, before time is spent.
+
+    Args:
+        file: what is to be written.
+        option: the option it was given with, for the message.
+
+    Raises:
+        UserError: if it is a folder, or its folder cannot be made or written.
+    """
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder: expected a file such as {file / 'name.ending'}")
+    parent = existing_parent(file.expanduser())
+    if not parent.is_dir():
+        raise UserError(f"{option} {file}: {parent} is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {file}: {parent} is not writable; choose another place")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.resolve().parents if parent.exists())
+
+
+def disk_problem(error: Exception) -> str | None:
+    """What the disk said, if this is the disk's error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and isinstance(error, shutil.Error | SafetensorError):
+        # These two give the number only in their text.
+        match = re.search(r"(?:os error|Errno) (\d+)", str(error))
+        number = int(match[1]) if match else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "the disk is full"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG):
+        return f"{os.strerror(number)}, choose another place"
+    return os.strerror(number) if number else None
