@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from bittern.errors import UserError
 from bittern.scheme import Scheme
-from bittern.solvers import SolverOptions, foresee, foresee_felt, solve
-from bittern.solvers.weighted import OUTPUT_DAMPING, WEIGHT_SHARE
-from bittern.trajectories import Statistics
+from bittern.solvers import SolverOptions, foresee, solve
 
 N, K = 48, 64
 RANKS = (0, 4, 16, 40)
@@ -21,42 +18,6 @@ def decaying(n: int, k: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     u, _, vt = torch.linalg.svd(torch.randn(n, k, generator=generator), full_matrices=False)
     return u @ torch.diag(0.9 ** torch.arange(min(n, k))) @ vt
-
-
-def exact() -> SolverOptions:
-    """An SVD as good as the full one."""
-    return SolverOptions(svd_oversample=64, svd_iterations=8, branch="outputs")
-
-
-def test_with_data_it_is_the_tail_of_the_weighted_singular_values() -> None:
-    weight, generator = decaying(N, K, 0), torch.Generator().manual_seed(1)
-    rows = torch.randn(300, K, generator=generator) * torch.linspace(0.1, 3, K)
-    felt = torch.randn(500, N, generator=generator) * torch.linspace(0.1, 2, N)
-    gram = felt.T @ felt
-    statistics = Statistics(rows, rows.T @ rows, rows.abs().amax(0), len(rows))
-    found = foresee_felt([weight], statistics, Scheme(), exact(), (K,), RANKS, 0, ["w"], [gram])
-    # 16-bit activations: M is WEIGHT_SHARE times the mean squares of the inputs.
-    w, m = weight.double().numpy(), WEIGHT_SHARE * rows.double().square().mean(0).numpy()
-    g = gram.double().numpy() + OUTPUT_DAMPING * float(gram.diagonal().double().mean()) * np.eye(N)
-    values = np.linalg.svd(np.linalg.cholesky(g).T @ w * np.sqrt(m), compute_uv=False) ** 2
-    assert found == pytest.approx([values[rank:].sum() for rank in RANKS], rel=1e-3)
-    # Twice the sensitivity of everything: twice the error.
-    again = foresee_felt([weight], statistics, Scheme(), exact(), (K,), RANKS, 0, ["w"], [2 * gram])
-    assert again == pytest.approx([2 * error for error in found], rel=1e-4)
-
-
-def test_a_branch_that_knows_weights_only_is_judged_by_outputs_all_the_same() -> None:
-    weight, generator = decaying(N, K, 2), torch.Generator().manual_seed(3)
-    rows = torch.randn(300, K, generator=generator) * torch.linspace(0.1, 3, K)
-    statistics = Statistics(rows, rows.T @ rows, rows.abs().amax(0), len(rows))
-    options = SolverOptions(svd_oversample=64, svd_iterations=8)
-    found = foresee_felt([weight], statistics, Scheme(), options, (K,), RANKS, 0, ["w"], [torch.eye(N)])
-    u, s, vt = np.linalg.svd(weight.double().numpy(), full_matrices=False)
-    m = WEIGHT_SHARE * rows.double().square().mean(0).numpy()
-    rests = [(u[:, rank:] * s[rank:]) @ vt[rank:] for rank in RANKS]
-    assert found == pytest.approx([(1 + OUTPUT_DAMPING) * (rest**2 @ m).sum() for rest in rests], rel=1e-3)
-    weighted = foresee_felt([weight], statistics, Scheme(), exact(), (K,), RANKS, 0, ["w"], [torch.eye(N)])
-    assert all(mine <= theirs * (1 + 1e-4) for mine, theirs in zip(weighted, found, strict=True))
 
 
 @pytest.mark.parametrize("smoothing", ["none", "span"])

@@ -12,7 +12,7 @@ from bittern.quantization.calibration import (
     passes,
 )
 from bittern.quantization.conductor import quantize
-from bittern.quantization.fit import Fit, foreseen, measuring
+from bittern.quantization.fit import Fit, foreseen
 from bittern.quantization.jobs import (
     check_seed,
     check_weight,
@@ -48,7 +48,6 @@ __all__ = [
     "fill_meta",
     "foreseen",
     "inspect",
-    "measuring",
     "model_card",
     "model_on_meta",
     "passes",

@@ -10,11 +10,11 @@ and to keep it in 16 bits; for a ternary layer also int4 with each of these rank
 and stay as they are.
 
 A level's error is what `solvers.foresight` foresees: the squared relative error of each layer's output times the
-weights of the layer, so that every weight counts alike, and all blocks of a kind share one profile. With every *layer*
-counting alike pictures of tiny-flux were 2 dB worse than with one rank for all. Measured sensitivities (`foreseen` with
-a recorder, `choose` with three profiles) foresee the velocity's error very well, and bring it down by 30 %; but they
-take branches from layers that it hardly feels, those of the text among them, some pictures then show something else,
-and the mean PSNR is 1.5 dB worse. So neither is what `--fit` does.
+weights of the layer, so that every weight counts alike. With every *layer* counting alike pictures of tiny-flux were
+2 dB worse than with one rank for all. Measured sensitivities, with up to three profiles of blocks, foresaw the
+velocity's error very well and brought it down by 30 %; but they took branches from layers that it hardly feels, those
+of the text among them, some pictures then showed something else, and the mean PSNR was 1.5 dB worse. So neither is
+there.
 
 adaLN linears stay as the recipe says: they see one row per image. What the recipe's own `overrides` match stays as they
 say. The result is an ordinary recipe with more of them.
@@ -39,11 +39,11 @@ from bittern.architectures import Job, Plan, modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import flat_weight
 from bittern.quantization.allocation import Kind, allocate
-from bittern.quantization.calibration import Calibration, Progress, Recorder, passes_of
-from bittern.quantization.jobs import blocks_of, borrowed, check_seed, checkpoint_config, own_seed
+from bittern.quantization.calibration import Progress
+from bittern.quantization.jobs import borrowed, check_seed, checkpoint_config, own_seed
 from bittern.quantization.report import predict_size, tensor_bytes, whole_size
 from bittern.recipes import Recipe, needs_data
-from bittern.solvers import SolverOptions, foresee, foresee_felt
+from bittern.solvers import SolverOptions, foresee
 
 RANKS = (0, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
 """What is tried, as far as a branch takes fewer bytes than 16-bit weights."""
@@ -147,12 +147,11 @@ class Fit:
             kinds.setdefault(kind, []).append([job.paths[0] for job in jobs if job.paths[0] in self.slots])
         return list(kinds.values())
 
-    def choose(self, errors: Mapping[str, Sequence[float]], profiles: int = 1) -> Recipe:
+    def choose(self, errors: Mapping[str, Sequence[float]]) -> Recipe:
         """The recipe of least error that meets the size.
 
         Args:
             errors: Of each slot, by name, the error of each of its levels.
-            profiles: How many different blocks there may be, in the end, if the model has not more kinds of them.
         """
         kinds = [blocks for blocks in self.kinds if blocks[0]]
         given = [
@@ -165,13 +164,13 @@ class Fit:
         leanest = sum(slot.levels[0].bytes for slot in self.slots.values())
         room = self.size - self.smallest + leanest
         while True:
-            found = allocate(given, room, profiles - len(self.kinds) + len(kinds))
+            found = allocate(given, room)
             recipe = self.made_of(
                 {
-                    name: int(levels[row, slot])
+                    name: level
                     for blocks, levels in zip(kinds, found, strict=True)
-                    for row, block in enumerate(blocks)
-                    for slot, name in enumerate(block)
+                    for block in blocks
+                    for name, level in zip(block, levels, strict=True)
                 }
             )
             # The header grows with every tensor, by how much its neighbours decide.
@@ -224,7 +223,6 @@ def foreseen(
     *,
     seed: int = 0,
     device: str | torch.device | None = None,
-    recorder: Recorder | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[float]]:
     """The error of every level of every slot, by the slot's name.
@@ -235,7 +233,6 @@ def foreseen(
         read: Gives a parameter's values by its name.
         seed: As for `quantize`.
         device: Where to work; None for where the weights are.
-        recorder: For a calibrated recipe: it records in passes, as for the solvers afterwards.
         progress: Called as slots are done.
 
     Raises:
@@ -243,27 +240,20 @@ def foreseen(
     """
     check_seed(seed)
     magnitudes = modulated_magnitudes(fit.made, model, lambda name: read(name).to(device))
-    blocks = blocks_of(measuring(fit))
     found: dict[str, list[float]] = {}
-    for members, calibration in passes_of(recorder, blocks):
-        for name in [job.paths[0] for index in members for job in blocks[index][1] if job.paths[0] in fit.slots]:
-            if progress:
-                progress("foreseeing errors", len(found), len(fit.slots))
-            slot = fit.slots[name]
-            with borrowed(model, slot.job.paths, read, device) as modules:
-                weights = [flat_weight(module) for module in modules]
-                found[name] = _errors(slot, weights, seed, calibration, magnitudes.get(name))
-        # Two passes' records would not fit.
-        del calibration
+    for name, slot in fit.slots.items():
+        if progress:
+            progress("foreseeing errors", len(found), len(fit.slots))
+        with borrowed(model, slot.job.paths, read, device) as modules:
+            found[name] = _errors(slot, [flat_weight(module) for module in modules], seed, magnitudes.get(name))
     if progress:
         progress("foreseeing errors", len(found), len(fit.slots))
     return found
 
 
-def _errors(
-    slot: Slot, weights: Sequence[Tensor], seed: int, calibration: Calibration | None, magnitudes: Tensor | None
-) -> list[float]:
+def _errors(slot: Slot, weights: Sequence[Tensor], seed: int, magnitudes: Tensor | None) -> list[float]:
     """The error of each level; of layers that are kept there is none."""
+    known = None if magnitudes is None else magnitudes.to(weights[0].device)
     errors = [0.0] * len(slot.levels)
     for format in {level.job.scheme.weight for level in slot.levels}:
         own = {
@@ -274,34 +264,11 @@ def _errors(
         if not own:
             continue
         job, ranks = next(iter(own.values())), [job.scheme.rank for job in own.values()]
-        given = job.scheme, SolverOptions(**job.solver), job.segments, ranks, own_seed(job, seed), job.paths
-        if calibration is None:
-            known = None if magnitudes is None else magnitudes.to(weights[0].device)
-            found = foresee(weights, *given, known)
-        else:
-            device = weights[0].device
-            felt = [calibration.sensitivity[path].to(device) for path in job.paths]
-            statistics = calibration.statistics[job.paths[0]].to(device)
-            found = foresee_felt(weights, statistics, *given, felt)
+        options = SolverOptions(**job.solver)
+        found = foresee(weights, job.scheme, options, job.segments, ranks, own_seed(job, seed), job.paths, known)
         for i, error in zip(own, found, strict=True):
             errors[i] = error
     return errors
-
-
-def measuring(fit: Fit) -> Plan:
-    """The plan to calibrate by, so that all slots can be compared: sensitivities of all of them are recorded."""
-    # A branch is what makes a job ask for them.
-    jobs = (
-        replace(
-            job,
-            solver={**job.solver, "sensitivity": True},
-            scheme=replace(job.scheme, rank=max(1, job.scheme.rank)),
-        )
-        if job.paths[0] in fit.slots and needs_data(job.solver)
-        else job
-        for job in fit.made.jobs
-    )
-    return replace(fit.made, jobs=tuple(jobs))
 
 
 def _free(job: Job, made: Plan, recipe: Recipe) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bittern.solvers.calibrated import Stages, solve_calibrated
-from bittern.solvers.foresight import foresee, foresee_felt
+from bittern.solvers.foresight import foresee
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.solution import Solution, relative_error
 from bittern.solvers.solve import solve
@@ -13,7 +13,6 @@ __all__ = [
     "SolverOptions",
     "Stages",
     "foresee",
-    "foresee_felt",
     "relative_error",
     "solve",
     "solve_calibrated",

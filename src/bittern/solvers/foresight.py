@@ -10,10 +10,9 @@ if the rounding errors Delta are white and rho times as large as R, squared: the
 out (rounds that alternate branch and codes, better scales of a smaller residual, GPTQ beyond its share in rho)
 helps every rank alike, and only ratios count when bytes are dealt out.
 
-Without data u is taken as Gaussian, with the channels' magnitudes where they are known and a GELU where there is one;
-rho is measured by rounding W diag(s) once; and errors are relative to the layer's output, because nothing tells how
-much the model feels a layer. With data u is the sampled input, and errors are in units of the model's output (see
-`trajectories.sensitivities`).
+No data is read: u is taken as Gaussian, with the channels' magnitudes where they are known and a GELU where there is
+one; rho is measured by rounding W diag(s) once; and errors are relative to the layer's output, because nothing tells
+how much the model feels a layer.
 """
 
 from __future__ import annotations
@@ -31,17 +30,11 @@ from bittern.scheme import Scheme
 from bittern.solvers.inputs import rounded, smoothed
 from bittern.solvers.lowrank import low_rank, random_start
 from bittern.solvers.options import SolverOptions
-from bittern.solvers.smooth_grid import smoothing
 from bittern.solvers.solve import SMALL, check_weights, data_free_smoothing
-from bittern.solvers.weighted import Metric, input_factor, input_weight
 from bittern.threads import one_thread
-from bittern.trajectories import Statistics
 
 ROWS = 256
 """Gaussian inputs that are rounded to learn the size of their rounding error."""
-
-EXPONENT = 0.5
-"""Of inputs and weights in the smoothing with data that stands in for the search."""
 
 
 @torch.no_grad()
@@ -75,7 +68,8 @@ def foresee(
     if options.smoothing in ("grid", "descent"):
         scheme = replace(scheme, smooth=False)  # what it will be only data can tell
     smooth = data_free_smoothing(weights, layout, scheme, options, magnitudes)
-    target = _smoothed_weight(weights, smooth)
+    target = torch.cat([weight.float() for weight in weights])
+    target = target if smooth is None else target * smooth.float()
     with one_thread(target.numel() <= SMALL), exact_products():
         rows = _gaussian(layout, scheme, magnitudes, seed).to(target.device)
         u, ut = smoothed(rows, smooth), rounded(rows, smooth, layout, scheme)
@@ -89,62 +83,6 @@ def foresee(
 
         rests = _residuals(target, ranks, options, seed)
         return [_relative(rest.square() @ weight, outputs, sizes) * layout.k for rest in rests]
-
-
-@torch.no_grad()
-def foresee_felt(
-    weights: Sequence[Tensor],
-    statistics: Statistics,
-    scheme: Scheme,
-    options: SolverOptions,
-    segments: Sequence[int],
-    ranks: Sequence[int],
-    seed: int,
-    names: Sequence[str],
-    sensitivity: Sequence[Float[Tensor, "n n"]],
-) -> list[float]:
-    """The squared errors of the model's output that layers of one input would cause, at each rank.
-
-    Args:
-        weights: As for `solve_calibrated`.
-        statistics: Of the input.
-        scheme: Its rank does not count.
-        options: How the layers would be solved.
-        segments: Lengths of the K-segments.
-        ranks: In rising order.
-        seed: Of the SVD.
-        names: What to call the weights in errors.
-        sensitivity: G of each output. Their sizes count: they compare this layer with all others.
-
-    Raises:
-        UserError: as `solve_calibrated` does.
-    """
-    layout = scheme.layout(segments)
-    check_weights(weights, layout, names)
-    smooth = None
-    if scheme.smooth:
-        inputs = statistics.amax.clone()
-        for segment, shift in zip(layout, scheme.shift or (0.0,) * len(layout.segments), strict=True):
-            inputs[segment.logical] += shift
-        spans = torch.cat([weight.float().abs().amax(dim=0, keepdim=True) for weight in weights]).amax(dim=0)
-        smooth = smoothing(inputs, spans, EXPONENT, EXPONENT, layout, dtype_of(scheme.branch_dtype))
-    target = _smoothed_weight(weights, smooth)
-    with one_thread(target.numel() <= SMALL), exact_products():
-        rows = statistics.rows
-        factor = input_factor(input_weight(smoothed(rows, smooth), rounded(rows, smooth, layout, scheme))).float()
-        # `Metric` makes the mean diagonal 1.
-        unit = sum(float(g.diagonal().double().sum()) for g in sensitivity) / target.shape[0]
-        left = Metric(sensitivity).left(target)
-        if options.branch == "outputs":
-            rests = _residuals(left @ factor, ranks, options, seed)
-            return [unit * float(rest.square().sum()) for rest in rests]
-        rests = _residuals(left, ranks, options, seed)
-        return [unit * float((rest @ factor).square().sum()) for rest in rests]
-
-
-def _smoothed_weight(weights: Sequence[Tensor], smooth: Float[Tensor, " k"] | None) -> Float[Tensor, "n k"]:
-    target = torch.cat([weight.float() for weight in weights])
-    return target if smooth is None else target * smooth.float()
 
 
 def _gaussian(
