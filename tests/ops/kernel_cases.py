@@ -19,7 +19,7 @@ from torch import Tensor
 from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
-from bittern.ops.triton import config, linear
+from bittern.ops.triton import config, heads, linear
 from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
@@ -351,3 +351,35 @@ def reciprocals(s: Tensor) -> Tensor:
     out = torch.empty(len(s), device=s.device)
     _reciprocals[(triton.cdiv(len(s), 256),)](s, out, len(s), 256, enable_fp_fusion=False)
     return out
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("kind", ["gaussian", "zeros", "outlier", "denormal"])
+@pytest.mark.parametrize(("lengths", "count", "size"), [((5, 8), 3, 32), ((7,), 24, 64), ((1,), 1, 2)])
+def test_heads(dtype: torch.dtype, kind: str, lengths: tuple[int, ...], count: int, size: int) -> None:
+    """Against the formulas in float64, from slices of one tensor, as fused projections give them."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, length, 3, count, size) for length in lengths]
+    streams = [torch.randn(shape, generator=g) for shape in shapes]
+    for stream in streams:
+        if kind == "zeros":
+            stream.zero_()
+        stream[..., 0] *= {"outlier": 1e3, "denormal": 1e-7}.get(kind, 1.0)
+    fused = [stream.to(DEVICE, dtype) for stream in streams]
+    q, k = ([x[:, :, i] for x in fused] for i in (0, 1))
+    weights = [[(torch.rand(size, generator=g) + 0.5).to(DEVICE, dtype) for _ in lengths] for _ in range(2)]
+    angles = torch.rand(sum(lengths), size // 2, generator=g).mul(6).repeat_interleave(2, dim=1).to(DEVICE)
+    tables = angles.cos(), angles.sin()
+    found = heads.rotary_heads(q, k, *weights, 1e-6, *tables)
+    again = heads.rotary_heads(q, k, *weights, 1e-6, *tables)
+    for i, (y, same) in enumerate(zip(found, again, strict=True)):
+        assert torch.equal(y, same) and torch.isfinite(y).all()
+        parts = [(x[:, :, i].double(), w.double()) for x, w in zip(fused, weights[i], strict=True)]
+        n = torch.cat([x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w for x, w in parts], dim=1)
+        turned = torch.stack([-n[..., 1::2], n[..., ::2]], -1).flatten(-2)
+        cos, sin = (t.double()[:, None] for t in tables)
+        # The normalized number and the result are rounded once each.
+        unit = torch.finfo(dtype).eps / 2
+        tiny = torch.finfo(dtype).tiny * 2 * unit
+        allowed = 2.1 * unit * ((n * cos).abs() + (turned * sin).abs()) + 2 * tiny
+        assert ((y.double() - n * cos - turned * sin).abs() <= allowed).all()

@@ -10,7 +10,7 @@ the same numbers in more steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models import activations
@@ -22,8 +22,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bittern.layers import QuantLinear, group_linear
+from bittern.ops import rotary_heads
 
-Heads = tuple[Float[Tensor, "b l h d"], Float[Tensor, "b l h d"], Float[Tensor, "b l h d"]]
+
+class Stream(NamedTuple):
+    """Queries, keys and values of one stream of tokens by head, with what normalizes the first two."""
+
+    q: Float[Tensor, "b l h d"]
+    k: Float[Tensor, "b l h d"]
+    v: Float[Tensor, "b l h d"]
+    norm_q: nn.RMSNorm
+    norm_k: nn.RMSNorm
+
+    @classmethod
+    def of(cls, attn: FluxAttention, qkv: Sequence[Tensor], norm_q: str, norm_k: str) -> Stream:
+        """From the outputs of the three projections, and the names of the attention's norms."""
+        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
+        return cls(q, k, v, getattr(attn, norm_q), getattr(attn, norm_k))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the norms are what they are in every FLUX that diffusers makes: nobody else's, and not hooked."""
+        norms: tuple[Any, ...] = self.norm_q, self.norm_k
+        return all(
+            type(norm) is nn.RMSNorm
+            and norm.weight is not None
+            and norm.eps is not None
+            and norm.eps == self.norm_q.eps
+            and not norm._forward_hooks
+            and not norm._forward_pre_hooks
+            for norm in norms
+        )
 
 
 def install(model: nn.Module) -> None:
@@ -60,32 +89,36 @@ class GroupedAttention(FluxAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The update of the image stream, or of the image and the text stream."""
-        image = self.heads(attn, group_linear((attn.to_q, attn.to_k, attn.to_v), hidden_states))
+        image = Stream.of(attn, group_linear((attn.to_q, attn.to_k, attn.to_v), hidden_states), "norm_q", "norm_k")
         if encoder_hidden_states is None:
-            return self.attend(image, image_rotary_emb, attention_mask)
-        text = self.heads(
-            attn, group_linear((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), encoder_hidden_states), added=True
-        )
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
-        both = self.attend((q, k, v), image_rotary_emb, attention_mask)
+            return self.attend([image], image_rotary_emb, attention_mask)
+        added = group_linear((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), encoder_hidden_states)
+        text = Stream.of(attn, added, "norm_added_q", "norm_added_k")
+        both = self.attend([text, image], image_rotary_emb, attention_mask)
         tokens = encoder_hidden_states.shape[1]
         to_out, dropout = attn.to_out
         return dropout(to_out(both[:, tokens:])), attn.to_add_out(both[:, :tokens])
 
-    @staticmethod
-    def heads(attn: FluxAttention, qkv: Sequence[Tensor], *, added: bool = False) -> Heads:
-        """Queries, keys and values by head; queries and keys normalized."""
-        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
-        norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
-        return norm_q(q), norm_k(k), v
-
     def attend(
-        self, qkv: Heads, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None = None
+        self, streams: Sequence[Stream], rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None = None
     ) -> Float[Tensor, "b l n"]:
-        """Attention with rotary positions, by whatever backend diffusers was told to use."""
-        q, k, v = qkv
-        if rotary is not None:
-            q, k = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (q, k))
+        """Attention of streams, one after the other, by whatever backend diffusers was told to use."""
+        alike = all(stream.is_plain and stream.norm_q.eps == streams[0].norm_q.eps for stream in streams)
+        if rotary is not None and alike:
+            q, k = rotary_heads(
+                [stream.q for stream in streams],
+                [stream.k for stream in streams],
+                [stream.norm_q.weight for stream in streams],
+                [stream.norm_k.weight for stream in streams],
+                streams[0].norm_q.eps,
+                *rotary,
+            )
+        else:
+            q = torch.cat([stream.norm_q(stream.q) for stream in streams], dim=1)
+            k = torch.cat([stream.norm_k(stream.k) for stream in streams], dim=1)
+            if rotary is not None:
+                q, k = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (q, k))
+        v = streams[0].v if len(streams) == 1 else torch.cat([stream.v for stream in streams], dim=1)
         out = dispatch_attention_fn(
             q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -111,7 +144,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         stream = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         x, gate = self.norm(stream, emb=temb)
         *qkv, mlp = group_linear((attn.to_q, attn.to_k, attn.to_v, self.proj_mlp), x, gelus=1)
-        attended = attn.processor.attend(attn.processor.heads(attn, qkv), image_rotary_emb)
+        attended = attn.processor.attend([Stream.of(attn, qkv, "norm_q", "norm_k")], image_rotary_emb)
         stream = stream + gate.unsqueeze(1) * self.proj_out([attended, mlp])
         if stream.dtype == torch.float16:
             stream = stream.clip(-65504, 65504)

@@ -20,6 +20,7 @@ from bittern.ops.dispatch import (
     register,
     use_backend,
 )
+from bittern.ops.heads import rotary_heads
 
 for _path in PATHS:
     register(Kernel(_path, "torch", reference.few_bit_linear, native=False))
@@ -40,5 +41,6 @@ __all__ = [
     "few_bit_linear",
     "quantize_activations",
     "register",
+    "rotary_heads",
     "use_backend",
 ]

@@ -179,6 +179,11 @@ def use_backend(name: str) -> Generator[None]:
         _forced_backend.reset(token)
 
 
+def forced_backend() -> str | None:
+    """The only backend that may compute, within `use_backend`; None elsewhere."""
+    return _forced_backend.get()
+
+
 def select(path: str, call: Call) -> Kernel:
     """The kernel that computes a call.
 

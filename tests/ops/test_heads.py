@@ -1,0 +1,73 @@
+"""Normalized, rotated heads: what diffusers computes, in one operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from bittern import ops
+from bittern.errors import UserError
+
+
+def arguments(lengths: tuple[int, ...], heads: int = 3, size: int = 8, dtype: torch.dtype = torch.float32) -> list[Any]:
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    q, k = ([random(2, length, heads, size) for length in lengths] for _ in range(2))
+    weights = [[random(size) for _ in lengths] for _ in range(2)]
+    angles = random(sum(lengths), size // 2).float().repeat_interleave(2, dim=1)
+    return [q, k, *weights, 1e-6, angles.cos(), angles.sin()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [(5,), (3, 6)])
+def test_it_is_what_diffusers_does_in_steps(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, q_weights, k_weights, eps, cos, sin = arguments(lengths, dtype=dtype)
+    for found, streams, weights in zip(
+        ops.rotary_heads(q, k, q_weights, k_weights, eps, cos, sin), (q, k), (q_weights, k_weights), strict=True
+    ):
+        normed = []
+        for x, weight in zip(streams, weights, strict=True):
+            norm = nn.RMSNorm(x.shape[-1], eps=eps)
+            norm.weight = nn.Parameter(weight)
+            normed.append(norm(x))
+        expected = apply_rotary_emb(torch.cat(normed, dim=1), (cos, sin), sequence_dim=1)
+        assert found.dtype == dtype and torch.equal(found, expected)
+
+
+def test_the_operation_is_sound_to_torch() -> None:
+    torch.library.opcheck(torch.ops.bittern.rotary_heads.default, tuple(arguments((3, 6))))
+    whole = torch.randn(2, 5, 3, 4, 8)
+    args = arguments((5,), heads=4)
+    torch.library.opcheck(torch.ops.bittern.rotary_heads.default, ([whole[:, :, 0]], [whole[:, :, 1]], *args[2:]))
+
+
+def test_gradients_go_through() -> None:
+    """A LoRA on the projections is trained through it."""
+    q, k, *rest = arguments((3, 2))
+    q = [x.double().requires_grad_() for x in q]
+    k = [x.double().requires_grad_() for x in k]
+    rest = [[w.double() for w in ws] for ws in rest[:2]] + rest[2:]
+    assert torch.autograd.gradcheck(lambda *x: ops.rotary_heads(x[:2], x[2:], *rest), (*q, *k))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a[1].pop(), "2 queries, 1 keys, 2 and 2 weights: expected one of each"),
+        (lambda a: a[1].__setitem__(0, a[1][0][:, :1]), r"queries \[2, 3, 3, 8\] and keys \[2, 1, 3, 8\]"),
+        (lambda a: a.__setitem__(5, a[5][:4]), r"cos has shape \[4, 8\]: expected \[9, 8\] for 9 tokens"),
+        (lambda a: a[2].__setitem__(0, a[2][0][:4]), "heads of 8: expected an even size and weights of that length"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Any, message: str) -> None:
+    given = arguments((3, 6))
+    change(given)
+    with pytest.raises(UserError, match=message):
+        ops.rotary_heads(*given)
