@@ -25,10 +25,11 @@ from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import linear
-from bittern.ops.triton.config import GemmConfig, PrologueConfig, SkinnyConfig, UnpackConfig
+from bittern.ops.triton.config import GemmConfig, PrologueConfig, SkinnyConfig, SpecializedConfig, UnpackConfig
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
+from bittern.ops.triton.specialized_gemm import specialized_gemm
 from bittern.ops.triton.unpack import unpack_segment
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -50,7 +51,14 @@ GEMMS: list[tuple[int, int, tuple[int, ...], int, float]] = [
 ]
 _WIDE = (128, 256, 128)
 _TMA = {"descriptors": True, "store_descriptors": True}
-GEMM_CONFIGS = {
+GEMM_CONFIGS: dict[str, GemmConfig | SpecializedConfig] = {
+    "specialized s4": SpecializedConfig(),
+    "specialized s4 c32 b2": SpecializedConfig(chunk=32, buffers=2),
+    "specialized s4 c32 b2 lag 1": SpecializedConfig(chunk=32, buffers=2, lag=1),
+    "specialized s3 b4": SpecializedConfig(stages=3, buffers=4),
+    "specialized s4 g8": SpecializedConfig(group_m=8),
+    "specialized s4 g32": SpecializedConfig(group_m=32),
+    "specialized k64 s8": SpecializedConfig(block_k=64, stages=8),
     "128x256x128 w8 s3 g16": GemmConfig(*_WIDE, 16, 8, 3, **_TMA),
     "128x256x128 w8 s3 g16 early": GemmConfig(*_WIDE, 16, 8, 3, **_TMA, early=True),
     "128x256x128 w8 s3 g32 early": GemmConfig(*_WIDE, 32, 8, 3, **_TMA, early=True),
@@ -223,7 +231,8 @@ def gemms(bench: Bench) -> None:
                 def call(
                     a: Any = a, b: Any = b, rows: Any = rows, columns: Any = columns, config: Any = config
                 ) -> None:
-                    gemm(a, b, rows, columns, low, up, bias, out, segments[0], None, config)  # noqa: B023
+                    run = specialized_gemm if isinstance(config, SpecializedConfig) else gemm
+                    run(a, b, rows, columns, low, up, bias, out, segments[0], None, config)  # noqa: B023
 
                 bench.time(f"gemm {kind}", case, name, [call] * 3, floor=floor[kind], predicted=predicted, **facts)
 

@@ -12,10 +12,24 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from bittern.ops.triton import config, dequantize, four_bits, gemm, grouped_gemm, prologue, skinny, unpack
+from bittern.ops.triton import (
+    config,
+    dequantize,
+    four_bits,
+    gemm,
+    grouped_gemm,
+    heads,
+    prologue,
+    skinny,
+    specialized_gemm,
+    unpack,
+)
 
 FP8, INT8 = "fp8e4nv", "i8"
+GLUON = {FP8: gl.float8e4nv, "bf16": gl.bfloat16, "fp32": gl.float32}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # What a block may use of the shared memory, by compute capability.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -23,7 +37,14 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 
 STACK = 64
 
 
-def build(kernel: Any, capability: int, arguments: dict[str, str], constants: dict[str, Any], **options: Any) -> Any:
+def build(
+    kernel: Any,
+    capability: int,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    language: Any = ASTSource,
+    **options: Any,
+) -> Any:
     """Compiles with pointers and sizes that divide by 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else arguments.get(name, "i32") for name in names}
@@ -33,7 +54,7 @@ def build(kernel: Any, capability: int, arguments: dict[str, str], constants: di
         if signature[name].startswith("*") or signature[name] == "i32"
     }
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values, divisible)
+    source = language(kernel, signature, values, divisible)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -288,3 +309,69 @@ def test_four_bit_prologue(capability: int, shift: float, tmp_path: Path) -> Non
         enable_fp_fusion=False,
     )
     expect(compiled, capability, r"ld\.global", tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_heads(capability: int, tmp_path: Path) -> None:
+    names = ("q", "k", "q_weight", "k_weight", "out_q", "out_k")
+    compiled = build(
+        heads.heads_kernel,
+        capability,
+        {**dict.fromkeys(names, "*bf16"), "cos": "*fp32", "sin": "*fp32"},
+        {"EPS": 1e-6, "SIZE": 128, "BLOCK_L": heads.BLOCK_L, "BLOCK_H": heads.BLOCK_H},
+        num_warps=heads.WARPS,
+    )
+    # Sixteen bytes a thread, both ways.
+    expect(compiled, capability, r"ld\.global\S*\.v4\.b32", tmp_path)
+    assert re.search(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"])
+
+
+SPECIALIZED = config.SpecializedConfig()
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("rank", [0, 32])
+def test_specialized_gemm(segments: int, rank: int, tmp_path: Path) -> None:
+    """Three groups of warps; only the one that loads gives registers up."""
+    assert SPECIALIZED.problem(SHARED[90], rank, segments) is None
+
+    def tiles(dtype: str, rows: int, columns: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON[dtype])
+        return f"tensordesc<{dtype}[{rows},{columns}],{layout!r}>"
+
+    arguments = {
+        "a": tiles(FP8, 64, SPECIALIZED.block_k),
+        "b": tiles(FP8, SPECIALIZED.block_n, SPECIALIZED.block_k),
+        "out": tiles("bf16", 64, SPECIALIZED.chunk),
+        "column_scales": tiles("fp32", segments, SPECIALIZED.block_n),
+        "up": tiles("bf16", SPECIALIZED.block_n, max(rank, 16)),
+        "bias": tiles("bf16", 1, SPECIALIZED.block_n),
+        "row_scales": "*fp32",
+        "low": "*fp32",
+    }
+    constants: dict[str, Any] = {
+        "SEGMENTS": segments,
+        "RANK": rank,
+        "BIAS": True,
+        "GELU": True,
+        "BLOCK_N": SPECIALIZED.block_n,
+        "BLOCK_K": SPECIALIZED.block_k,
+        "GROUP_M": SPECIALIZED.group_m,
+        "STAGES": SPECIALIZED.stages,
+        "LAG": SPECIALIZED.lag,
+        "CHUNK": SPECIALIZED.chunk,
+        "BUFFERS": SPECIALIZED.buffers,
+    }
+    if not rank:
+        constants |= {"up": None, "low": None}
+    compiled = build(
+        specialized_gemm.specialized_gemm_kernel,
+        90,
+        arguments,
+        constants,
+        GluonASTSource,
+        num_warps=specialized_gemm.WARPS,
+        maxnreg=specialized_gemm.REGISTERS,
+    )
+    expect(compiled, 90, r"wgmma\.mma_async\.sync\.aligned\.m64n256k32\.f32\.e4m3\.e4m3", tmp_path, 128)
+    assert "setmaxnreg.dec.sync.aligned.u32 	40" in compiled.asm["ptx"]

@@ -89,6 +89,39 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
+class SpecializedConfig:
+    """Tiles of the GEMM with warps that load, of 128 tokens.
+
+    Attributes:
+        block_n: Outputs.
+        block_k: Inputs; divides `SCRATCH_MULTIPLE`.
+        group_m: As of `GemmConfig`.
+        stages: Tiles in flight.
+        chunk: Outputs that leave together.
+        buffers: For those that are on their way.
+        lag: Tiles by which the second group of warps begins later.
+    """
+
+    block_n: int = 256
+    block_k: int = 128
+    group_m: int = 16
+    stages: int = 4
+    chunk: int = 64
+    buffers: int = 1
+    lag: int = 0
+
+    def problem(self, shared_memory: int, rank: int, segments: int) -> str | None:
+        """Why it cannot run with so many bytes of shared memory; None if it can."""
+        if SCRATCH_MULTIPLE % self.block_k:
+            return f"block_k {self.block_k} does not divide {SCRATCH_MULTIPLE}"
+        needed = self.stages * (128 + self.block_n) * self.block_k + 2 * 2 * 64 * self.chunk * self.buffers
+        needed += self.block_n * (2 * padded_rank(rank) + 4 * segments + 2) + 16 * self.stages + 256
+        if needed > shared_memory:
+            return f"tiles take {needed} bytes of shared memory, the device has {shared_memory}"
+        return None
+
+
+@dataclass(frozen=True)
 class GroupedGemmConfig:
     """Tiles of the 4-bit GEMM: as of `GemmConfig`."""
 

@@ -60,9 +60,36 @@ def launch(
         The compiled kernel; None from the interpreter.
     """
     first = next(o.matrix if isinstance(o, Tiled) else o for o in operands if o is not None)
-    arguments = [TensorDescriptor.from_tensor(*o) if isinstance(o, Tiled) else o for o in operands]
+    describe = _described_for_gluon if _is_gluon(kernel) else TensorDescriptor.from_tensor
+    arguments = [describe(*o) if isinstance(o, Tiled) else o for o in operands]
     with on_device_of(first):
         return kernel[grid](*arguments, *sizes, **constants)
+
+
+def _is_gluon(kernel: Any) -> bool:
+    # Kernels of the interpreter cannot say.
+    return getattr(kernel, "is_gluon", bool)()
+
+
+def _described_for_gluon(matrix: Tensor, tile: list[int]) -> Any:
+    """A tensor descriptor that says how its tiles lie in shared memory."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
+
+    layout: Any = gl.NVMMASharedLayout.get_default_for(tile, _gluon_dtype(matrix.dtype))
+    return Described.from_tensor(matrix, tile, layout)
+
+
+@functools.cache
+def _gluon_dtype(dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return {
+        torch.float8_e4m3fn: gl.float8e4nv,
+        torch.bfloat16: gl.bfloat16,
+        torch.float16: gl.float16,
+        torch.float32: gl.float32,
+    }[dtype]
 
 
 class _Address(int):
