@@ -13,9 +13,9 @@ those that do not fit the device (`Limits`). The device also holds weights and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from bittern.architectures import Job, Plan
 from bittern.errors import UserError, memory_size
+from bittern.layers import FewBitLayer
+from bittern.quantization.predecessors import Blocks, Finished, Predecessors
 from bittern.recipes import Recipe, needs_data
 from bittern.trajectories import (
     State,
@@ -128,7 +130,7 @@ def is_felt(job: Job) -> bool:
 
 
 def passes(
-    blocks: Sequence[tuple[str, Sequence[Job]]], rows: int, itemsize: int, limits: Limits
+    blocks: Blocks, rows: int, itemsize: int, limits: Limits
 ) -> list[tuple[list[int], Cost]]:
     """Which blocks are recorded together, in order, and what each pass takes.
 
@@ -257,18 +259,26 @@ class Recorder:
     ) -> None:
         self.source, self.recipe, self.itemsize, self.limits, self.seed = source, recipe, itemsize, limits, seed
         self.states, self.keep, self.progress = states, keep, progress
+        self.predecessors: Predecessors | None = None
 
-    def passes(self, blocks: Sequence[tuple[str, Sequence[Job]]]) -> Iterator[tuple[list[int], Calibration]]:
+    def passes(self, blocks: Blocks, finished: Finished = ()) -> Iterator[tuple[list[int], Calibration]]:
         """Indices of blocks, and what is known of their jobs, pass after pass.
 
-        Whoever takes a calibration must let it go before asking for the next one. Blocks without a job that needs
-        data wait for the pass of their neighbours.
+        Whoever takes a calibration must let it go before asking for the next one, and tell what is `solved`. Blocks
+        without a job that needs data wait for the pass of their neighbours.
+
+        Args:
+            blocks: To be solved.
+            finished: Blocks that are solved already.
 
         Raises:
             UserError: for limits that are too narrow, before anything is done; as `sample`, `record` and
                 `sensitivities` do.
         """
         planned = passes(blocks, self.recipe.rows, self.itemsize, self.limits)
+        if self.recipe.predecessors == "few-bit" and any(needs_data(job.solver) for _, jobs in blocks for job in jobs):
+            yield from self._behind(blocks, finished)
+            return
         if self.progress:
             most = Cost(max(cost.host for _, cost in planned), max(cost.device for _, cost in planned))
             device = "" if not most.device else f" and {memory_size(most.device)} of sums on the device"
@@ -282,11 +292,22 @@ class Recorder:
             what = f" (pass {turn + 1} of {len(planned)})" if len(planned) > 1 else ""
             yield members, self.record([job for index in members for job in blocks[index][1]], what)
 
+    def solved(self, layers: Mapping[str, FewBitLayer]) -> None:
+        """Tells of layers that are solved, by path: what is recorded next may be behind them."""
+        if self.predecessors is not None:
+            self.predecessors.put(layers)
+
     def record(self, jobs: Sequence[Job], what: str = "") -> Calibration:
-        """What is known of some jobs."""
+        """What is known of some jobs in the full-precision model."""
         wanted = [job for job in jobs if needs_data(job.solver)]
         if not wanted:
             return Calibration({}, {})
+        with self._drawn() as (model, states):
+            return Calibration(self._inputs(model, wanted, states, what), self._felt(model, wanted, states, what))
+
+    @contextmanager
+    def _drawn(self) -> Generator[tuple[nn.Module, list[State]]]:
+        """The full-precision model where it computes, and its samples."""
         if self.states is None:
             self.source.prepare()
         with self.source.denoiser() as model:
@@ -294,29 +315,78 @@ class Recorder:
                 self.states = self.source.draw(model)
                 if self.keep:
                     self.keep(self.states)
-            size = f"{len(self.states)} samples of {states_bytes(self.states) / 1e6:.1f} MB"
-            statistics = record(
-                model,
-                [job.paths[0] for job in wanted],
-                self.states,
-                rows=self.recipe.rows,
-                seed=self.seed,
-                grams={job.paths[0] for job in wanted if needs_gram(job)},
-                progress=named(self.progress, f"recording inputs of {size}{what}"),
-            )
-            felt = [path for job in wanted if is_felt(job) for path in job.paths]
-            sensitivity: dict[str, Tensor] = {}
-            if felt:
-                said = named(self.progress, f"recording sensitivities{what}")
-                sensitivity = sensitivities(model, felt, self.states, seed=self.seed, progress=said)
-        return Calibration(statistics, sensitivity)
+            yield model, self.states
+
+    def _inputs(
+        self, model: nn.Module, jobs: Sequence[Job], states: Sequence[State], what: str
+    ) -> dict[str, Statistics]:
+        """Statistics of what jobs meet in a model."""
+        size = f"{len(states)} samples of {states_bytes(states) / 1e6:.1f} MB"
+        return record(
+            model,
+            [job.paths[0] for job in jobs],
+            states,
+            rows=self.recipe.rows,
+            seed=self.seed,
+            grams={job.paths[0] for job in jobs if needs_gram(job)},
+            progress=named(self.progress, f"recording inputs of {size}{what}"),
+        )
+
+    def _felt(self, model: nn.Module, jobs: Sequence[Job], states: Sequence[State], what: str) -> dict[str, Tensor]:
+        """Sensitivities of the outputs of jobs that ask for them."""
+        felt = [path for job in jobs if is_felt(job) for path in job.paths]
+        said = named(self.progress, f"recording sensitivities{what}")
+        return sensitivities(model, felt, states, seed=self.seed, progress=said) if felt else {}
+
+    def _behind(self, blocks: Blocks, finished: Finished) -> Iterator[tuple[list[int], Calibration]]:
+        """Blocks one by one in the order of their calls, each behind those that are solved.
+
+        Sensitivities are those of the full-precision model, of as many blocks at a time as there is room for.
+        """
+        most = max(calibration_bytes(jobs, self.recipe.rows, self.itemsize).host for _, jobs in blocks)
+        room, chain, left = self.limits.records - most, None, [list(range(len(blocks)))]
+        while left:
+            with self._drawn() as (model, states):
+                if chain is None:
+                    chain = self.predecessors = Predecessors(model, blocks, finished, states, room)
+                    turns = self._felt_together([blocks[index] for index in chain.order], chain.kept_bytes)
+                    left = [[chain.order[turn] for turn in members] for members in turns]
+                    if self.progress:
+                        self.progress(chain.said, 0, len(blocks))
+                members = left.pop(0)
+                wanted = [job for index in members for job in blocks[index][1] if needs_data(job.solver)]
+                sensitivity = self._felt(model, wanted, states, "")
+                with chain.within(model):
+                    for index in members:
+                        jobs = [job for job in blocks[index][1] if needs_data(job.solver)]
+                        found: dict[str, Statistics] = {}
+                        if jobs:
+                            with chain.turn(index):
+                                found = self._inputs(model, jobs, states, f" ({blocks[index][0].partition('.')[2]})")
+                        felt = [path for job in jobs for path in job.paths if path in sensitivity]
+                        yield [index], Calibration(found, {path: sensitivity.pop(path) for path in felt})
+
+    def _felt_together(self, blocks: Blocks, outputs: int) -> list[list[int]]:
+        """Which blocks' sensitivities are recorded at once, beside so many bytes of outputs."""
+        if not any(is_felt(job) for _, jobs in blocks for job in jobs):
+            return [list(range(len(blocks)))]
+        limits = replace(self.limits, records=self.limits.records - outputs)
+        return [members for members, _ in passes(blocks, self.recipe.rows, self.itemsize, limits)]
 
 
+@contextmanager
 def passes_of(
-    recorder: Recorder | None, blocks: Sequence[tuple[str, Sequence[Job]]]
-) -> Iterable[tuple[Sequence[int], Calibration | None]]:
-    """The passes of a recorder; without one, all blocks at once and nothing known."""
-    return [(range(len(blocks)), None)] if recorder is None else recorder.passes(blocks)
+    recorder: Recorder | None, blocks: Blocks, finished: Finished = ()
+) -> Generator[Iterable[tuple[Sequence[int], Calibration | None]]]:
+    """The passes of a recorder; without one, all blocks at once and nothing known.
+
+    When the context ends, however it does, the recorder has let go of its model.
+    """
+    if recorder is None:
+        yield [(range(len(blocks)), None)]
+        return
+    with closing(recorder.passes(blocks, finished)) as found:
+        yield found
 
 
 def calibrate(

@@ -98,17 +98,20 @@ def quantize(
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
     with memory_told():
-        for members, calibration in passes_of(recorder, blocks):
-            for job in [job for index in members for job in blocks[index][1]]:
-                if progress:
-                    progress(f"solving {job.paths[0]}", len(solved), total)
-                modules = [model.get_submodule(path) for path in job.paths]
-                layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
-                solved.update(zip(job.paths, layers, strict=True))
-                errors.update(zip(job.paths, missed, strict=True))
-                stages.update(zip(job.paths, staged, strict=True))
-            # Two passes' records would not fit.
-            del calibration
+        with passes_of(recorder, blocks) as found:
+            for members, calibration in found:
+                for job in [job for index in members for job in blocks[index][1]]:
+                    if progress:
+                        progress(f"solving {job.paths[0]}", len(solved), total)
+                    modules = [model.get_submodule(path) for path in job.paths]
+                    layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
+                    solved.update(zip(job.paths, layers, strict=True))
+                    errors.update(zip(job.paths, missed, strict=True))
+                    stages.update(zip(job.paths, staged, strict=True))
+                    if recorder:
+                        recorder.solved(dict(zip(job.paths, layers, strict=True)))
+                # Two passes' records would not fit.
+                del calibration
     for path, layer in solved.items():
         swap(model, path, layer)
     finish(model, made, recipe, seed, errors, stages)
