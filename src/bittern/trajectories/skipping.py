@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bittern.threads import is_small, one_thread
 from bittern.trajectories.states import State, device_of
 
 
@@ -124,9 +125,12 @@ def call_order(model: nn.Module, paths: Sequence[str], state: State) -> dict[str
     order: dict[str, int] = {}
 
     def watch(path: str) -> Callable[..., None]:
-        return lambda *_: order.setdefault(path, len(order)) and None
+        def hook(*_: Any) -> None:
+            order.setdefault(path, len(order))
 
-    with ExitStack() as stack:
+        return hook
+
+    with one_thread(is_small(model)), ExitStack() as stack:
         for path in paths:
             stack.callback(model.get_submodule(path).register_forward_pre_hook(watch(path)).remove)
         state.replay(model)
@@ -153,7 +157,7 @@ def dependence(
     def note(block: str) -> Callable[..., None]:
         return lambda _module, _args, output: shapes[block].append(_to(output, "meta"))
 
-    with ExitStack() as stack:
+    with one_thread(is_small(model)), ExitStack() as stack:
         for block in blocks:
             stack.callback(model.get_submodule(block).register_forward_hook(note(block)).remove)
         state.replay(model)
@@ -171,7 +175,7 @@ def dependence(
 
             return hook
 
-        with ExitStack() as stack:
+        with one_thread(is_small(model)), ExitStack() as stack:
             # What reads the output runs until the smallest block around it is known.
             for path in readers:
                 until = min((first[other] for other in called if _within(path, other)), default=NEVER)
