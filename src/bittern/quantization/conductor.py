@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bittern import recipes
-from bittern.architectures import modulated_magnitudes, plan
+from bittern.architectures import Plan, modulated_magnitudes, plan
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import Limits, Progress, memory_told, passes_of, recorder_of
+from bittern.quantization.calibration import Limits, Progress, Recorder, memory_told, passes_of, recorder_of
 from bittern.quantization.fit import Fit, OnFit, foreseen
 from bittern.quantization.jobs import (
     blocks_of,
@@ -91,33 +91,56 @@ def quantize(
         made = plan(model, recipe)
         if on_fit:
             on_fit(recipe, predict_size(model, recipe))
+    carry_out(made, model, recipe, seed, recorder, progress)
+    return inspect(model)
+
+
+def carry_out(
+    made: Plan,
+    model: nn.Module,
+    recipe: Recipe,
+    seed: int,
+    recorder: Recorder | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Makes a model few-bit, all of it or nothing.
+
+    Args:
+        made: What to do.
+        model: In full precision.
+        recipe: That the plan is made from.
+        seed: As for `quantize`.
+        recorder: Of that model, for a recipe that is calibrated.
+        progress: Called as layers are solved.
+
+    Raises:
+        UserError: as the recorder and the solvers do.
+    """
     magnitudes = modulated_magnitudes(made, model, model.get_parameter)
     blocks = blocks_of(made)
     total = sum(len(job.paths) for job in made.jobs)
     solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
-    with memory_told():
-        with passes_of(recorder, blocks) as found:
-            for members, calibration in found:
-                for job in [job for index in members for job in blocks[index][1]]:
-                    if progress:
-                        progress(f"solving {job.paths[0]}", len(solved), total)
-                    modules = [model.get_submodule(path) for path in job.paths]
-                    layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
-                    solved.update(zip(job.paths, layers, strict=True))
-                    errors.update(zip(job.paths, missed, strict=True))
-                    stages.update(zip(job.paths, staged, strict=True))
-                    if recorder:
-                        recorder.solved(dict(zip(job.paths, layers, strict=True)))
-                # Two passes' records would not fit.
-                del calibration
+    with memory_told(), passes_of(recorder, blocks) as passes:
+        for members, calibration in passes:
+            for job in [job for index in members for job in blocks[index][1]]:
+                if progress:
+                    progress(f"solving {job.paths[0]}", len(solved), total)
+                modules = [model.get_submodule(path) for path in job.paths]
+                layers, missed, staged = solve_job(job, modules, seed, calibration, magnitudes.get(job.paths[0]))
+                solved.update(zip(job.paths, layers, strict=True))
+                errors.update(zip(job.paths, missed, strict=True))
+                stages.update(zip(job.paths, staged, strict=True))
+                if recorder:
+                    recorder.solved(dict(zip(job.paths, layers, strict=True)))
+            # Two passes' records would not fit.
+            del calibration
     for path, layer in solved.items():
         swap(model, path, layer)
     finish(model, made, recipe, seed, errors, stages)
     if progress:
         progress("solved", total, total)
-    return inspect(model)
 
 
 def with_samples(recipe: str | Path | Recipe, prompts: Sequence[str] | None, samples: int | None) -> Recipe:

@@ -169,8 +169,8 @@ def dependence(
         seen = {-1}
 
         def look(turn: int, seen: set[int] = seen) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-                if any(bool(t.isnan().any()) for t in tree_leaves((args, kwargs)) if _is_float(t)):
+            def hook(_module: nn.Module, *values: Any) -> None:
+                if any(bool(t.isnan().any()) for t in tree_leaves(values) if _is_float(t)):
                     seen.add(turn)
 
             return hook
@@ -182,16 +182,19 @@ def dependence(
                 hook = model.get_submodule(path).register_forward_pre_hook(look(until), with_kwargs=True)
                 stack.callback(hook.remove)
             for other in called:
-                if _within(block, other) and other != block:
-                    continue  # it has to run, for the block to be called
                 module, calls = model.get_submodule(other), iter(shapes[other])
+                if _within(block, other) and other != block:
+                    # It has to run, for the block to be called; and once it is known, nobody asks for what is in it.
+                    stack.callback(module.register_forward_hook(look(first[other])).remove)
+                    continue
                 value = float("nan") if other == block else 0.0
                 stack.enter_context(_instead(module, _blank(calls, value, device)))
                 hook = module.register_forward_pre_hook(look(first[other]), with_kwargs=True)
                 stack.callback(hook.remove)
             state.replay(model)
         nbytes = sum(t.nbytes for t in tree_leaves(shapes[block]) if isinstance(t, Tensor))
-        uses[block] = Use(first[block], max(seen), nbytes)
+        around = (first[other] for other in called if _within(block, other) and other != block)
+        uses[block] = Use(first[block], min(max(seen), *around, NEVER), nbytes)
     return uses
 
 
