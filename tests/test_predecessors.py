@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_calibration_memory import Tight, weights
 
 import bittern
 from bittern import pipelines, recipes
@@ -17,6 +16,7 @@ from bittern.layers import quant_layers, swap
 from bittern.quantization import Calibration, Limits, component, conductor
 from bittern.recipes import Recipe
 from bittern.trajectories import record, sample
+from test_calibration_memory import Tight, weights
 
 PROMPTS = ["a red circle", "two stars", "a cat on a mat"]
 PLENTY = Limits(None, 2**40)
@@ -35,9 +35,7 @@ def folder(request: pytest.FixtureRequest, tiny_random_folder: Path) -> Path:
     return tiny_random_folder if request.param == "flux" else request.getfixturevalue("unet_folder")
 
 
-def test_every_way_gives_the_same_bytes(
-    folder: Path, recipe: Recipe, tmp_path: Path
-) -> None:
+def test_every_way_gives_the_same_bytes(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
     """In memory; from disk, offloaded and with no room for outputs; interrupted."""
     sensitive = pipelines.denoiser_name(folder) == "transformer"
     recipe = recipe.override(default={"sensitivity": sensitive})

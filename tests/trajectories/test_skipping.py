@@ -106,8 +106,8 @@ def test_replays_give_the_same_run_a_block_only_once_more_and_take_the_memory_th
         names = [name for name, when in READ.items() if when == turn]
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
         handles = [
-            model.get_submodule(name).register_forward_pre_hook(lambda _m, args, n=name: seen[n].append(args[0].clone()))
-            for name in names
+            model.get_submodule(name).register_forward_pre_hook(lambda _m, args, s=s: s.append(args[0].clone()))
+            for name, s in seen.items()
         ]
         runs.clear()
         with skipping.replaying(model, finished, turn):

@@ -1,8 +1,8 @@
 """Bittern's own checkpoint: canonical tensors, independent of any kernel.
 
 Per target T: `T.codes`, `T.scales`, and as the scheme says `T.smooth`, `T.down`, `T.up`; `T.bias` is an ordinary
-parameter, which a target may have where the model's class gives it none (`Target.bias`). A group's `smooth` and `down` are stored once, under its first member. Everything else in the files
-belongs to the layers that were kept.
+parameter, which a target may have where the model's class gives it none (`Target.bias`). A group's `smooth` and `down`
+are stored once, under its first member. Everything else in the files belongs to the layers that were kept.
 """
 
 from __future__ import annotations

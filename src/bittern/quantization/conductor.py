@@ -11,8 +11,8 @@ from torch import nn
 from bittern import recipes
 from bittern.architectures import Plan, modulated_magnitudes, plan
 from bittern.errors import UserError
-from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import Limits, Progress, Recorder, memory_told, passes_of, recorder_of
+from bittern.layers import FewBitLayer, swap
+from bittern.quantization.calibration import Progress, Recorder, passes_of, recorder_of
 from bittern.quantization.fit import Fit, OnFit, foreseen
 from bittern.quantization.jobs import (
     blocks_of,
@@ -20,8 +20,8 @@ from bittern.quantization.jobs import (
     check_weight,
     finish,
     solve_job,
-    swap,
 )
+from bittern.quantization.memory import Limits, memory_told
 from bittern.quantization.report import Report, component, inspect, predict_size, refuse_quantized
 from bittern.recipes import Recipe
 from bittern.solvers import Stages

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
 from bittern.errors import UnusableModel, UserError
-from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group, swap
-from bittern.quantization.calibration import Calibration, is_felt
+from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
+from bittern.quantization.calibration import Calibration
+from bittern.quantization.memory import is_felt
 from bittern.recipes import Recipe, needs_data, solves_with_data
 from bittern.solvers import SolverOptions, Stages, mean_error, relative_error, solve, solve_calibrated
 

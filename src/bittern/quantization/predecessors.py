@@ -19,14 +19,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from bittern.architectures import Job
 from bittern.errors import memory_size
 from bittern.layers import FewBitLayer, swap
+from bittern.quantization.memory import Blocks
 from bittern.threads import is_small, one_thread
 from bittern.trajectories import Skipping, State, call_order, dependence, device_of, most_bytes
-
-Blocks = Sequence[tuple[str, Sequence[Job]]]
-"""As `jobs.blocks_of` gives them."""
 
 Finished = Sequence[tuple[str, Mapping[str, FewBitLayer]]]
 """Blocks that an earlier run has solved: their names, and their layers by path."""

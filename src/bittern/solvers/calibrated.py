@@ -272,9 +272,7 @@ class _Problem:
         for table, error in zip(stages, errors, strict=True):
             table[stage] = float(f"{error:.6g}")
 
-    def errors(
-        self, draft: _Draft, rows: Float[Tensor, "m k"], bias: Float[Tensor, " n"] | None = None
-    ) -> list[float]:
+    def errors(self, draft: _Draft, rows: Float[Tensor, "m k"], bias: Float[Tensor, " n"] | None = None) -> list[float]:
         """Relative output error of each layer, with something added to its bias."""
         wide = rows.float()
         effective = decode(draft.codes, draft.scales, self.layout)

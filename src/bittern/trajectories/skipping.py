@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bittern.threads import is_small, one_thread
 from bittern.trajectories.states import State, device_of
 
-
 NEVER = 2**31
 """A turn that does not come."""
 
@@ -69,8 +68,10 @@ class Skipping:
 
     @contextmanager
     def replaying(self, model: nn.Module, finished: Collection[str], turn: int) -> Generator[None]:
-        """Within it every state is replayed once, in order. Known blocks are skipped, of other finished ones the outputs
-        are kept; those on which no later turn depends go as soon as their state has been replayed.
+        """Within it every state is replayed once, in order.
+
+        Known blocks are skipped, of other finished ones the outputs are kept; those on which no later turn depends go
+        as soon as their state has been replayed.
 
         Args:
             model: The denoiser; its blocks may be on several devices.
@@ -138,9 +139,7 @@ def call_order(model: nn.Module, paths: Sequence[str], state: State) -> dict[str
 
 
 @torch.no_grad()
-def dependence(
-    model: nn.Module, blocks: Sequence[str], readers: Mapping[str, int], state: State
-) -> dict[str, Use]:
+def dependence(model: nn.Module, blocks: Sequence[str], readers: Mapping[str, int], state: State) -> dict[str, Use]:
     """In which turns the output of each block is asked for; blocks that are never called are left out.
 
     NaN in place of one block's output, and zeros in place of the others', show in the inputs that depend on it. Only
@@ -167,29 +166,21 @@ def dependence(
     first = {block: max(turns[block]) + 1 for block in called}
     for block in called:
         seen = {-1}
-
-        def look(turn: int, seen: set[int] = seen) -> Callable[..., None]:
-            def hook(_module: nn.Module, *values: Any) -> None:
-                if any(bool(t.isnan().any()) for t in tree_leaves(values) if _is_float(t)):
-                    seen.add(turn)
-
-            return hook
-
         with one_thread(is_small(model)), ExitStack() as stack:
             # What reads the output runs until the smallest block around it is known.
             for path in readers:
                 until = min((first[other] for other in called if _within(path, other)), default=NEVER)
-                hook = model.get_submodule(path).register_forward_pre_hook(look(until), with_kwargs=True)
+                hook = model.get_submodule(path).register_forward_pre_hook(_look(until, seen), with_kwargs=True)
                 stack.callback(hook.remove)
             for other in called:
                 module, calls = model.get_submodule(other), iter(shapes[other])
                 if _within(block, other) and other != block:
                     # It has to run, for the block to be called; and once it is known, nobody asks for what is in it.
-                    stack.callback(module.register_forward_hook(look(first[other])).remove)
+                    stack.callback(module.register_forward_hook(_look(first[other], seen)).remove)
                     continue
                 value = float("nan") if other == block else 0.0
                 stack.enter_context(_instead(module, _blank(calls, value, device)))
-                hook = module.register_forward_pre_hook(look(first[other]), with_kwargs=True)
+                hook = module.register_forward_pre_hook(_look(first[other], seen), with_kwargs=True)
                 stack.callback(hook.remove)
             state.replay(model)
         nbytes = sum(t.nbytes for t in tree_leaves(shapes[block]) if isinstance(t, Tensor))
@@ -204,6 +195,16 @@ def most_bytes(uses: Mapping[str, Use], states: int) -> int:
     least = max((sum(u.nbytes for u in uses.values() if u.first <= t < u.last) for t in turns), default=0)
     # The state in hand may have what it was given and what it gives.
     return (states + 1) * least
+
+
+def _look(turn: int, seen: set[int]) -> Callable[..., None]:
+    """A hook that notes a turn if it meets NaN."""
+
+    def hook(_module: nn.Module, *values: Any) -> None:
+        if any(bool(leaf.isnan().any()) for leaf in tree_leaves(values) if _is_float(leaf)):
+            seen.add(turn)
+
+    return hook
 
 
 def _within(path: str, block: str) -> bool:
