@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bittern.layers import swap
-from bittern.quantization.calibration import Calibration, Progress, Recorder, calibrate
+from bittern.quantization.calibration import Calibration, Progress, Recorder
 from bittern.quantization.conductor import quantize
 from bittern.quantization.fit import Fit, foreseen
 from bittern.quantization.jobs import (
@@ -30,7 +30,6 @@ __all__ = [
     "Recorder",
     "Report",
     "Row",
-    "calibrate",
     "calibration_bytes",
     "check_seed",
     "check_weight",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from bittern.architectures import Job, Plan
+from bittern.architectures import Job
 from bittern.errors import UserError, memory_size
 from bittern.layers import FewBitLayer
 from bittern.quantization.memory import Blocks, Cost, Limits, calibration_bytes, is_felt, needs_gram, passes
@@ -264,32 +264,6 @@ def passes_of(
         return
     with closing(recorder.passes(blocks, finished)) as found:
         yield found
-
-
-def calibrate(
-    target: DiffusionPipeline | nn.Module,
-    model: nn.Module,
-    plan: Plan,
-    recipe: Recipe,
-    prompts: Sequence[str] | None,
-    seed: int,
-    progress: Progress | None = None,
-) -> Calibration:
-    """What is known of all jobs of a plan, recorded in one go from a pipeline in memory.
-
-    Args:
-        target: The pipeline.
-        model: Its denoiser.
-        plan: Which layers are solved how.
-        recipe: Gives the numbers of samples and rows.
-        prompts: Texts; None takes the pipeline's own or the bundled ones.
-        seed: Of samples, noise and tokens.
-        progress: Called as the work goes on.
-
-    Raises:
-        UserError: as `recorder_of` and `Recorder.record` do.
-    """
-    return recorder_of(target, model, recipe, prompts, seed, progress=progress).record(plan.jobs)
 
 
 def recorder_of(
