@@ -25,8 +25,9 @@ PLENTY = Limits(None, 2**40)
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     quick = {"rank": 2, "svd_iterations": 1, "smoothing": "none", "sensitivity": False, "bias_correction": True}
+    quick |= {"scales": "absmax"}
     return recipes.load("svdquant").override(
-        name="behind", samples=3, rows=64, predecessors="few-bit", default=quick, convolution={"rounding": "nearest"}
+        name="behind", samples=2, rows=64, predecessors="few-bit", default=quick, convolution={"rounding": "nearest"}
     )
 
 
@@ -38,7 +39,8 @@ def folder(request: pytest.FixtureRequest, tiny_random_folder: Path) -> Path:
 def test_every_way_gives_the_same_bytes(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
     """In memory; from disk, offloaded and with no room for outputs; interrupted."""
     sensitive = pipelines.denoiser_name(folder) == "transformer"
-    recipe = recipe.override(default={"sensitivity": sensitive})
+    # Of the U-Net attentions and resamplers are enough: every block takes its time.
+    recipe = recipe.override(default={"sensitivity": sensitive}, keep=[] if sensitive else ["*.resnets.*"])
     pipe = pipelines.load(folder)
     bittern.quantize(pipe, recipe, prompts=PROMPTS, limits=PLENTY)
     component(pipe).save_pretrained(tmp_path / "memory")

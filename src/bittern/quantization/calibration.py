@@ -225,23 +225,31 @@ class Recorder:
         while left:
             with self._drawn() as (model, states):
                 if chain is None:
-                    chain = self.predecessors = Predecessors(model, blocks, finished, states, room)
+                    chain = Predecessors(model, blocks, finished, states, room)
                     turns = self._felt_together([blocks[index] for index in chain.order], chain.kept_bytes)
                     left = [[chain.order[turn] for turn in members] for members in turns]
                     if self.progress:
                         self.progress(chain.said, 0, len(blocks))
                 members = left.pop(0)
-                wanted = [job for index in members for job in blocks[index][1] if needs_data(job.solver)]
-                sensitivity = self._felt(model, wanted, states, "")
-                with chain.within(model):
-                    for index in members:
-                        jobs = [job for job in blocks[index][1] if needs_data(job.solver)]
+                wanted = {index: [job for job in blocks[index][1] if needs_data(job.solver)] for index in members}
+                sensitivity = self._felt(model, [job for jobs in wanted.values() for job in jobs], states, "")
+                with chain.within(model), self._telling(chain):
+                    for index, jobs in wanted.items():
                         found: dict[str, Statistics] = {}
                         if jobs:
                             with chain.turn(index):
-                                found = self._inputs(model, jobs, states, f" ({blocks[index][0].partition('.')[2]})")
+                                found = self._inputs(model, jobs, states, "")
                         felt = [path for job in jobs for path in job.paths if path in sensitivity]
                         yield [index], Calibration(found, {path: sensitivity.pop(path) for path in felt})
+
+    @contextmanager
+    def _telling(self, predecessors: Predecessors) -> Generator[None]:
+        """What is told to be solved goes there."""
+        self.predecessors = predecessors
+        try:
+            yield
+        finally:
+            self.predecessors = None
 
     def _felt_together(self, blocks: Blocks, outputs: int) -> list[list[int]]:
         """Which blocks' sensitivities are recorded at once, beside so many bytes of outputs."""
