@@ -3,11 +3,11 @@
     python benchmarks/ablation.py --model tiny-flux --out benchmarks/results/ablation_tiny_flux.json
     python benchmarks/ablation.py --table benchmarks/results/ablation_tiny_flux.json
 
-The pipeline is calibrated once, on its own prompts; every row is solved from that, drawn on the a4 path and compared
+Samples are drawn once, of the pipeline's own prompts; every row is solved from them, drawn on the a4 path and compared
 with the 16-bit pictures: PSNR on held-out prompts and on as many training prompts that calibration has not seen, and
 the relative error of the prediction along the 16-bit trajectory of twelve prompts. What is on by default is chosen by
 the training prompts. Finished rows are kept in the JSON file, so an interrupted run goes on where it stopped; several
-processes may share the rows of one file's run with `--share` and `--calibration`, and `--merge` joins their files.
+processes may share the rows of one file's run with `--share` and `--samples-file`, and `--merge` joins their files.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ from quality import Trajectory, environment, gain_over, keep, put
 from torch import Tensor, nn
 
 from bittern import pipelines, recipes
-from bittern.architectures import Job, plan
+from bittern.architectures import plan
 from bittern.evaluation import scenes
 from bittern.evaluation.fidelity import fidelity
 from bittern.evaluation.generate import generate
 from bittern.evaluation.stats import mean_estimate
 from bittern.layers import set_path
-from bittern.quantization import Calibration, calibrate, component, solve_job, swap
+from bittern.quantization import Limits, Recorder, component, inspect
+from bittern.quantization.calibration import Loaded
+from bittern.quantization.conductor import carry_out
 from bittern.recipes import Recipe
-from bittern.trajectories import State, default_prompts, record, sample
+from bittern.trajectories import State, default_prompts, sample
 
 BASELINE = "W4A4 abs-max"
 PLAIN: dict[str, Any] = {
     "smoothing": "none", "branch": "weights", "rounding": "nearest", "sensitivity": False, "rounds": 0,
+    "bias_correction": False,
 }  # fmt: skip
 NEAREST = {"rounding": "nearest"}
 ROUNDED = {"rounding": "nearest", "scales": "absmax"}
@@ -52,18 +55,17 @@ class Row:
     Attributes:
         default: Of the layers inside blocks.
         others: Of the adaLN linears and of convolutions, which are rounded to the nearest code where GPTQ is off.
-        predecessors: Whether each block is calibrated behind the few-bit blocks before it.
-        bias: Whether the mean error of each output is taken from its bias.
+        predecessors: Of the recipe.
     """
 
     default: dict[str, Any] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
-    predecessors: bool = False
-    bias: bool = False
+    predecessors: str = "full"
 
     def recipe(self, base: Recipe) -> Recipe:
         """The whole recipe."""
-        return base.override(default=self.default, modulation=self.others, convolution=self.others)
+        others = {"modulation": self.others, "convolution": self.others}
+        return base.override(default=self.default, predecessors=self.predecessors, **others)
 
 
 def rows() -> dict[str, Row]:
@@ -72,6 +74,7 @@ def rows() -> dict[str, Row]:
     grid = PLAIN | {"smoothing": "grid"}
     weighted = grid | {"rounding": "gptq", "branch": "outputs"}
     descent = weighted | {"smoothing": "descent"}
+    felt, bias = descent | {"sensitivity": True}, {"bias_correction": True}
     found = {
         BASELINE: Row(bare, ROUNDED),
         "searched scales and shift only": Row(PLAIN | {"rank": 0}, NEAREST),
@@ -90,8 +93,12 @@ def rows() -> dict[str, Row]:
         }
     return found | {
         "descent, rank 32, one refit": Row(descent | {"refits": 1}),
-        "descent, rank 32, quantized predecessors": Row(descent, predecessors=True),
-        "descent, rank 32, bias correction": Row(descent, bias=True),
+        "descent, rank 32, few-bit predecessors": Row(descent, predecessors="few-bit"),
+        "descent, rank 32, bias correction": Row(descent | bias),
+        "descent, rank 32, few-bit predecessors, bias correction": Row(descent | bias, predecessors="few-bit"),
+        "descent, sensitivity, rank 32, few-bit predecessors": Row(felt, predecessors="few-bit"),
+        "descent, sensitivity, rank 32, bias correction": Row(felt | bias),
+        "descent, sensitivity, rank 32, both": Row(felt | bias, predecessors="few-bit"),
         "descent, rank 32, other layers nearest": Row(descent, NEAREST),
     }
 
@@ -104,7 +111,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=None)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every n-th row")
-    parser.add_argument("--calibration", type=Path, help="a file that keeps the calibration; read where it exists")
+    parser.add_argument("--samples-file", type=Path, help="a file that keeps the samples; read where it exists")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--out", type=Path)
@@ -134,7 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             record = old
     found: dict[str, Any] = record.setdefault("rows", {})
     dense = component(pipe)
-    states, calibration = calibrated(pipe, dense, base, args.calibration)
+    states = samples_of(pipe, dense, base, args.samples_file)
     mine = [name for index, name in enumerate(rows()) if index % args.share[1] == args.share[0] and args.only in name]
     if not set(mine) - set(found):
         return record
@@ -144,14 +151,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in mine:
         if name in found:
             continue
-        row = rows()[name]
         began = time.process_time()
         model = copy.deepcopy(dense)
-        bits, stages = quantized(model, row, row.recipe(base), states, calibration)
+        bits, stages = quantized(pipe, model, rows()[name].recipe(base), states)
         seconds = time.process_time() - began
         set_path(model, "a4")
-        if row.bias:
-            correct_biases(dense, model, list(stages), states)
         put(pipe, model)
         found[name] = {"bits_per_weight": round(bits, 3)}
         for key, prompts in texts.items():
@@ -185,89 +189,30 @@ def unseen(count: int) -> list[str]:
     return random.Random(77).sample(prompts, count)
 
 
-def calibrated(pipe: Any, dense: nn.Module, base: Recipe, file: Path | None) -> tuple[list[State], Calibration]:
-    """The samples, and what is known of every layer."""
+def samples_of(pipe: Any, dense: nn.Module, base: Recipe, file: Path | None) -> list[State]:
+    """The samples that all rows are calibrated on."""
     if file and file.exists():
-        return torch.load(file, map_location=pipe.device, weights_only=False)
-    prompts = default_prompts(pipe.config.get("_name_or_path"))
-    states = sample(pipe, dense, prompts, base.samples, seed=0)
-    base = base.override(default={"sensitivity": True})
-    found = states, calibrate(pipe, dense, plan(dense, base), base, prompts, 0)
+        return torch.load(file, map_location="cpu", weights_only=False)
+    states = sample(pipe, dense, default_prompts(pipe.config.get("_name_or_path")), base.samples, seed=0)
     if file:
         temporary = file.with_suffix(".tmp")
-        torch.save(found, temporary)
+        torch.save(states, temporary)
         temporary.replace(file)
-    return found
+    return states
 
 
 def quantized(
-    model: nn.Module, row: Row, recipe: Recipe, states: list[State], calibration: Calibration
+    pipe: Any, model: nn.Module, recipe: Recipe, states: list[State]
 ) -> tuple[float, dict[str, dict[str, float]]]:
-    """Replaces the model's layers; bits per weight, and the output error of each target after each stage."""
-    stages: dict[str, dict[str, float]] = {}
-    stored = weights = 0
-    for jobs in blocks(model, recipe, states[0]) if row.predecessors else [list(plan(model, recipe).jobs)]:
-        known = calibration
-        if row.predecessors:
-            set_path(model, "a4")
-            inputs = [job.paths[0] for job in jobs]
-            known = Calibration(record(model, inputs, states, rows=recipe.rows), calibration.sensitivity)
-        for job in jobs:
-            modules = [model.get_submodule(path) for path in job.paths]
-            layers, _, staged = solve_job(job, modules, 0, calibration=known)
-            stages |= dict(zip(job.paths, staged, strict=True))
-            for path, (n, k), layer in zip(job.paths, job.shapes, layers, strict=True):
-                stored += sum(tensor.nbytes for tensor in layer.tensors().values())
-                weights += n * k
-                swap(model, path, layer)
-    return 8 * stored / weights, stages
-
-
-def blocks(model: nn.Module, recipe: Recipe, state: State) -> list[list[Job]]:
-    """The jobs of a plan, block by block, in the order in which the model calls them."""
-    order: dict[str, int] = {}
-
-    def seen(path: str) -> Any:
-        def hook(*_: Any) -> None:
-            order.setdefault(path, len(order))
-
-        return hook
-
-    jobs = list(plan(model, recipe).jobs)
-    handles = [model.get_submodule(job.paths[0]).register_forward_pre_hook(seen(job.paths[0])) for job in jobs]
-    state.replay(model)
-    for handle in handles:
-        handle.remove()
-    found: dict[str, list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: order[job.paths[0]]):
-        found.setdefault(".".join(job.paths[0].split(".")[:2]), []).append(job)
-    return list(found.values())
-
-
-@torch.no_grad()
-def correct_biases(dense: nn.Module, model: nn.Module, paths: list[str], states: list[State]) -> None:
-    """Adds to each bias what the few-bit layer's outputs lack on average, given the full-precision model's inputs
-    (Nagel et al. 2019, arXiv:1906.04721)."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            lacking = (output - model.get_submodule(path)(args[0])).float()
-            mean = lacking.mean(dim=(0, 2, 3)) if lacking.ndim == 4 else lacking.flatten(0, -2).mean(dim=0)
-            sums[path] = sums.get(path, torch.zeros_like(mean)) + mean / len(states)
-
-        return hook
-
-    biased = [path for path in paths if model.get_submodule(path).bias is not None]
-    handles = [dense.get_submodule(path).register_forward_hook(watch(path)) for path in biased]
-    for state in states:
-        state.replay(dense)
-    for handle in handles:
-        handle.remove()
-    for path, mean in sums.items():
-        bias = model.get_submodule(path).bias
-        assert isinstance(bias, Tensor)
-        bias += mean.to(bias.dtype)
+    """Makes a model few-bit with given samples; bits per weight, and each target's output error after each stage."""
+    recorder = None
+    if recipe.calibrated:
+        itemsize = next(model.parameters()).element_size()
+        source = Loaded(pipe, model, (), recipe.samples, 0)
+        recorder = Recorder(source, recipe, itemsize, Limits.of(pipe.device), 0, states=states)
+    carry_out(plan(model, recipe), model, recipe, 0, recorder)
+    report = inspect(model)
+    return report.bits_per_weight, {row.path: row.stages or {} for row in report.rows}
 
 
 def merge(records: list[dict[str, Any]], out: Path) -> None:

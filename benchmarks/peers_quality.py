@@ -28,12 +28,10 @@ from typing import Any
 
 import peers
 import torch
-from ablation import Row as Stages
-from ablation import quantized
+from ablation import quantized, samples_of
 from quality import Trajectory, environment, gain_over, keep, put
 from torch import Tensor, nn
 
-import bittern
 from bittern import layers, pipelines, recipes
 from bittern.architectures import plan
 from bittern.errors import UserError
@@ -42,7 +40,8 @@ from bittern.evaluation.drawing import path_name
 from bittern.evaluation.fidelity import fidelity
 from bittern.evaluation.generate import generate
 from bittern.layers import flat_weight
-from bittern.quantization import Calibration, calibrate, component
+from bittern.quantization import component
+from bittern.trajectories import State
 
 SMALL_BITS = 4.5
 """Where peers are compared; as tables round it."""
@@ -71,12 +70,10 @@ class Bench:
         self.targets = [path for job in jobs for path in job.paths]
 
     @cached_property
-    def calibration(self) -> Calibration:
-        """All that any row asks for, of one set of samples; no held-out prompt among the pipeline's own."""
+    def states(self) -> list[State]:
+        """The samples that all calibrated rows are solved with; no held-out prompt among the pipeline's own."""
         put(self.pipe, self.dense)
-        # Gram matrices are asked for with 16-bit activations alone.
-        whole = self.base.override(default={"activations": 16, "shift": 0.0, "sensitivity": True})
-        return calibrate(self.pipe, self.dense, plan(self.dense, whole), whole, None, 0)
+        return samples_of(self.pipe, self.dense, self.base, None)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -141,12 +138,10 @@ def ours(name: str, changes: dict[str, Any]) -> Callable[[Bench], Row]:
 
     def build(bench: Bench) -> Row:
         recipe = recipes.load(name).override(**changes)
-        calibration = bench.calibration if recipe.calibrated else None
+        states = bench.states if recipe.calibrated else []
         model = copy.deepcopy(bench.dense)
         put(bench.pipe, model)
-        if calibration is None:
-            return {"bits_per_weight": bittern.quantize(bench.pipe, recipe).bits_per_weight}
-        return {"bits_per_weight": quantized(model, Stages(), recipe, [], calibration)[0]}
+        return {"bits_per_weight": quantized(bench.pipe, model, recipe, states)[0]}
 
     return build
 

@@ -152,11 +152,11 @@ def test_what_cannot_be_calibrated_is_refused_and_left_as_it_was(
 
 def test_the_stated_memory_is_what_a_calibration_holds(new_tiny_random_pipeline: NewPipeline, recipe: Recipe) -> None:
     from bittern.architectures import plan
-    from bittern.quantization import calibrate
+    from bittern.quantization.calibration import recorder_of
 
     pipe = new_tiny_random_pipeline()
     made = plan(pipe.transformer, recipe)
-    found = calibrate(pipe, pipe.transformer, made, recipe, PROMPTS, 0)
+    found = recorder_of(pipe, pipe.transformer, recipe, PROMPTS, 0).record(made.jobs)
     sums = sum(t.nbytes for t in found.sensitivity.values())
     sums += sum(s.gram.nbytes for s in found.statistics.values() if s.gram is not None)
     held = sum(s.nbytes for s in found.statistics.values()) + sum(t.nbytes for t in found.sensitivity.values())

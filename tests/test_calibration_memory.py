@@ -56,7 +56,7 @@ class Tight(Limits):
         largest = max(cost.device for cost in costs)
         return cls(8 * largest, max(cost.host for cost in costs), weight_bytes(blank) - blocks + 1000)
 
-    def weights(self, jobs: Sequence[Job]) -> int:
+    def weights(self, jobs: Sequence[Job], beside: int = 0) -> int:
         return self.room
 
 

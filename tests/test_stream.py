@@ -148,17 +148,20 @@ def test_an_interrupted_run_goes_on(blocks: int, model: Path, tmp_path: Path, mo
 CALIBRATED = """
 samples: 2
 rows: 96
-default: {weight: int4, activations: 4, rank: 4, branch: outputs, svd_iterations: 1}
+default: {weight: int4, activations: 4, rank: 4, branch: outputs, svd_iterations: 1, bias_correction: true}
 modulation: {rank: 0, activations: 16, rounding: gptq, branch: weights}
 """
 
 
-@pytest.mark.parametrize("recipe", ["svdquant-fast", pytest.param("calibrated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", ["svdquant-fast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "few-bit"))]
+)
 def test_sigkill_at_random_moments(recipe: str, model: Path, tmp_path: Path) -> None:
     """Twenty-four runs are killed, each a little later; the last one finishes with the bytes of an undisturbed run."""
-    if recipe == "calibrated":
+    if recipe in ("full", "few-bit"):
+        text = f"predecessors: {recipe}\n{CALIBRATED}"
         recipe = str(tmp_path / "calibrated.yaml")
-        Path(recipe).write_text(CALIBRATED)
+        Path(recipe).write_text(text)
     code = """
 import os, random, signal, sys, time
 import torch

@@ -20,9 +20,10 @@ from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
 from bittern.errors import UnusableModel, UserError, did_you_mean
 from bittern.outputs import INDEX, check_out, disk_problem, existing_parent, new_folder
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict, predict_size, quantize
-from bittern.quantization.calibration import Limits, Recorder, memory_told
+from bittern.quantization.calibration import Recorder
 from bittern.quantization.conductor import with_samples
 from bittern.quantization.fit import Fit, OnFit
+from bittern.quantization.memory import Limits, memory_told, solving_bytes
 from bittern.quantization.preview import skeleton, stored_dtype
 from bittern.quantization.report import COMPONENTS
 from bittern.quantization.stored import Stored, keep_samples, kept_samples
@@ -179,7 +180,8 @@ def quantize_folder(
             lambda parts: _load_with(model, parts), lambda: load_denoiser(model, place),
             skeleton(place)[0], place.name,
             [other.name for other in others if other.name.startswith("text_encoder")], made,
-            prompts=prompts or [], samples=recipe.samples, seed=seed, device=device, limits=allowed, progress=progress,
+            prompts=prompts or [], samples=recipe.samples, seed=seed, device=device, limits=allowed,
+            beside=solving_bytes(made.jobs, recipe.rows) if recipe.predecessors == "few-bit" else 0, progress=progress,
         )  # fmt: skip
         return Recorder(
             source, recipe, stored_dtype(place).itemsize, allowed, seed,

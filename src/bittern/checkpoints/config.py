@@ -19,6 +19,7 @@ from pydantic import (
     InstanceOf,
     PlainSerializer,
     SerializerFunctionWrapHandler,
+    StrictBool,
     StrictInt,
     model_serializer,
     model_validator,
@@ -50,7 +51,7 @@ class Target(BaseModel):
     """A quantized layer: its scheme's place in the list, and its logical shape (N, K).
 
     A convolution has its kernel, too, (kh, kw); its K is kh · kw · C, one K-segment of length C for every tap, and its
-    smoothing is per channel.
+    smoothing is per channel. A layer with `bias` has one of its own, whether or not the model's class gives it one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +59,7 @@ class Target(BaseModel):
     scheme: StrictInt
     shape: tuple[StrictInt, StrictInt]
     kernel: tuple[StrictInt, StrictInt] | None = None
+    bias: StrictBool = False
 
     @property
     def taps(self) -> int:
@@ -66,8 +68,8 @@ class Target(BaseModel):
 
     @model_serializer(mode="wrap")
     def _lean(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the kernel where there is none: linears are written as they always were."""
-        return {key: value for key, value in serialize(self).items() if key != "kernel" or value is not None}
+        """Without what does not apply: linears are written as they always were."""
+        return {key: value for key, value in serialize(self).items() if value is not None and value is not False}
 
 
 class CheckpointConfig(BaseModel):

@@ -1,8 +1,8 @@
 """Bittern's own checkpoint: canonical tensors, independent of any kernel.
 
 Per target T: `T.codes`, `T.scales`, and as the scheme says `T.smooth`, `T.down`, `T.up`; `T.bias` is an ordinary
-parameter. A group's `smooth` and `down` are stored once, under its first member. Everything else in the files
-belongs to the layers that were kept.
+parameter, which a target may have where the model's class gives it none (`Target.bias`). A group's `smooth` and `down`
+are stored once, under its first member. Everything else in the files belongs to the layers that were kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ def on_disk(state: Mapping[str, TensorSpec], config: CheckpointConfig) -> dict[s
         f"{path}.{leaf}": TensorSpec(*spec) for path in config.targets for leaf, spec in config.leaves(path).items()
     }
     kept = {name: spec for name, spec in state.items() if not _is_leaf(name, config)}
-    return {**kept, **specs}
+    gained = {
+        f"{path}.bias": TensorSpec(target.shape[:1], state[f"{path}.weight"].dtype)
+        for path, target in config.targets.items()
+        if target.bias and f"{path}.bias" not in kept
+    }
+    return {**kept, **gained, **specs}
 
 
 def to_disk(state: Mapping[str, Tensor], config: CheckpointConfig) -> dict[str, Tensor]:

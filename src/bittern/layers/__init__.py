@@ -7,7 +7,7 @@ from bittern.layers.facade import FewBitWeight
 from bittern.layers.few_bit import LEAVES, FewBitLayer
 from bittern.layers.group import Group, group_linear, join_group
 from bittern.layers.linear import QuantLinear
-from bittern.layers.walk import paths, quant_layers, set_path
+from bittern.layers.walk import paths, quant_layers, set_path, swap
 
 __all__ = [
     "LEAVES",
@@ -23,4 +23,5 @@ __all__ = [
     "paths",
     "quant_layers",
     "set_path",
+    "swap",
 ]

@@ -86,11 +86,10 @@ class QuantConv2d(FewBitLayer, nn.Conv2d):
         self._hold(shapes, (self.out_channels,) if bias else None, device)
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, scheme: Scheme, segments: Sequence[int], *, bias: bool = True) -> Self:
-        """An empty layer on meta of a convolution's shape and dtype."""
-        layer = cls(
-            like=conv, scheme=scheme, bias=bias and conv.bias is not None, device="meta", dtype=conv.weight.dtype
-        )
+    def like(cls, conv: nn.Conv2d, scheme: Scheme, segments: Sequence[int], *, bias: bool | None = None) -> Self:
+        """An empty layer on meta of a convolution's shape and dtype; with a bias if it is told to, or has one."""
+        bias = conv.bias is not None if bias is None else bias
+        layer = cls(like=conv, scheme=scheme, bias=bias, device="meta", dtype=conv.weight.dtype)
         if tuple(segments) != layer.segments:
             raise UserError(f"segments {tuple(segments)}: expected {layer.segments}, the channels of each tap")
         return layer

@@ -19,7 +19,10 @@ SHARED_LEAVES = ("smooth", "down")
 
 
 class Solved(Protocol):
-    """What a layer needs of a solver's solution; `None` where the scheme has no such tensor."""
+    """What a layer needs of a solver's solution; `None` where the scheme has no such tensor.
+
+    `bias` is what to add to the layer's own, or its bias if it has none.
+    """
 
     @property
     def codes(self) -> Tensor: ...  # noqa: D102
@@ -31,6 +34,8 @@ class Solved(Protocol):
     def down(self) -> Tensor | None: ...  # noqa: D102
     @property
     def up(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def bias(self) -> Tensor | None: ...  # noqa: D102
 
 
 class FewBitLayer(nn.Module):
@@ -67,11 +72,15 @@ class FewBitLayer(nn.Module):
         self._choice: tuple[torch.device, ops.Choice] | None = None
 
     def _take(self, module: nn.Linear | nn.Conv2d, solution: Solved) -> Self:
-        """Fills a layer on meta from a solution; the bias and the mode are those of the module it replaces."""
+        """Fills a layer on meta from a solution; the mode and, but for what is added, the bias are the module's."""
         for leaf in self.tensors():
             tensor = getattr(solution, leaf)
             self.load(leaf, (self.scheme.format.pack(tensor) if leaf == "codes" else tensor).to(module.weight.device))
         self.bias = module.bias
+        if solution.bias is not None:
+            whole = solution.bias if module.bias is None else module.bias.detach().float() + solution.bias
+            dtype = self.compute_dtype if module.bias is None else module.bias.dtype
+            self.bias = nn.Parameter(whole.to(dtype), requires_grad=module.weight.requires_grad)
         return self.train(module.training)
 
     def load(self, leaf: str, tensor: Tensor) -> None:

@@ -72,9 +72,9 @@ class QuantLinear(FewBitLayer, nn.Linear):
         return cls(in_features, out_features, scheme, segments, bias, device, dtype)
 
     @classmethod
-    def like(cls, linear: nn.Linear, scheme: Scheme, segments: Sequence[int], *, bias: bool = True) -> Self:
-        """An empty layer on meta of a linear's shape and dtype."""
-        bias = bias and linear.bias is not None
+    def like(cls, linear: nn.Linear, scheme: Scheme, segments: Sequence[int], *, bias: bool | None = None) -> Self:
+        """An empty layer on meta of a linear's shape and dtype; with a bias if it is told to, or has one."""
+        bias = linear.bias is not None if bias is None else bias
         return cls(linear.in_features, linear.out_features, scheme, segments, bias, "meta", linear.weight.dtype)
 
     @classmethod

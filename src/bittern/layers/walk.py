@@ -41,3 +41,10 @@ def set_path(model: nn.Module, path: str) -> None:
 def paths(model: nn.Module) -> dict[str, int]:
     """How many few-bit layers run each arithmetic where they are now, most layers first."""
     return dict(Counter(layer.choice().path for layer in quant_layers(model).values()).most_common())
+
+
+def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Puts `layer` where the module at `path` is."""
+    parent, _, name = path.rpartition(".")
+    layer.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent), name, layer)

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from bittern.quantization.calibration import (
-    Calibration,
-    Limits,
-    Progress,
-    Recorder,
-    calibrate,
-    calibration_bytes,
-    passes,
-)
+from bittern.layers import swap
+from bittern.quantization.calibration import Calibration, Progress, Recorder
 from bittern.quantization.conductor import quantize
 from bittern.quantization.fit import Fit, foreseen
 from bittern.quantization.jobs import (
@@ -21,8 +14,8 @@ from bittern.quantization.jobs import (
     few_bit_class,
     fill_meta,
     solve_job,
-    swap,
 )
+from bittern.quantization.memory import Limits, calibration_bytes, passes
 from bittern.quantization.model_card import model_card
 from bittern.quantization.preview import Kept, Preview, model_on_meta, preview
 from bittern.quantization.report import Report, Row, component, inspect, predict, predict_size
@@ -37,7 +30,6 @@ __all__ = [
     "Recorder",
     "Report",
     "Row",
-    "calibrate",
     "calibration_bytes",
     "check_seed",
     "check_weight",

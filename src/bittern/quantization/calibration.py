@@ -4,25 +4,24 @@ Trajectories are drawn once; the samples wait on the host and are small. A pass 
 said of the inputs of some blocks, whose layers are then solved, and what was recorded is let go before the next pass.
 A pass more costs a replay of the samples, for which the model runs up to the last of its blocks.
 
-    host memory of a pass    sum over jobs with K inputs of  rows K itemsize + 4 K,  and of what lies on the device
-    device memory of a pass  4 K^2 for a job whose Gram matrix counts, 4 N^2 for a target whose sensitivity does
-
-The host also holds the samples; and, of a model that is read from files, its weights while they are loaded, and then
-those that do not fit the device (`Limits`). The device also holds weights and activations.
+Behind few-bit predecessors blocks are recorded one by one (`predecessors`), and the model stays where it is meanwhile.
+Sensitivities are those of the full-precision model; they are taken in passes, before the blocks of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from bittern.architectures import Job, Plan
+from bittern.architectures import Job
 from bittern.errors import UserError, memory_size
+from bittern.layers import FewBitLayer
+from bittern.quantization.memory import Blocks, Cost, Limits, calibration_bytes, is_felt, needs_gram, passes
+from bittern.quantization.predecessors import Finished, Predecessors
 from bittern.recipes import Recipe, needs_data
 from bittern.trajectories import (
     State,
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float, float], None]
 """Called with what is being done, how much of it is done and how much there is."""
 
-MOST_RECORDS = 16 * 2**30
-"""Bytes that records take where nothing else is said; more saves few passes."""
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -56,123 +52,6 @@ class Calibration:
 
     statistics: dict[str, Statistics]
     sensitivity: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much memory calibration may take.
-
-    Attributes:
-        device: Bytes of the device for weights, activations and sums. Of them an eighth is for activations, or a
-            quarter where sensitivities are taken, and a quarter at most for sums; weights have the rest. None sets no
-            limit.
-        records: Bytes of the host for what a pass records.
-    """
-
-    device: int | None
-    records: int
-
-    @classmethod
-    def of(cls, device: str | torch.device, device_bytes: int | None = None, records: int | None = None) -> Limits:
-        """What a user allows, and where nothing is said: the free memory of a GPU, and of the host half of what is
-        free, 16 GiB at most.
-
-        Raises:
-            UserError: for a limit that is not positive.
-        """
-        import psutil
-
-        for name, value in (("device", device_bytes), ("record", records)):
-            if value is not None and value <= 0:
-                raise UserError(f"{name} memory {value}: expected more than 0 bytes")
-        if device_bytes is None and torch.device(device).type == "cuda":
-            device_bytes = torch.cuda.mem_get_info(torch.device(device))[0]
-        return cls(device_bytes, records or min(MOST_RECORDS, psutil.virtual_memory().available // 2))
-
-    def sums(self, jobs: Sequence[Job]) -> int | None:
-        """Bytes of the device for sums; None for no limit."""
-        return None if self.device is None else min(self.device // 4, calibration_bytes(jobs, 0, 0).device)
-
-    def weights(self, jobs: Sequence[Job]) -> int | None:
-        """Bytes of the device for weights; None for no limit."""
-        sums = self.sums(jobs)
-        if self.device is None or sums is None:
-            return None
-        return self.device - sums - self.device // (4 if any(is_felt(job) for job in jobs) else 8)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes that recording takes: of the host, and of the device."""
-
-    host: int
-    device: int
-
-
-def calibration_bytes(jobs: Sequence[Job], rows: int, itemsize: int) -> Cost:
-    """What a `Calibration` of these jobs takes at most, by the formulas of this module."""
-    wanted = [job for job in jobs if needs_data(job.solver)]
-    sums = sum(4 * job.shapes[0][1] ** 2 for job in wanted if needs_gram(job))
-    sums += sum(4 * n * n for job in wanted if is_felt(job) for n, _ in job.shapes)
-    return Cost(sum((rows * itemsize + 4) * job.shapes[0][1] for job in wanted) + sums, sums)
-
-
-def needs_gram(job: Job) -> bool:
-    """Whether a job's solver asks for the Gram matrix of all tokens; inputs that are rounded are known by rows."""
-    return job.solver["rounding"] == "gptq" and job.scheme.activations == 16
-
-
-def is_felt(job: Job) -> bool:
-    """Whether a job's solver asks how much its outputs are felt: GPTQ by itself rounds every output for itself."""
-    return needs_data(job.solver) and job.solver["sensitivity"] and (job.scheme.rank > 0 or job.scheme.smooth)
-
-
-def passes(
-    blocks: Sequence[tuple[str, Sequence[Job]]], rows: int, itemsize: int, limits: Limits
-) -> list[tuple[list[int], Cost]]:
-    """Which blocks are recorded together, in order, and what each pass takes.
-
-    Raises:
-        UserError: for a block that goes beyond the limits by itself.
-    """
-    share = limits.sums([job for _, jobs in blocks for job in jobs])
-    made: list[tuple[list[int], Cost]] = []
-    for index, (name, jobs) in enumerate(blocks):
-        cost = calibration_bytes(jobs, rows, itemsize)
-        if cost.host > limits.records:
-            raise UserError(
-                f"records of {name} take {memory_size(cost.host)} of the host, and {memory_size(limits.records)} are "
-                "allowed: allow more record memory, or lower `rows` in the recipe"
-            )
-        if share is not None and cost.device > share:
-            raise UserError(
-                f"sums over the inputs and outputs of {name} take {memory_size(cost.device)} of the device, and "
-                f"{memory_size(share)} of what is allowed are for them: allow more device memory, or leave out "
-                "`sensitivity` and GPTQ with 16-bit activations"
-            )
-        if made:
-            together = Cost(made[-1][1].host + cost.host, made[-1][1].device + cost.device)
-            if together.host <= limits.records and (share is None or together.device <= share):
-                made[-1] = [*made[-1][0], index], together
-                continue
-        made.append(([index], cost))
-    return made
-
-
-@contextmanager
-def memory_told() -> Generator[None]:
-    """Says what to lower where a device runs out of memory.
-
-    Raises:
-        UserError: in place of torch's error.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the device ran out of memory ({str(error).partition('.')[0]}): allow less of it for calibration, lower "
-            "`rows` in the recipe, or take another device"
-        ) from error
 
 
 class Source(Protocol):
@@ -257,18 +136,26 @@ class Recorder:
     ) -> None:
         self.source, self.recipe, self.itemsize, self.limits, self.seed = source, recipe, itemsize, limits, seed
         self.states, self.keep, self.progress = states, keep, progress
+        self.predecessors: Predecessors | None = None
 
-    def passes(self, blocks: Sequence[tuple[str, Sequence[Job]]]) -> Iterator[tuple[list[int], Calibration]]:
+    def passes(self, blocks: Blocks, finished: Finished = ()) -> Iterator[tuple[list[int], Calibration]]:
         """Indices of blocks, and what is known of their jobs, pass after pass.
 
-        Whoever takes a calibration must let it go before asking for the next one. Blocks without a job that needs
-        data wait for the pass of their neighbours.
+        Whoever takes a calibration must let it go before asking for the next one, and tell what is `solved`. Blocks
+        without a job that needs data wait for the pass of their neighbours.
+
+        Args:
+            blocks: To be solved.
+            finished: Blocks that are solved already.
 
         Raises:
             UserError: for limits that are too narrow, before anything is done; as `sample`, `record` and
                 `sensitivities` do.
         """
         planned = passes(blocks, self.recipe.rows, self.itemsize, self.limits)
+        if self.recipe.predecessors == "few-bit" and any(needs_data(job.solver) for _, jobs in blocks for job in jobs):
+            yield from self._behind(blocks, finished)
+            return
         if self.progress:
             most = Cost(max(cost.host for _, cost in planned), max(cost.device for _, cost in planned))
             device = "" if not most.device else f" and {memory_size(most.device)} of sums on the device"
@@ -282,11 +169,22 @@ class Recorder:
             what = f" (pass {turn + 1} of {len(planned)})" if len(planned) > 1 else ""
             yield members, self.record([job for index in members for job in blocks[index][1]], what)
 
+    def solved(self, layers: Mapping[str, FewBitLayer]) -> None:
+        """Tells of layers that are solved, by path: what is recorded next may be behind them."""
+        if self.predecessors is not None:
+            self.predecessors.put(layers)
+
     def record(self, jobs: Sequence[Job], what: str = "") -> Calibration:
-        """What is known of some jobs."""
+        """What is known of some jobs in the full-precision model."""
         wanted = [job for job in jobs if needs_data(job.solver)]
         if not wanted:
             return Calibration({}, {})
+        with self._drawn() as (model, states):
+            return Calibration(self._inputs(model, wanted, states, what), self._felt(model, wanted, states, what))
+
+    @contextmanager
+    def _drawn(self) -> Generator[tuple[nn.Module, list[State]]]:
+        """The full-precision model where it computes, and its samples."""
         if self.states is None:
             self.source.prepare()
         with self.source.denoiser() as model:
@@ -294,55 +192,86 @@ class Recorder:
                 self.states = self.source.draw(model)
                 if self.keep:
                     self.keep(self.states)
-            size = f"{len(self.states)} samples of {states_bytes(self.states) / 1e6:.1f} MB"
-            statistics = record(
-                model,
-                [job.paths[0] for job in wanted],
-                self.states,
-                rows=self.recipe.rows,
-                seed=self.seed,
-                grams={job.paths[0] for job in wanted if needs_gram(job)},
-                progress=named(self.progress, f"recording inputs of {size}{what}"),
-            )
-            felt = [path for job in wanted if is_felt(job) for path in job.paths]
-            sensitivity: dict[str, Tensor] = {}
-            if felt:
-                said = named(self.progress, f"recording sensitivities{what}")
-                sensitivity = sensitivities(model, felt, self.states, seed=self.seed, progress=said)
-        return Calibration(statistics, sensitivity)
+            yield model, self.states
+
+    def _inputs(
+        self, model: nn.Module, jobs: Sequence[Job], states: Sequence[State], what: str
+    ) -> dict[str, Statistics]:
+        """Statistics of what jobs meet in a model."""
+        size = f"{len(states)} samples of {states_bytes(states) / 1e6:.1f} MB"
+        return record(
+            model,
+            [job.paths[0] for job in jobs],
+            states,
+            rows=self.recipe.rows,
+            seed=self.seed,
+            grams={job.paths[0] for job in jobs if needs_gram(job)},
+            progress=named(self.progress, f"recording inputs of {size}{what}"),
+        )
+
+    def _felt(self, model: nn.Module, jobs: Sequence[Job], states: Sequence[State], what: str) -> dict[str, Tensor]:
+        """Sensitivities of the outputs of jobs that ask for them."""
+        felt = [path for job in jobs if is_felt(job) for path in job.paths]
+        said = named(self.progress, f"recording sensitivities{what}")
+        return sensitivities(model, felt, states, seed=self.seed, progress=said) if felt else {}
+
+    def _behind(self, blocks: Blocks, finished: Finished) -> Iterator[tuple[list[int], Calibration]]:
+        """Blocks one by one in the order of their calls, each behind those that are solved.
+
+        Sensitivities are those of the full-precision model, of as many blocks at a time as there is room for.
+        """
+        most = max(calibration_bytes(jobs, self.recipe.rows, self.itemsize).host for _, jobs in blocks)
+        room, chain, left = self.limits.records - most, None, [list(range(len(blocks)))]
+        while left:
+            with self._drawn() as (model, states):
+                if chain is None:
+                    chain = Predecessors(model, blocks, finished, states, room)
+                    turns = self._felt_together([blocks[index] for index in chain.order], chain.kept_bytes)
+                    left = [[chain.order[turn] for turn in members] for members in turns]
+                    if self.progress:
+                        self.progress(chain.said, 0, len(blocks))
+                members = left.pop(0)
+                wanted = {index: [job for job in blocks[index][1] if needs_data(job.solver)] for index in members}
+                sensitivity = self._felt(model, [job for jobs in wanted.values() for job in jobs], states, "")
+                with chain.within(model), self._telling(chain):
+                    for index, jobs in wanted.items():
+                        found: dict[str, Statistics] = {}
+                        if jobs:
+                            with chain.turn(index):
+                                found = self._inputs(model, jobs, states, "")
+                        felt = [path for job in jobs for path in job.paths if path in sensitivity]
+                        yield [index], Calibration(found, {path: sensitivity.pop(path) for path in felt})
+
+    @contextmanager
+    def _telling(self, predecessors: Predecessors) -> Generator[None]:
+        """What is told to be solved goes there."""
+        self.predecessors = predecessors
+        try:
+            yield
+        finally:
+            self.predecessors = None
+
+    def _felt_together(self, blocks: Blocks, outputs: int) -> list[list[int]]:
+        """Which blocks' sensitivities are recorded at once, beside so many bytes of outputs."""
+        if not any(is_felt(job) for _, jobs in blocks for job in jobs):
+            return [list(range(len(blocks)))]
+        limits = replace(self.limits, records=self.limits.records - outputs)
+        return [members for members, _ in passes(blocks, self.recipe.rows, self.itemsize, limits)]
 
 
+@contextmanager
 def passes_of(
-    recorder: Recorder | None, blocks: Sequence[tuple[str, Sequence[Job]]]
-) -> Iterable[tuple[Sequence[int], Calibration | None]]:
-    """The passes of a recorder; without one, all blocks at once and nothing known."""
-    return [(range(len(blocks)), None)] if recorder is None else recorder.passes(blocks)
+    recorder: Recorder | None, blocks: Blocks, finished: Finished = ()
+) -> Generator[Iterable[tuple[Sequence[int], Calibration | None]]]:
+    """The passes of a recorder; without one, all blocks at once and nothing known.
 
-
-def calibrate(
-    target: DiffusionPipeline | nn.Module,
-    model: nn.Module,
-    plan: Plan,
-    recipe: Recipe,
-    prompts: Sequence[str] | None,
-    seed: int,
-    progress: Progress | None = None,
-) -> Calibration:
-    """What is known of all jobs of a plan, recorded in one go from a pipeline in memory.
-
-    Args:
-        target: The pipeline.
-        model: Its denoiser.
-        plan: Which layers are solved how.
-        recipe: Gives the numbers of samples and rows.
-        prompts: Texts; None takes the pipeline's own or the bundled ones.
-        seed: Of samples, noise and tokens.
-        progress: Called as the work goes on.
-
-    Raises:
-        UserError: as `recorder_of` and `Recorder.record` do.
+    When the context ends, however it does, the recorder has let go of its model.
     """
-    return recorder_of(target, model, recipe, prompts, seed, progress=progress).record(plan.jobs)
+    if recorder is None:
+        yield [(range(len(blocks)), None)]
+        return
+    with closing(recorder.passes(blocks, finished)) as found:
+        yield found
 
 
 def recorder_of(

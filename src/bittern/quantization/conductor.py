@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from bittern import recipes
-from bittern.architectures import modulated_magnitudes, plan
+from bittern.architectures import Plan, modulated_magnitudes, plan
 from bittern.errors import UserError
-from bittern.layers import FewBitLayer
-from bittern.quantization.calibration import Limits, Progress, memory_told, passes_of, recorder_of
+from bittern.layers import FewBitLayer, swap
+from bittern.quantization.calibration import Progress, Recorder, passes_of, recorder_of
 from bittern.quantization.fit import Fit, OnFit, foreseen
 from bittern.quantization.jobs import (
     blocks_of,
@@ -20,8 +20,8 @@ from bittern.quantization.jobs import (
     check_weight,
     finish,
     solve_job,
-    swap,
 )
+from bittern.quantization.memory import Limits, memory_told
 from bittern.quantization.report import Report, component, inspect, predict_size, refuse_quantized
 from bittern.recipes import Recipe
 from bittern.solvers import Stages
@@ -91,14 +91,39 @@ def quantize(
         made = plan(model, recipe)
         if on_fit:
             on_fit(recipe, predict_size(model, recipe))
+    carry_out(made, model, recipe, seed, recorder, progress)
+    return inspect(model)
+
+
+def carry_out(
+    made: Plan,
+    model: nn.Module,
+    recipe: Recipe,
+    seed: int,
+    recorder: Recorder | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Makes a model few-bit, all of it or nothing.
+
+    Args:
+        made: What to do.
+        model: In full precision.
+        recipe: That the plan is made from.
+        seed: As for `quantize`.
+        recorder: Of that model, for a recipe that is calibrated.
+        progress: Called as layers are solved.
+
+    Raises:
+        UserError: as the recorder and the solvers do.
+    """
     magnitudes = modulated_magnitudes(made, model, model.get_parameter)
     blocks = blocks_of(made)
     total = sum(len(job.paths) for job in made.jobs)
     solved: dict[str, FewBitLayer] = {}
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
-    with memory_told():
-        for members, calibration in passes_of(recorder, blocks):
+    with memory_told(), passes_of(recorder, blocks) as passes:
+        for members, calibration in passes:
             for job in [job for index in members for job in blocks[index][1]]:
                 if progress:
                     progress(f"solving {job.paths[0]}", len(solved), total)
@@ -107,6 +132,8 @@ def quantize(
                 solved.update(zip(job.paths, layers, strict=True))
                 errors.update(zip(job.paths, missed, strict=True))
                 stages.update(zip(job.paths, staged, strict=True))
+                if recorder:
+                    recorder.solved(dict(zip(job.paths, layers, strict=True)))
             # Two passes' records would not fit.
             del calibration
     for path, layer in solved.items():
@@ -114,7 +141,6 @@ def quantize(
     finish(model, made, recipe, seed, errors, stages)
     if progress:
         progress("solved", total, total)
-    return inspect(model)
 
 
 def with_samples(recipe: str | Path | Recipe, prompts: Sequence[str] | None, samples: int | None) -> Recipe:

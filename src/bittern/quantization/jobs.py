@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -16,9 +17,10 @@ from bittern.architectures import Job, Plan
 from bittern.checkpoints import CheckpointConfig, Target
 from bittern.errors import UnusableModel, UserError
 from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
-from bittern.quantization.calibration import Calibration, is_felt
-from bittern.recipes import Recipe, needs_data
-from bittern.solvers import SolverOptions, Stages, relative_error, solve, solve_calibrated
+from bittern.quantization.calibration import Calibration
+from bittern.quantization.memory import is_felt
+from bittern.recipes import Recipe, needs_data, solves_with_data
+from bittern.solvers import SolverOptions, Stages, mean_error, relative_error, solve, solve_calibrated
 
 
 def blocks_of(plan: Plan) -> list[tuple[str, list[Job]]]:
@@ -74,19 +76,24 @@ def solve_job(
     if magnitudes is not None:
         magnitudes = magnitudes.to(weights[0].device)
     options, stages = SolverOptions(**job.solver), [Stages() for _ in job.paths]
-    if not needs_data(job.solver):
-        solutions = solve(weights, job.scheme, options, job.segments, own_seed(job, seed), job.paths, magnitudes)
-    elif calibration is None:
-        raise UserError(
-            f"{job.paths[0]} is solved with data: load the model whole and call bittern.quantize(pipe, ...)"
-        )
+    given = job.scheme, options, job.segments, own_seed(job, seed), job.paths
+    statistics = None
+    if needs_data(job.solver):
+        if calibration is None:
+            raise UserError(
+                f"{job.paths[0]} is solved with data: load the model whole and call bittern.quantize(pipe, ...)"
+            )
+        statistics = calibration.statistics[job.paths[0]].to(weights[0].device)
+    if statistics is None or not solves_with_data(job.solver):
+        solutions = solve(weights, *given, magnitudes)
+        if statistics is not None:
+            solutions = [
+                replace(solution, bias=mean_error(weight, solution, statistics.rows, job.scheme))
+                for weight, solution in zip(weights, solutions, strict=True)
+            ]
     else:
-        device = weights[0].device
-        statistics = calibration.statistics[job.paths[0]].to(device)
-        felt = [calibration.sensitivity[path].to(device) for path in job.paths] if is_felt(job) else None
-        solutions, stages = solve_calibrated(
-            weights, statistics, job.scheme, options, job.segments, own_seed(job, seed), job.paths, felt
-        )
+        felt = [calibration.sensitivity[path].to(weights[0].device) for path in job.paths] if is_felt(job) else None
+        solutions, stages = solve_calibrated(weights, statistics, *given, felt)
     layers = [
         few_bit_class(module).from_solution(module, job.scheme, job.segments, solution)
         for module, solution in zip(modules, solutions, strict=True)
@@ -107,7 +114,7 @@ def own_seed(job: Job, seed: int) -> int:
 def borrowed(
     model: nn.Module, paths: Sequence[str], read: Callable[[str], Tensor], device: str | torch.device | None = None
 ) -> Iterator[list[Any]]:
-    """Layers with weights that are read for them and let go again, and without biases.
+    """Layers with weights and biases that are read for them and let go again.
 
     Args:
         model: Has the layers; it may be on meta.
@@ -125,7 +132,10 @@ def borrowed(
             weight = read(f"{path}.weight")
             weight = weight if device is None else weight.to(device)
             check_weight(path, weight)
-            module.weight, module.bias = nn.Parameter(weight, requires_grad=False), None
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            if module.bias is not None:
+                bias = read(f"{path}.bias")
+                module.bias = nn.Parameter(bias if device is None else bias.to(device), requires_grad=False)
         yield modules
     finally:
         for module, (weight, bias) in zip(modules, own, strict=True):
@@ -144,7 +154,9 @@ def empty_layers(model: nn.Module, config: CheckpointConfig, paths: Iterable[str
     """
     modules: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
     layers: dict[str, FewBitLayer] = {
-        path: few_bit_class(module).like(module, config.scheme(path), config.k_segments(path))
+        path: few_bit_class(module).like(
+            module, config.scheme(path), config.k_segments(path), bias=config.targets[path].bias or None
+        )
         for path, module in modules.items()
     }
     for group in config.groups:
@@ -161,13 +173,6 @@ def fill_meta(model: nn.Module, read: Callable[[str], Tensor]) -> None:
                 if tensor is not None and tensor.is_meta:
                     value = read(f"{path}.{leaf}" if path else leaf)
                     held[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-
-
-def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Puts `layer` where the module at `path` is."""
-    parent, _, name = path.rpartition(".")
-    layer.train(model.get_submodule(path).training)
-    setattr(model.get_submodule(parent), name, layer)
 
 
 def finish(
@@ -204,7 +209,10 @@ def checkpoint_config(
         seed=seed,
         schemes=tuple(schemes),
         targets={
-            path: Target(scheme=schemes.index(job.scheme), shape=shape, kernel=job.kernel) for job, path, shape in order
+            path: Target(
+                scheme=schemes.index(job.scheme), shape=shape, kernel=job.kernel, bias=job.solver["bias_correction"]
+            )
+            for job, path, shape in order
         },
         groups=tuple(job.paths for job in plan.jobs if len(job.paths) > 1),
         segments={path: job.segments for job, path, _ in order if len(job.segments) > 1 and not job.kernel},

@@ -211,8 +211,8 @@ def _inspect_folder(folder: Path) -> Report:
         specs = {name: spec for name, (_, spec) in read_headers(weight_files(place)).items()}
         checkpoint = CheckpointConfig.parse(config["quantization_config"], str(file)) if few_bit else None
         if checkpoint:
-            for path in checkpoint.targets:
-                for leaf in checkpoint.leaves(path):
+            for path, target in checkpoint.targets.items():
+                for leaf in [*checkpoint.leaves(path), *["bias"] * target.bias]:
                     if f"{path}.{leaf}" not in specs:
                         raise UserError(f"tensor '{path}.{leaf}' is missing from {place}: fetch or write it again")
         return _report(config.get("_class_name", ""), specs, checkpoint)

@@ -1,7 +1,8 @@
 """A pipeline on disk that draws, its parts in memory one after another.
 
 First the text encoders make of the prompts what the denoiser is to be told, and go. Then the denoiser comes, as far as
-it fits the device (`trajectories.place`), and goes when a pass is recorded: layers are solved without it beside them.
+it fits the device (`trajectories.place`), and goes when a pass is recorded: layers are solved without it beside them,
+unless the next ones are to be recorded behind them.
 The host holds the weights that are being loaded, and then those that do not fit the device.
 """
 
@@ -17,7 +18,8 @@ from torch import nn
 
 from bittern.architectures import Plan
 from bittern.errors import memory_size
-from bittern.quantization.calibration import Limits, Progress, named
+from bittern.quantization.calibration import Progress, named
+from bittern.quantization.memory import Limits
 from bittern.quantization.workspace import SAMPLES, Workspace
 from bittern.trajectories import State, Texts, choose, defaults, encode_texts, pack, place, run_on, sample, unpack
 from bittern.trajectories.placement import weight_bytes
@@ -41,6 +43,7 @@ class Stored:
         seed: Of pairs and noise.
         device: Where to compute.
         limits: Of memory.
+        beside: Bytes of the device that are needed while the denoiser is there.
         progress: Called as the work goes on.
     """
 
@@ -58,12 +61,13 @@ class Stored:
         seed: int,
         device: str | torch.device,
         limits: Limits,
+        beside: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self.load_pipeline, self.load_denoiser = pipeline, denoiser
         self.blank, self.name, self.encoders = blank, name, encoders
         self.plan, self.prompts, self.samples, self.seed = plan, prompts, samples, seed
-        self.device, self.limits, self.progress = torch.device(device), limits, progress
+        self.device, self.progress, self.room = torch.device(device), progress, limits.weights(plan.jobs, beside)
         self.texts: Texts = {}
 
     def prepare(self) -> None:
@@ -83,8 +87,7 @@ class Stored:
         """An encoder to the device, or, of one that does not fit, its layers when they are called."""
         from accelerate import cpu_offload
 
-        room = self.limits.weights(self.plan.jobs)
-        if room is not None and weight_bytes(encoder) > room:
+        if self.room is not None and weight_bytes(encoder) > self.room:
             cpu_offload(encoder, execution_device=self.device)
         else:
             encoder.to(self.device)
@@ -97,7 +100,7 @@ class Stored:
         if self.progress:
             self.progress("loading the denoiser", 0, 1)
         model = self.load_denoiser()
-        waiting = place(model, blocks_of(model, self.plan), self.device, self.limits.weights(self.plan.jobs))
+        waiting = place(model, blocks_of(model, self.plan), self.device, self.room)
         if waiting and self.progress:
             self.progress(f"loading the denoiser, {memory_size(waiting)} of which wait on the host", 1, 1)
         try:

@@ -11,15 +11,16 @@ ends with the bytes of an undisturbed one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bittern.architectures import Plan, modulated_magnitudes, plan
+from bittern.architectures import Job, Plan, modulated_magnitudes, plan
 from bittern.checkpoints import FORMAT_VERSION, CheckpointConfig, read_headers, read_tensor, weight_files
+from bittern.layers import FewBitLayer, swap
 from bittern.quantization.calibration import Progress, Recorder, passes_of
 from bittern.quantization.fit import Fit, foreseen
 from bittern.quantization.jobs import (
@@ -31,7 +32,6 @@ from bittern.quantization.jobs import (
     fill_meta,
     finish,
     solve_job,
-    swap,
 )
 from bittern.quantization.report import refuse_quantized
 from bittern.quantization.workspace import Workspace, fingerprint
@@ -141,24 +141,31 @@ def quantize_streaming(
     if left:
         # Billions of weights pass here: on the device they take no time.
         magnitudes = modulated_magnitudes(made, model, lambda name: read(name).to(device))
-        for members, calibration in passes_of(recorder and recorder(made), left):
-            for name, jobs in [left[index] for index in members]:
-                if progress:
-                    progress(f"solving {name.partition('.')[2]}", done, len(blocks))
-                tensors: dict[str, Tensor] = {}
-                notes: dict[str, dict[str, Any]] = {"errors": {}, "stages": {}}
-                for job in jobs:
-                    found = calibration, magnitudes.get(job.paths[0])
-                    with borrowed(model, job.paths, read, device) as modules:
-                        solved, missed, staged = solve_job(job, modules, seed, *found)
-                    notes["errors"].update(zip(job.paths, missed, strict=True))
-                    notes["stages"].update(zip(job.paths, staged, strict=True))
-                    for path, layer in zip(job.paths, solved, strict=True):
-                        tensors.update({f"{path}.{leaf}": tensor for leaf, tensor in layer.tensors().items()})
-                workspace.save(name, tensors, notes)
-                done += 1
-            # Two passes' records would not fit.
-            del calibration
+        asked = recorder and recorder(made)
+        finished: list[tuple[str, dict[str, FewBitLayer]]] = []
+        if asked and recipe.predecessors == "few-bit":
+            solved_before = (block for block in blocks if block not in left)
+            finished = [(name, _layers(model, config, jobs, workspace.load(name)[0])) for name, jobs in solved_before]
+        with passes_of(asked, left, finished) as passes:
+            for members, calibration in passes:
+                for name, jobs in [left[index] for index in members]:
+                    if progress:
+                        progress(f"solving {name.partition('.')[2]}", done, len(blocks))
+                    layers: dict[str, FewBitLayer] = {}
+                    notes: dict[str, dict[str, Any]] = {"errors": {}, "stages": {}}
+                    for job in jobs:
+                        found = calibration, magnitudes.get(job.paths[0])
+                        with borrowed(model, job.paths, read, device) as modules:
+                            solved, missed, staged = solve_job(job, modules, seed, *found)
+                        notes["errors"].update(zip(job.paths, missed, strict=True))
+                        notes["stages"].update(zip(job.paths, staged, strict=True))
+                        layers.update(zip(job.paths, solved, strict=True))
+                    workspace.save(name, _tensors(layers), notes)
+                    done += 1
+                    if asked:
+                        asked.solved(layers)
+                # Two passes' records would not fit.
+                del calibration
     errors: dict[str, float] = {}
     stages: dict[str, Stages] = {}
     if progress:
@@ -168,16 +175,25 @@ def quantize_streaming(
         tensors, notes = workspace.load(name)
         errors.update(notes["errors"])
         stages.update(notes["stages"])
-        _put(model, config, [path for job in jobs for path in job.paths], tensors)
+        for path, layer in _layers(model, config, jobs, tensors).items():
+            swap(model, path, layer)
     fill_meta(model, read)
     finish(model, made, recipe, seed, errors, stages)
     return model
 
 
-def _put(model: nn.Module, config: CheckpointConfig, paths: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """Few-bit layers with these tensors in the places of a block's layers; their biases stay on meta."""
-    layers = empty_layers(model, config, paths)
+def _tensors(layers: Mapping[str, FewBitLayer]) -> dict[str, Tensor]:
+    """All that a block's layers hold, by name."""
+    own = {f"{path}.{leaf}": tensor for path, layer in layers.items() for leaf, tensor in layer.tensors().items()}
+    return own | {f"{path}.bias": layer.bias.detach() for path, layer in layers.items() if layer.bias is not None}
+
+
+def _layers(
+    model: nn.Module, config: CheckpointConfig, jobs: Sequence[Job], tensors: Mapping[str, Tensor]
+) -> dict[str, FewBitLayer]:
+    """A block's few-bit layers by path, from what `_tensors` gave."""
+    layers = empty_layers(model, config, [path for job in jobs for path in job.paths])
     for path, layer in layers.items():
-        for leaf in layer.tensors():
+        for leaf in [*layer.tensors(), *["bias"] * (layer.bias is not None)]:
             layer.load(leaf, tensors[f"{path}.{leaf}"])
-        swap(model, path, layer)
+    return layers

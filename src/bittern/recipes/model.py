@@ -27,6 +27,7 @@ SOLVER_FIELDS = (
     "rounding",
     "refits",
     "sensitivity",
+    "bias_correction",
     "damping",
     "svd_oversample",
     "svd_iterations",
@@ -48,9 +49,14 @@ CONVOLUTION: dict[str, Any] = {
 """What a convolution differs in from a linear unless the recipe says more: 3 x 3 kernels run with 16 bits."""
 
 
+def solves_with_data(solver: Mapping[str, Any]) -> bool:
+    """Whether these solver settings ask for codes, smoothing or a branch that are found with the layer's input."""
+    return solver["smoothing"] in ("grid", "descent") or solver["branch"] == "outputs" or solver["rounding"] == "gptq"
+
+
 def needs_data(solver: Mapping[str, Any]) -> bool:
     """Whether these solver settings need to know the layer's input."""
-    return solver["smoothing"] in ("grid", "descent") or solver["branch"] == "outputs" or solver["rounding"] == "gptq"
+    return solves_with_data(solver) or solver["bias_correction"]
 
 
 StoredType = Literal["bf16", "fp16", "fp32"]
@@ -116,6 +122,7 @@ class LayerSpec(BaseModel):
     rounding: Literal["nearest", "gptq"] = "nearest"
     refits: int = Field(default=0, ge=0)
     sensitivity: bool = False
+    bias_correction: bool = False
     damping: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     svd_oversample: int = Field(default=10, ge=0)
     svd_iterations: int = Field(default=4, ge=0)
@@ -149,6 +156,8 @@ class Recipe(BaseModel):
         default: The layers inside the blocks.
         samples: (prompt, step) pairs that a recipe with calibrated stages sees.
         rows: Tokens of them that are kept of each layer's input.
+        predecessors: Whose outputs a layer is calibrated behind: "full", the 16-bit model's, or "few-bit", those of the
+            blocks before it as they were solved.
         modulation: What is different for the adaLN linears, which see one row per image.
         convolution: What is different for convolutions with kernels larger than 1 x 1, and for layers that read the
             residual stream without a norm, beyond `CONVOLUTION`: int4 weights in groups of 64 channels, 16-bit
@@ -164,6 +173,7 @@ class Recipe(BaseModel):
     summary: str = ""
     samples: int = Field(default=256, ge=1)
     rows: int = Field(default=16384, ge=64)
+    predecessors: Literal["full", "few-bit"] = "full"
     default: LayerSpec
     modulation: dict[str, Any] = {}
     convolution: dict[str, Any] | None = {}

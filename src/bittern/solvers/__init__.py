@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bittern.solvers.bias import mean_error
 from bittern.solvers.calibrated import Stages, solve_calibrated
 from bittern.solvers.foresight import foresee
 from bittern.solvers.options import SolverOptions
@@ -13,6 +14,7 @@ __all__ = [
     "SolverOptions",
     "Stages",
     "foresee",
+    "mean_error",
     "relative_error",
     "solve",
     "solve_calibrated",

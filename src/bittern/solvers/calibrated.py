@@ -8,6 +8,7 @@ The stages, each of which is reported with the error it leaves:
     branch      weighted SVD of W diag(s)                                   (weighted.py)
     gptq        codes of the residual by GPTQ                               (gptq.py)
     refit       reduced-rank regression of the branch, codes fixed          (weighted.py)
+    bias        the mean error of each output taken from its bias           (bias.py)
 
 The error is that of the layer's output on a sample of its inputs, over the output itself, both as far as the model's
 output feels them where sensitivities are known.
@@ -27,6 +28,7 @@ from bittern.errors import UserError
 from bittern.formats import KLayout, Rule, decode, dtype_of, encode, int4
 from bittern.precision import exact_products
 from bittern.scheme import Scheme
+from bittern.solvers.bias import mean_error
 from bittern.solvers.gptq import gptq
 from bittern.solvers.inputs import rounded, smoothed
 from bittern.solvers.lowrank import LowRank, low_rank, random_start
@@ -104,10 +106,16 @@ def solve_calibrated(
     with one_thread(sum(weight.numel() for weight in weights) <= SMALL), exact_products():
         problem = _Problem(weights, statistics, scheme, options, layout, seed, sensitivity)
         draft, stages = problem.solve()
-    rows = [weight.shape[0] for weight in weights]
-    ups = [None] * len(rows) if draft.up is None else torch.split(draft.up, rows)
-    parts = zip(torch.split(draft.codes, rows), torch.split(draft.scales, rows), ups, strict=True)
-    return [Solution(codes, scales, draft.smooth, draft.down, up, layout) for codes, scales, up in parts], stages
+        rows = [weight.shape[0] for weight in weights]
+        ups = [None] * len(rows) if draft.up is None else torch.split(draft.up, rows)
+        parts = zip(torch.split(draft.codes, rows), torch.split(draft.scales, rows), ups, strict=True)
+        solutions = [Solution(codes, scales, draft.smooth, draft.down, up, layout) for codes, scales, up in parts]
+        if options.bias_correction:
+            pairs = zip(weights, solutions, strict=True)
+            biases = [mean_error(weight, solution, statistics.rows, scheme) for weight, solution in pairs]
+            solutions = [replace(solution, bias=bias) for solution, bias in zip(solutions, biases, strict=True)]
+            problem.note("bias", problem.errors(draft, problem.judged, torch.cat(biases)), stages)
+    return solutions, stages
 
 
 class _Problem:
@@ -142,8 +150,7 @@ class _Problem:
 
         def note(stage: str) -> float:
             errors = self.errors(draft, self.judged)
-            for table, error in zip(stages, errors, strict=True):
-                table[stage] = float(f"{error:.6g}")
+            self.note(stage, errors, stages)
             return math.hypot(*errors)
 
         note("nearest")
@@ -259,14 +266,22 @@ class _Problem:
             raise UserError("GPTQ with 16-bit activations needs the Gram matrix of its inputs: record it")
         return gram if inverse is None else gram * inverse[:, None] * inverse
 
-    def errors(self, draft: _Draft, rows: Float[Tensor, "m k"]) -> list[float]:
-        """Relative output error of each layer."""
+    @staticmethod
+    def note(stage: str, errors: Sequence[float], stages: Sequence[Stages]) -> None:
+        """Writes the error of each layer into its table."""
+        for table, error in zip(stages, errors, strict=True):
+            table[stage] = float(f"{error:.6g}")
+
+    def errors(self, draft: _Draft, rows: Float[Tensor, "m k"], bias: Float[Tensor, " n"] | None = None) -> list[float]:
+        """Relative output error of each layer, with something added to its bias."""
         wide = rows.float()
         effective = decode(draft.codes, draft.scales, self.layout)
         branch = self.weight
         if draft.up is not None and draft.down is not None:
             branch = torch.addmm(branch, draft.up.float(), draft.down.float(), alpha=-1)
         missed = branch @ wide.T - effective @ rounded(rows, draft.smooth, self.layout, self.scheme).T
+        if bias is not None:
+            missed -= bias[:, None]
         pairs = zip(self.norms(missed), self.given(wide), strict=True)
         return [missing / whole if whole else 0.0 for missing, whole in pairs]
 

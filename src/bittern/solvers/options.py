@@ -37,6 +37,7 @@ class SolverOptions:
         rounding: "nearest" codes, or "gptq", which needs data.
         refits: How often at most the branch is fitted again to the codes of GPTQ, while the output error falls.
         sensitivity: Whether output errors count as much as the model's output feels them, which needs data.
+        bias_correction: Whether the mean error of each output is taken from its bias, which needs data.
         damping: Share of its mean diagonal that is added to GPTQ's Hessian.
         svd_oversample: Columns that the randomised SVD carries beyond the rank.
         svd_iterations: Its power iterations from a cold start; a later round starts warm and needs one.
@@ -52,6 +53,7 @@ class SolverOptions:
     rounding: Rounding = "nearest"
     refits: int = 0
     sensitivity: bool = False
+    bias_correction: bool = False
     damping: float = 0.01
     svd_oversample: int = 10
     svd_iterations: int = 4

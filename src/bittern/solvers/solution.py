@@ -23,6 +23,7 @@ class Solution:
         down: [r, k] or None; one tensor for all members of a group. It reads the raw input.
         up: [n, r] or None.
         layout: Segments, groups and padding of K.
+        bias: [n] in float32, what to add to the layer's bias; None for nothing.
     """
 
     codes: Int8[Tensor, "n padded_k"]
@@ -31,6 +32,7 @@ class Solution:
     down: Float[Tensor, "r k"] | None
     up: Float[Tensor, "n r"] | None
     layout: KLayout
+    bias: Float[Tensor, " n"] | None = None
 
     def reconstruct(self) -> Float[Tensor, "n k"]:
         """The float32 weight that the layer applies to its input: What / s + U D."""

@@ -7,21 +7,26 @@ from bittern.trajectories.placement import place
 from bittern.trajectories.prompts import check_prompts, default_prompts, read_prompts
 from bittern.trajectories.sampler import choose, sample
 from bittern.trajectories.sensitivity import sensitivities
+from bittern.trajectories.skipping import Skipping, call_order, dependence, most_bytes
 from bittern.trajectories.states import State, device_of, pack, states_bytes, unpack
 from bittern.trajectories.statistics import Statistics, record
 from bittern.trajectories.texts import Texts, encode_texts, run_on
 
 __all__ = [
     "CallDefaults",
+    "Skipping",
     "State",
     "Statistics",
     "Texts",
+    "call_order",
     "check_prompts",
     "choose",
     "default_prompts",
     "defaults",
+    "dependence",
     "device_of",
     "encode_texts",
+    "most_bytes",
     "pack",
     "place",
     "read_prompts",
