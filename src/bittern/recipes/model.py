@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bittern.errors import UserError
+from bittern.recipes.distillation import Distillation
 from bittern.recipes.validation import validated
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ class Recipe(BaseModel):
         overrides: What is different for the targets that a glob matches (`*` matches dots too); later
             globs win over earlier ones.
         keep: Globs of targets to leave in 16 bits.
+        distillation: How the few-bit model is trained to answer as the original does; None for no training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -169,6 +171,7 @@ class Recipe(BaseModel):
     convolution: dict[str, Any] | None = {}
     overrides: dict[str, dict[str, Any]] = {}
     keep: list[str] = []
+    distillation: Distillation | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
