@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bittern.distillation.curve import training_report
 from bittern.distillation.run import Distilled, distill, latents
 
-__all__ = ["Distilled", "distill", "latents"]
+__all__ = ["Distilled", "distill", "latents", "training_report"]

@@ -141,7 +141,7 @@ def distill(
         resume(trainer, course, workspace)
     if deadline is not None:
         minutes = (deadline - time.monotonic() + course.seconds) / 60
-        trainer.settings = settings.model_copy(update={"minutes": max(minutes, 1e-3)})
+        trainer.settings = settings.model_copy(update={"minutes": max(minutes, 1e-3), "steps": 2**62})
     train(trainer, course, pipe, teacher, watched, workspace, on_validation, progress, say)
     report = finish(trainer, course, teacher, recipe, seed)
     return Distilled(student.deployed, report, course.log, memory_needed)

@@ -76,13 +76,11 @@ class Trainer:
         model.enable_gradient_checkpointing()
 
     def _compute(self) -> Any:
-        """Mixed precision on a GPU: float32 parameters, products in 16 bits."""
+        """Float32 parameters, and products in the teacher's type."""
+        if self.dtype == torch.float32:
+            return nullcontext()
         # Cached casts would be the first step's for ever in a graph.
-        return (
-            torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
-            if self.device.type == "cuda"
-            else (nullcontext())
-        )
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def errors(self, rows: Tensor, bank: Bank | None = None) -> Tensor:
         """The mean squared error of each of these states, float32."""
@@ -136,7 +134,8 @@ class Trainer:
                     self._step()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
+            # Thread local: a compiler's own threads may touch the device meanwhile.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._step()
         self.load(kept, self.steps)
 

@@ -20,6 +20,7 @@ from bittern.quantization.jobs import (
     empty_layers,
     few_bit_class,
     fill_meta,
+    refuse_training,
     solve_job,
     swap,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "predict_size",
     "preview",
     "quantize",
+    "refuse_training",
     "solve_job",
     "swap",
 ]

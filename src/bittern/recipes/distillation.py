@@ -51,6 +51,6 @@ class Distillation(BaseModel):
     reach: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     weighting: Literal["uniform", "error"] = "uniform"
     checkpointing: bool = False
-    validate_every: int = Field(default=500, ge=1)
+    validate_every: int = Field(default=2000, ge=1)
     patience: int = Field(default=10, ge=1)
     save_minutes: float = Field(default=3.0, gt=0, allow_inf_nan=False)

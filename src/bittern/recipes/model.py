@@ -197,7 +197,9 @@ class Recipe(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether any layer needs to know its input, so that prompts have to be drawn."""
+        """Whether prompts have to be drawn: a layer needs to know its input, or the model is trained."""
+        if self.distillation is not None:
+            return True
         patches = [*self.overrides.values(), self.modulation]
         specs = [self.default, *(_patched(self.default, patch, "patch") for patch in patches)]
         if self.convolution is not None:
