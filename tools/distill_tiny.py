@@ -71,8 +71,6 @@ def main() -> None:
         say=say,
     )
     write_log(args.work, done.log)
-    if args.device == "cuda":
-        done.model.to(torch.bfloat16)
     write_model(args.work, done.model)
     say(f"trained: {done.report!r}")
     if args.final_prompts:

@@ -244,8 +244,9 @@ def _distill_folder(
             done = distill(
                 pipe, recipe, prompts=given, seed=seed, workspace=workspace, limits=limits, progress=progress, say=say
             )
-        denoiser = done.model.to(_stored_dtype(place))
-        _write(denoiser, model, out, others, done.report, place, seed, force, training_report(done.log))
+        # Diffusers' own `to` refuses quantized models, whose layers here know what not to cast.
+        nn.Module.to(done.model, _stored_dtype(place))
+        _write(done.model, model, out, others, done.report, place, seed, force, training_report(done.log))
         workspace.remove()
     return done.report
 

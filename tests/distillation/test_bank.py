@@ -42,9 +42,7 @@ def test_a_trajectory_depends_on_its_place_and_not_on_its_company(pipe) -> None:
     teacher = component(pipe)
     pattern = pattern_of(pipe, teacher, TEXTS)
     whole = draw_bank(pipe, teacher, TEXTS, pattern=pattern, seed=5)
-    parts = [
-        draw_bank(pipe, teacher, TEXTS[a:b], pattern=pattern, seed=5, start=a) for a, b in ((0, 1), (1, 3))
-    ]
+    parts = [draw_bank(pipe, teacher, TEXTS[a:b], pattern=pattern, seed=5, start=a) for a, b in ((0, 1), (1, 3))]
     joined = join(parts)
     for name, tensor in whole.tensors().items():
         other = joined.tensors()[name]

@@ -6,7 +6,7 @@
     bank                     states and targets
     activations              what a forward pass keeps for its backward pass: batch · states + weights
 
-The last line is measured: one forward pass with one state and one with two tell what grows with the batch.
+The last line is measured: forward passes with two states and with three tell what grows with the batch.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def needed(trainer: Trainer, others: Iterable[Tensor], banks: int) -> Memory:
         for tensor in (*trainer.student.model.parameters(), *trainer.student.model.buffers(), *others)
         if tensor.data_ptr() not in learns
     }
-    one, two = kept_bytes(trainer, 1), kept_bytes(trainer, 2)
-    activations = one + (trainer.settings.batch - 1) * (two - one)
+    # Of a single state some tensors are kept as views of others.
+    two, three = kept_bytes(trainer, 2), kept_bytes(trainer, 3)
+    activations = two + (trainer.settings.batch - 2) * (three - two)
     return Memory(20 * sum(parameter.numel() for parameter in trainer.params), sum(held.values()), banks, activations)
 
 

@@ -122,7 +122,8 @@ class Trainer:
         """Compiles and captures the step on a GPU; nothing has changed afterwards. On a CPU there is nothing to do."""
         if self.device.type != "cuda":
             return
-        compile_blocks(self.student.model)
+        if self.settings.compile:
+            compile_blocks(self.student.model)
         kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
         for rate in self.rates.values():
             rate.zero_()

@@ -27,6 +27,7 @@ class Distillation(BaseModel):
         reach: How far beyond the outermost codes the numbers under the codes may go, in units of a code.
         weighting: What a state's error counts: all the same, or each step of the trajectory the same.
         student_states: Share of the steps, at the end, that learn from states of the student's own trajectories.
+        compile: Whether a GPU's blocks are compiled: a minute at the start, for steps that are faster by far.
         checkpointing: Whether blocks are run again in the backward pass, for less memory.
         validate_every: Steps between validations.
         patience: Validations without improvement after which training ends.
@@ -50,6 +51,7 @@ class Distillation(BaseModel):
     ema: float = Field(default=0.999, ge=0, lt=1)
     reach: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     weighting: Literal["uniform", "error"] = "uniform"
+    compile: bool = True
     checkpointing: bool = False
     validate_every: int = Field(default=2000, ge=1)
     patience: int = Field(default=10, ge=1)
