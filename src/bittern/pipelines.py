@@ -246,9 +246,10 @@ def _distill_folder(
             )
         # Diffusers' own `to` refuses quantized models, whose layers here know what not to cast.
         nn.Module.to(done.model, _stored_dtype(place))
-        _write(done.model, model, out, others, done.report, place, seed, force, training_report(done.log))
+        report = inspect(done.model)
+        _write(done.model, model, out, others, report, place, seed, force, training_report(done.log))
         workspace.remove()
-    return done.report
+    return report
 
 
 def workspace_of(out: str | Path) -> Path:

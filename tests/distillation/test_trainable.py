@@ -26,11 +26,7 @@ CASES = {
 def layers(case: str) -> tuple[nn.Linear | nn.Conv2d, FewBitLayer]:
     scheme, segments, kernel = CASES[case]
     torch.manual_seed(len(case))
-    module: nn.Linear | nn.Conv2d
-    if kernel is None:
-        module = nn.Linear(sum(segments), 10)
-    else:
-        module = nn.Conv2d(segments[0], 10, kernel, stride=2, padding=1)
+    module = nn.Conv2d(segments[0], 10, kernel, 2, padding=1) if kernel else nn.Linear(sum(segments), 10)
     options = SolverOptions(smoothing="span" if scheme.smooth else "none")
     (solution,) = solve([flat_weight(module).detach()], scheme, options, segments, seed=0)
     kind = QuantLinear if kernel is None else QuantConv2d

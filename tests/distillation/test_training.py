@@ -59,6 +59,13 @@ def test_the_loss_falls_and_fidelity_rises(new_tiny_random_pipeline: Callable) -
     assert all(row.error is not None and 0 < row.error < 2 for row in done.report.rows)
 
 
+def test_a_pipeline_in_16_bits_is_learned_in_mixed_precision(new_tiny_random_pipeline: Callable) -> None:
+    pipe = new_tiny_random_pipeline().to(torch.bfloat16)
+    done = distill(pipe, recipe_of(steps=20, validation=2), prompts=TEXTS)
+    assert done.log[-1]["error"] < 0.7 * done.log[0]["error"]
+    assert {parameter.dtype for parameter in done.model.parameters()} == {torch.bfloat16}
+
+
 def test_a_folder_is_written_read_and_the_same_after_a_kill(
     tiny_random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,6 @@ class Distillation(BaseModel):
         ema: Decay of the averaged weights, which are the result; 0 takes the last ones.
         reach: How far beyond the outermost codes the numbers under the codes may go, in units of a code.
         weighting: What a state's error counts: all the same, or each step of the trajectory the same.
-        student_states: Share of the steps, at the end, that learn from states of the student's own trajectories.
         compile: Whether a GPU's blocks are compiled: a minute at the start, for steps that are faster by far.
         checkpointing: Whether blocks are run again in the backward pass, for less memory.
         validate_every: Steps between validations.
