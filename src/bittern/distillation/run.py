@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bittern.distillation import memory
+from bittern.distillation import memory, on_policy
 from bittern.distillation.bank import Bank, Pattern, draw_bank, join, pattern_of, together
 from bittern.distillation.fidelity import Watched, fidelity, watch
 from bittern.distillation.student import make_student
@@ -48,6 +48,7 @@ class Course:
         best: Least validation error.
         missed: Validations since then.
         best_average: The averaged parameters of that time, on the host.
+        replaced: Trajectories of the bank that are the student's own.
     """
 
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Course:
     best: float = math.inf
     missed: int = 0
     best_average: list[Tensor] = field(default_factory=list)
+    replaced: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def distill(
     student = make_student(pipe, teacher, recipe, settings, prompts=given, seed=seed, limits=limits, progress=progress)
     pattern = pattern_of(pipe, teacher, [group[0] for group in learned])
     watched = watch(pipe, teacher, draw_texts(watched_groups, settings.validation, seed), pattern, seed)
-    bank = teacher_bank(pipe, teacher, learned, pattern, settings, seed, workspace, progress)
+    texts = draw_texts(learned, trajectories(settings, pattern), seed)
+    bank = teacher_bank(pipe, teacher, texts, pattern, seed, workspace, progress)
     say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
         f"{bank.nbytes / 2**30:.2f} GiB")  # fmt: skip
     trainer = Trainer(student, bank, settings, seed=seed, dtype=next(teacher.parameters()).dtype)
@@ -142,34 +145,37 @@ def distill(
     if deadline is not None:
         minutes = (deadline - time.monotonic() + course.seconds) / 60
         trainer.settings = settings.model_copy(update={"minutes": max(minutes, 1e-3), "steps": 2**62})
-    train(trainer, course, pipe, teacher, watched, workspace, on_validation, progress, say)
+    train(trainer, course, pipe, teacher, texts, watched, workspace, on_validation, progress, say)
     report = finish(trainer, course, teacher, recipe, seed)
     return Distilled(student.deployed, report, course.log, memory_needed)
 
 
-def teacher_bank(
-    pipe: DiffusionPipeline,
-    teacher: nn.Module,
-    groups: Sequence[Sequence[str]],
-    pattern: Pattern,
-    settings: Distillation,
-    seed: int,
-    workspace: Workspace | None,
-    progress: Progress | None,
-) -> Bank:
-    """As many trajectories as the settings want and their limit allows, drawn or read.
+def trajectories(settings: Distillation, pattern: Pattern) -> int:
+    """As many as the settings want and their limit allows.
 
     Raises:
         UserError: if the limit allows none.
     """
     room = int(settings.bank_gib * 2**30) // pattern.trajectory_bytes
-    count = min(settings.trajectories, room)
-    if not count:
+    if not room:
         raise UserError(
-            f"bank_gib {settings.bank_gib:g}: one trajectory takes {pattern.trajectory_bytes / 2**30:.2f} GiB; "
+            f"bank_gib {settings.bank_gib:g}: one trajectory takes {pattern.trajectory_bytes / 2**30:.2g} GiB; "
             "expected room for one at least"
         )
-    texts, size = draw_texts(groups, count, seed), together(pipe)
+    return min(settings.trajectories, room)
+
+
+def teacher_bank(
+    pipe: DiffusionPipeline,
+    teacher: nn.Module,
+    texts: Sequence[str],
+    pattern: Pattern,
+    seed: int,
+    workspace: Workspace | None,
+    progress: Progress | None,
+) -> Bank:
+    """The teacher's trajectories of these texts, drawn or read."""
+    count, size = len(texts), together(pipe)
     parts: list[Bank] = []
     for index, start in enumerate(range(0, count, size)):
         name = f"bank-{index:05d}"
@@ -191,6 +197,7 @@ def train(
     course: Course,
     pipe: DiffusionPipeline,
     teacher: nn.Module,
+    texts: Sequence[str],
     watched: Watched,
     workspace: Workspace | None,
     on_validation: Callable[[Trainer, Course], None] | None,
@@ -238,6 +245,10 @@ def train(
         trainer.advance(rate_at(trainer.steps, done, settings))
         if trainer.steps % settings.validate_every == 0:
             validate()
+            own = on_policy.wanted(settings.student_share, len(texts), done)
+            if own > course.replaced:
+                on_policy.replace_states(trainer, pipe, teacher, texts, course.replaced, own, workspace)
+                course.replaced = own
     if course.log[-1]["step"] != trainer.steps:
         validate()
     if workspace is not None:
@@ -261,7 +272,7 @@ def keep(trainer: Trainer, course: Course, workspace: Workspace) -> None:
     """Writes all that the training is."""
     best = {f"best.{index}": tensor for index, tensor in enumerate(course.best_average)}
     notes = {"steps": trainer.steps, "log": course.log, "seconds": course.seconds, "best": course.best,
-             "missed": course.missed}  # fmt: skip
+             "missed": course.missed, "replaced": course.replaced}  # fmt: skip
     workspace.save(TRAINING, {**trainer.tensors(), **best}, notes)
 
 
@@ -273,6 +284,8 @@ def resume(trainer: Trainer, course: Course, workspace: Workspace) -> None:
     course.best_average = [best[f"best.{index}"] for index in range(len(best))]
     course.log, course.seconds = list(notes["log"]), float(notes["seconds"])
     course.best, course.missed = float(notes["best"]), int(notes["missed"])
+    course.replaced = int(notes["replaced"])
+    on_policy.restore(trainer, course.replaced, workspace)
 
 
 def latents(trainer: Trainer) -> dict[str, Tensor]:

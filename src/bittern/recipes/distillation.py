@@ -26,6 +26,8 @@ class Distillation(BaseModel):
         ema: Decay of the averaged weights, which are the result; 0 takes the last ones.
         reach: How far beyond the outermost codes the numbers under the codes may go, in units of a code.
         weighting: What a state's error counts: all the same, or each step of the trajectory the same.
+        student_share: Share of the bank that is replaced, evenly over the second half of the training, by states of the
+            student's own trajectories with the teacher's answers there, so that its errors do not compound.
         compile: Whether a GPU's blocks are compiled: a minute at the start, for steps that are faster by far.
         checkpointing: Whether blocks are run again in the backward pass, for less memory.
         validate_every: Steps between validations.
@@ -50,6 +52,7 @@ class Distillation(BaseModel):
     ema: float = Field(default=0.999, ge=0, lt=1)
     reach: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     weighting: Literal["uniform", "error"] = "uniform"
+    student_share: float = Field(default=0.0, ge=0, le=1)
     compile: bool = True
     checkpointing: bool = False
     validate_every: int = Field(default=2000, ge=1)
