@@ -23,6 +23,9 @@ def test_states_are_the_students_and_answers_the_teachers(new_tiny_random_pipeli
     recipe = recipes.load("ternary-distilled").override(distillation={"batch": 4})
     assert recipe.distillation is not None
     student = make_student(pipe, teacher, recipe, recipe.distillation)
+    with torch.no_grad():
+        # A student that goes the other way.
+        student.model.proj_out.weight.neg_()
     bank = draw_bank(pipe, teacher, TEXTS, pattern=pattern_of(pipe, teacher, TEXTS))
     before = {name: tensor.clone() for name, tensor in bank.tensors().items()}
     trainer = Trainer(student, bank, recipe.distillation, seed=1, dtype=torch.float32)
@@ -43,7 +46,7 @@ def test_states_are_the_students_and_answers_the_teachers(new_tiny_random_pipeli
         # The latents moved by the student's answers, not by the teacher's.
         moved = bank.states[latents].float()[1:steps] - bank.states[latents].float()[: steps - 1]
         by_student, by_teacher = (_cosine(moved, -answer[: steps - 1]) for answer in (own, taught))
-        assert by_student > 0.998 > by_teacher
+        assert by_student > 0.97 and by_teacher < -0.9
 
         after = {name: tensor.clone() for name, tensor in bank.tensors().items()}
         for name, tensor in bank.tensors().items():
