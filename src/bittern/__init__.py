@@ -12,6 +12,7 @@ from bittern.errors import BitternError, UserError
 from bittern.integrations.import_hook import install as _install
 
 if TYPE_CHECKING:
+    from bittern.distillation import Distilled, distill
     from bittern.integrations.diffusers import QuantizationConfig
     from bittern.ops import use_backend
     from bittern.quantization import Report, inspect, predict, predict_size, quantize
@@ -21,11 +22,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BitternError",
+    "Distilled",
     "QuantizationConfig",
     "Recipe",
     "Report",
     "UserError",
     "__version__",
+    "distill",
     "inspect",
     "predict",
     "predict_size",
@@ -34,9 +37,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Distilled": "bittern.distillation",
     "QuantizationConfig": "bittern.integrations.diffusers",
     "Recipe": "bittern.recipes",
     "Report": "bittern.quantization",
+    "distill": "bittern.distillation",
     "inspect": "bittern.quantization",
     "predict": "bittern.quantization",
     "predict_size": "bittern.quantization",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 import bittern
 from bittern.architectures import Plan
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
+from bittern.distillation import distill, training_report
 from bittern.errors import UnusableModel, UserError, did_you_mean
 from bittern.outputs import INDEX, check_out, disk_problem, existing_parent, new_folder
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict, predict_size, quantize
@@ -46,7 +47,11 @@ __all__ = [
     "resolve",
 ]
 
-BUILT_IN = {"tiny-flux": "bittern.tiny_flux", "tiny-unet": "bittern.tiny_unet"}
+BUILT_IN = {
+    "tiny-flux": "bittern.tiny_flux",
+    "tiny-unet": "bittern.tiny_unet",
+    "tiny-flux-ternary": "bittern.tiny_flux_ternary",
+}
 """The embedded models, and the modules that know where they lie."""
 
 
@@ -115,6 +120,7 @@ def quantize_folder(
     limits: Limits | None = None,
     progress: Progress | None = None,
     on_fit: OnFit | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Report:
     """Quantizes a pipeline's transformer or U-Net and writes the pipeline to `out`: all of it, or nothing.
 
@@ -122,6 +128,8 @@ def quantize_folder(
     `workspace_of(out)` until `out` is written, and a run that was killed goes on from them when it is called again.
     The other components are copied as they are. For a calibrated recipe the pipeline is loaded part by part, to draw,
     and its blocks are recorded in passes (see `quantization.calibration`); the samples that it drew are kept, too.
+    For a recipe that trains the pipeline is loaded whole (see `distillation`); what it drew, and the training, are kept
+    every few minutes.
 
     Args:
         model: A folder, a hub id, or a built-in name.
@@ -138,6 +146,7 @@ def quantize_folder(
         progress: Called as blocks are finished.
         on_fit: Called with the recipe that was found to meet `fit`, and the size of the file it will give, before
             anything is solved.
+        say: Called with lines about a training.
 
     Raises:
         UserError: as `load`, `quantize` and `new_folder` do, if the disk is too small, or if an unfinished run for
@@ -153,6 +162,12 @@ def quantize_folder(
         blank, _ = skeleton(place)
     others = [source / INDEX, *_other_components(source, place.name)]
     work = workspace_of(out)
+    if recipe.distillation is not None:
+        if fit is not None:
+            raise UserError(f"recipe {recipe.name} trains a model of one size: leave out --fit")
+        return _distill_folder(
+            model, recipe, out, prompts, seed, device, force, restart, limits, progress, say or (lambda _line: None)
+        )
     wanted = None if fit is None else Fit.of(blank, recipe, fit)
     # Finished blocks stay until the whole is written.
     if wanted is None:
@@ -205,6 +220,40 @@ def quantize_folder(
     return report
 
 
+def _distill_folder(
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path,
+    prompts: Sequence[str] | None,
+    seed: int,
+    device: str | torch.device,
+    force: bool,
+    restart: bool,
+    limits: Limits | None,
+    progress: Progress | None,
+    say: Callable[[str], object],
+) -> Report:
+    """`quantize_folder` for a recipe that trains."""
+    source = resolve(model)
+    place = source / denoiser_name(source)
+    others = [source / INDEX, *_other_components(source, place.name)]
+    given = default_prompts(source) if prompts is None else check_prompts(prompts)
+    manifest = run_manifest(place, recipe, seed, bittern.__version__, given)
+    # CPUs multiply 16-bit numbers slowly; what learns is float32 in any case.
+    pipe = load(model, dtype=torch.float32 if torch.device(device).type == "cpu" else None, device=device)
+    with Workspace(workspace_of(out), manifest, restart=restart) as workspace:
+        with memory_told():
+            done = distill(
+                pipe, recipe, prompts=given, seed=seed, workspace=workspace, limits=limits, progress=progress, say=say
+            )
+        # Diffusers' own `to` refuses quantized models, whose layers here know what not to cast.
+        nn.Module.to(done.model, _stored_dtype(place))
+        report = inspect(done.model)
+        _write(done.model, model, out, others, report, place, seed, force, training_report(done.log))
+        workspace.remove()
+    return report
+
+
 def workspace_of(out: str | Path) -> Path:
     """Where an unfinished run for `out` keeps its blocks."""
     path = Path(out).expanduser().resolve()
@@ -220,8 +269,9 @@ def _write(
     place: Path,
     seed: int,
     force: bool,
+    more: Mapping[str, str] | None = None,
 ) -> None:
-    """The whole few-bit pipeline: its denoiser, copies of the other components, and its card."""
+    """The whole few-bit pipeline: its denoiser, copies of the other components, its card and more texts by name."""
     before = sum(file.stat().st_size for file in weight_files(place))
     card = model_card(str(model), place.parent, report, before=before, seed=seed, version=bittern.__version__)
     with new_folder(out, force=force) as folder:
@@ -229,7 +279,8 @@ def _write(
             copy = shutil.copytree if other.is_dir() else shutil.copyfile
             copy(other, folder / other.name)
         denoiser.save_pretrained(folder / place.name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        for name, text in {"README.md": card, **(more or {})}.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextmanager

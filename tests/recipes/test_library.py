@@ -11,7 +11,7 @@ from bittern.errors import UserError
 
 
 def test_named_recipes() -> None:
-    assert recipes.names() == ["int4", "int4-gptq", "svdquant", "svdquant-fast", "ternary-fast"]
+    assert recipes.names() == ["int4", "int4-gptq", "svdquant", "svdquant-fast", "ternary-distilled", "ternary-fast"]
     for name in recipes.names():
         recipe = recipes.load(name)
         assert recipe.name == name

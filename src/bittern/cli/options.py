@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from bittern.evaluation.drawing import Settings
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a hub id, tiny-flux, or tiny-unet.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a hub id, tiny-flux, tiny-unet, or tiny-flux-ternary.", show_default=False
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[int, typer.Option("--seed", help="Prompt i starts from the noise of seed + i.")]

@@ -189,6 +189,7 @@ def run(
             limits=limits,
             progress=lambda what, done, total: output.progress(_said(what, recipe), done, total),
             on_fit=on_fit,
+            say=output.step,
         )
     except KeyboardInterrupt:
         if pipelines.workspace_of(out).exists():

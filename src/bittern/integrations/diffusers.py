@@ -199,9 +199,10 @@ class BitternQuantizer(DiffusersQuantizer):
         """The plan of a model that is to be quantized while its weights arrive."""
         from bittern.architectures import modulated_magnitudes, plan
         from bittern.checkpoints import read_headers, read_tensor
-        from bittern.quantization import check_seed
+        from bittern.quantization import check_seed, refuse_training
 
         check_seed(self.quantization_config.seed)
+        refuse_training(self.quantization_config.recipe)
         self._plan = plan(model, self.quantization_config.recipe)
         headers = functools.cache(lambda: read_headers(self._files))
         # The modulation may lie behind the layers it smooths, in the files' order.

@@ -13,6 +13,7 @@ from bittern.quantization.jobs import (
     empty_layers,
     few_bit_class,
     fill_meta,
+    refuse_training,
     solve_job,
 )
 from bittern.quantization.memory import Limits, calibration_bytes, passes
@@ -47,6 +48,7 @@ __all__ = [
     "predict_size",
     "preview",
     "quantize",
+    "refuse_training",
     "solve_job",
     "swap",
 ]

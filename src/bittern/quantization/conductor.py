@@ -19,6 +19,7 @@ from bittern.quantization.jobs import (
     check_seed,
     check_weight,
     finish,
+    refuse_training,
     solve_job,
 )
 from bittern.quantization.memory import Limits, memory_told
@@ -73,6 +74,7 @@ def quantize(
             that are unusable, a model without its pipeline, and one that gives NaN.
     """
     recipe = with_samples(recipe, prompts, samples)
+    refuse_training(recipe)
     prompts = None if prompts is None else check_prompts(prompts)
     check_seed(seed)
     model = component(target)

@@ -43,6 +43,16 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed {seed!r}: expected a whole number from 0 to {2**31 - 1}")
 
 
+def refuse_training(recipe: Recipe) -> None:
+    """Refuses a recipe that is more than solved.
+
+    Raises:
+        UserError: naming what trains.
+    """
+    if recipe.distillation is not None:
+        raise UserError(f"recipe {recipe.name} trains the whole model: call bittern.distill(pipe, ...) on a pipeline")
+
+
 def check_weight(path: str, weight: torch.Tensor) -> None:
     """Refuses a weight that is not there or not finite.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bittern.errors import UserError
+from bittern.recipes.distillation import Distillation
 from bittern.recipes.validation import validated
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class Recipe(BaseModel):
         overrides: What is different for the targets that a glob matches (`*` matches dots too); later
             globs win over earlier ones.
         keep: Globs of targets to leave in 16 bits.
+        distillation: How the few-bit model is trained to answer as the original does; None for no training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -179,6 +181,7 @@ class Recipe(BaseModel):
     convolution: dict[str, Any] | None = {}
     overrides: dict[str, dict[str, Any]] = {}
     keep: list[str] = []
+    distillation: Distillation | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -204,7 +207,9 @@ class Recipe(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether any layer needs to know its input, so that prompts have to be drawn."""
+        """Whether prompts have to be drawn: a layer needs to know its input, or the model is trained."""
+        if self.distillation is not None:
+            return True
         patches = [*self.overrides.values(), self.modulation]
         specs = [self.default, *(_patched(self.default, patch, "patch") for patch in patches)]
         if self.convolution is not None:

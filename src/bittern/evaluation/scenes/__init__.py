@@ -3,7 +3,7 @@
 from bittern.evaluation.scenes.detect import Detection, detect
 from bittern.evaluation.scenes.draw import MAX_OBJECTS, PALETTE, SceneBatch, SceneTable, draw, sample
 from bittern.evaluation.scenes.judge import judge, satisfies
-from bittern.evaluation.scenes.prompts import (
+from bittern.scene_prompts import (
     COLORS,
     GROUNDS,
     SHAPES,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bittern.errors import UserError
 from bittern.evaluation.scenes.draw import PALETTE, SceneBatch, draw
-from bittern.evaluation.scenes.prompts import COLORS, GROUNDS, SHAPES
+from bittern.scene_prompts import COLORS, GROUNDS, SHAPES
 
 MIN_AREA = 0.004  # of the image: half of the smallest star
 MIN_OVERLAP = 0.70  # intersection over union with the best template

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from bittern.evaluation.scenes.prompts import COLORS, GROUNDS, RELATIONS, SHAPES, SIZES, ScenePrompt
+from bittern.scene_prompts import COLORS, GROUNDS, RELATIONS, SHAPES, SIZES, ScenePrompt
 
 MAX_OBJECTS = 4
 PALETTE: dict[str, tuple[int, int, int]] = {

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from bittern.evaluation.scenes.detect import Detection, detect
-from bittern.evaluation.scenes.prompts import SceneObject, ScenePrompt
+from bittern.scene_prompts import SceneObject, ScenePrompt
 
 POSITION_MARGIN = 0.1
 

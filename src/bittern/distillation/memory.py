@@ -1,0 +1,109 @@
+"""What a training takes, told before it starts.
+
+    parameters that learn   20 bytes each: value, gradient, two moments, average, in float32
+    the best average so far  4 bytes each, on the host
+    other tensors            of the student, the teacher and the deployed model, as they are
+    bank                     states and targets
+    activations              what a forward pass keeps for its backward pass: batch · states + weights
+
+The last line is measured: forward passes with two states and with three tell what grows with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bittern.distillation.trainer import Trainer
+from bittern.errors import UserError, memory_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the device.
+
+    Attributes:
+        learning: Of what learns, with gradients, moments and averages.
+        models: Of all other tensors of the student, and of the teacher and the deployed model.
+        bank: Of states and targets, the watched ones included.
+        activations: Kept between the forward and the backward pass.
+    """
+
+    learning: int
+    models: int
+    bank: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {memory_size(size)}" for name, size in asdict(self).items())
+        return f"training takes {memory_size(self.total)}: {parts}"
+
+
+def needed(trainer: Trainer, others: Iterable[Tensor], banks: int) -> Memory:
+    """What a training takes.
+
+    Args:
+        trainer: Before its first step, and not compiled.
+        others: The tensors of the teacher and of the deployed model.
+        banks: Bytes of all banks.
+    """
+    learns = {parameter.data_ptr() for parameter in trainer.params}
+    held = {
+        tensor.data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*trainer.student.model.parameters(), *trainer.student.model.buffers(), *others)
+        if tensor.data_ptr() not in learns
+    }
+    # Of a single state some tensors are kept as views of others.
+    two, three = kept_bytes(trainer, 2), kept_bytes(trainer, 3)
+    activations = two + (trainer.settings.batch - 2) * (three - two)
+    return Memory(20 * sum(parameter.numel() for parameter in trainer.params), sum(held.values()), banks, activations)
+
+
+def kept_bytes(trainer: Trainer, states: int) -> int:
+    """Bytes that a forward pass with so many states keeps for the backward pass, parameters aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in trainer.student.model.parameters()}
+    own |= {tensor.untyped_storage().data_ptr() for tensor in trainer.student.model.buffers()}
+    kept: dict[int, int] = {}
+    alive: list[Any] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            # An address that is given out again would hide what lies there.
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trainer.errors(torch.arange(states, device=trainer.device) % len(trainer.bank)).mean()
+    return sum(kept.values())
+
+
+def check(memory: Memory, device: torch.device, held: int) -> None:
+    """Refuses a training that the device has no room for.
+
+    Args:
+        memory: What it takes.
+        device: Where.
+        held: Bytes of it that are there already.
+
+    Raises:
+        UserError: naming what is needed and what there is.
+    """
+    if device.type != "cuda":
+        return
+    free = torch.cuda.mem_get_info(device)[0]
+    if memory.total - held > free:
+        raise UserError(
+            f"{memory}; {memory_size(free + held)} are free: lower `batch` or `bank_gib` in the recipe's distillation, "
+            "or set `checkpointing`"
+        )

@@ -1,0 +1,313 @@
+"""From a pipeline to its distilled few-bit model: teacher's bank, training, validation, checkpoints, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern.distillation import memory, on_policy
+from bittern.distillation.bank import Bank, Pattern, draw_bank, join, pattern_of, together
+from bittern.distillation.fidelity import Watched, fidelity, watch
+from bittern.distillation.student import make_student
+from bittern.distillation.texts import draw_texts, groups_of, split
+from bittern.distillation.trainer import Trainer
+from bittern.errors import UserError
+from bittern.quantization import Report, component
+from bittern.quantization.calibration import Limits, Progress
+from bittern.quantization.conductor import with_samples
+from bittern.quantization.jobs import check_seed
+from bittern.quantization.workspace import Workspace
+from bittern.recipes import Distillation, Recipe
+from bittern.trajectories import check_prompts, default_prompts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+TRAINING = "training"
+"""The name under which a training is kept."""
+
+_GLANCE = 20
+"""Steps of a GPU between two looks at the clock, for which it has to come to rest."""
+
+
+@dataclass
+class Course:
+    """How a training has gone.
+
+    Attributes:
+        log: A record for each validation.
+        seconds: Of training and validation.
+        best: Least validation error.
+        missed: Validations since then.
+        best_average: The averaged parameters of that time, on the host.
+        replaced: Trajectories of the bank that are the student's own.
+    """
+
+    log: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    best: float = math.inf
+    missed: int = 0
+    best_average: list[Tensor] = field(default_factory=list)
+    replaced: int = 0
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What became of a pipeline.
+
+    Attributes:
+        model: The few-bit denoiser.
+        report: Every target.
+        log: A record for each validation: step, seconds, loss, error, relative error, psnr.
+        memory: What the training took, as it was told beforehand.
+    """
+
+    model: nn.Module
+    report: Report
+    log: list[dict[str, Any]]
+    memory: memory.Memory
+
+
+def distill(
+    pipe: DiffusionPipeline,
+    recipe: str | Path | Recipe,
+    *,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    workspace: Workspace | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    deadline: float | None = None,
+    on_validation: Callable[[Trainer, Course], None] | None = None,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], object] | None = None,
+) -> Distilled:
+    """Makes a few-bit model of a pipeline's denoiser that answers as the denoiser does. The pipeline stays as it is.
+
+    The student starts where the recipe's solver ends, and learns the teacher's answers at the states of the teacher's
+    own trajectories: no picture is ever asked for. On a CPU the same arguments give the same bytes, however often the
+    training was interrupted; on a GPU sums in the backward pass of attention come in any order.
+
+    Args:
+        pipe: In full precision, where it is to compute.
+        recipe: With `distillation`.
+        prompts: To draw trajectories of; None takes the pipeline's own, and for the scenes world its training side.
+        seed: Of prompts, noise, batches and the solver.
+        workspace: Keeps the bank and the training, so that a run that was killed goes on.
+        start: What `latents` gave of an earlier training, to go on from with a fresh optimizer.
+        deadline: When training ends, by `time.monotonic`, in place of the recipe's minutes.
+        on_validation: Called after each validation.
+        limits: Of the memory that a calibrated solver may take.
+        progress: Called as the work goes on.
+        say: Called with lines for people.
+
+    Raises:
+        UserError: for a recipe that trains nothing, prompts that are held out for evaluation, a model that is
+            quantized or cannot be called as is needed, and too little memory.
+    """
+    recipe = with_samples(recipe, prompts, None)
+    settings = recipe.distillation
+    if settings is None:
+        raise UserError(f"recipe {recipe.name} trains nothing: expected one with `distillation`, or bittern.quantize")
+    check_seed(seed)
+    teacher = component(pipe).eval().requires_grad_(False)
+    given = default_prompts(pipe.config.get("_name_or_path")) if prompts is None else check_prompts(prompts)
+    learned, watched_groups = split(groups_of(given), seed)
+    say = say or (lambda _line: None)
+    student = make_student(pipe, teacher, recipe, settings, prompts=given, seed=seed, limits=limits, progress=progress)
+    pattern = pattern_of(pipe, teacher, [group[0] for group in learned])
+    watched = watch(pipe, teacher, draw_texts(watched_groups, settings.validation, seed), pattern, seed)
+    texts = draw_texts(learned, trajectories(settings, pattern), seed)
+    bank = teacher_bank(pipe, teacher, texts, pattern, seed, workspace, progress)
+    say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
+        f"{bank.nbytes / 2**30:.2f} GiB")  # fmt: skip
+    trainer = Trainer(student, bank, settings, seed=seed, dtype=next(teacher.parameters()).dtype)
+    course = Course()
+    if start is not None:
+        load_latents(trainer, start)
+    others = [tensor for model in (teacher, student.deployed) for tensor in model.state_dict().values()]
+    memory_needed = memory.needed(trainer, others, bank.nbytes + watched.bank.nbytes)
+    say(str(memory_needed))
+    memory.check(memory_needed, trainer.device, memory_needed.models + memory_needed.bank)
+    before = time.monotonic()
+    trainer.prepare()
+    say(f"step ready after {time.monotonic() - before:.0f} s")
+    if workspace is not None and workspace.has(TRAINING):
+        resume(trainer, course, workspace)
+    if deadline is not None:
+        minutes = (deadline - time.monotonic() + course.seconds) / 60
+        trainer.settings = settings.model_copy(update={"minutes": max(minutes, 1e-3), "steps": 2**62})
+    train(trainer, course, pipe, teacher, texts, watched, workspace, on_validation, progress, say)
+    report = finish(trainer, course, teacher, recipe, seed)
+    return Distilled(student.deployed, report, course.log, memory_needed)
+
+
+def trajectories(settings: Distillation, pattern: Pattern) -> int:
+    """As many as the settings want and their limit allows.
+
+    Raises:
+        UserError: if the limit allows none.
+    """
+    room = int(settings.bank_gib * 2**30) // pattern.trajectory_bytes
+    if not room:
+        raise UserError(
+            f"bank_gib {settings.bank_gib:g}: one trajectory takes {pattern.trajectory_bytes / 2**30:.2g} GiB; "
+            "expected room for one at least"
+        )
+    return min(settings.trajectories, room)
+
+
+def teacher_bank(
+    pipe: DiffusionPipeline,
+    teacher: nn.Module,
+    texts: Sequence[str],
+    pattern: Pattern,
+    seed: int,
+    workspace: Workspace | None,
+    progress: Progress | None,
+) -> Bank:
+    """The teacher's trajectories of these texts, drawn or read."""
+    count, size = len(texts), together(pipe)
+    parts: list[Bank] = []
+    for index, start in enumerate(range(0, count, size)):
+        name = f"bank-{index:05d}"
+        if progress:
+            progress("drawing trajectories", start, count)
+        if workspace is not None and workspace.has(name):
+            parts.append(Bank.of(pattern, workspace.load(name)[0]).to(pipe.device))
+            continue
+        parts.append(draw_bank(pipe, teacher, texts[start : start + size], pattern=pattern, seed=seed, start=start))
+        if workspace is not None:
+            workspace.save(name, parts[-1].tensors(), {})
+    if progress:
+        progress("drawing trajectories", count, count)
+    return join(parts)
+
+
+def train(
+    trainer: Trainer,
+    course: Course,
+    pipe: DiffusionPipeline,
+    teacher: nn.Module,
+    texts: Sequence[str],
+    watched: Watched,
+    workspace: Workspace | None,
+    on_validation: Callable[[Trainer, Course], None] | None,
+    progress: Progress | None,
+    say: Callable[[str], object],
+) -> None:
+    """Steps until they are done, the time is up or nothing improves."""
+    settings = trainer.settings
+    before, begun = course.seconds, time.monotonic()
+    saved = begun
+
+    def validate() -> None:
+        found = fidelity(trainer, pipe, teacher, watched)
+        course.seconds = before + time.monotonic() - begun
+        loss = float(trainer.loss)
+        course.log.append({"step": trainer.steps, "seconds": round(course.seconds, 1), "loss": loss, **found})
+        say(json.dumps({key: round(value, 5) for key, value in course.log[-1].items()}))
+        if not math.isfinite(found["error"]):
+            raise UserError(f"the student gives NaN or infinity after {trainer.steps} steps: lower its learning rates")
+        if found["error"] < course.best:
+            course.best, course.missed = found["error"], 0
+            course.best_average = [tensor.cpu().clone() for tensor in trainer.average]
+        else:
+            course.missed += 1
+        if on_validation:
+            on_validation(trainer, course)
+
+    if not course.log:
+        validate()
+    while True:
+        if trainer.device.type != "cuda" or trainer.steps % _GLANCE == 0:
+            if trainer.device.type == "cuda":
+                torch.cuda.synchronize(trainer.device)
+            course.seconds = before + time.monotonic() - begun
+            done = trainer.steps / settings.steps
+            if settings.minutes is not None:
+                done = max(done, course.seconds / (60 * settings.minutes))
+            if progress:
+                progress("distilling", min(done, 1.0), 1.0)
+            if done >= 1 or course.missed >= settings.patience:
+                break
+            if workspace is not None and time.monotonic() - saved > 60 * settings.save_minutes:
+                keep(trainer, course, workspace)
+                saved = time.monotonic()
+        trainer.advance(rate_at(trainer.steps, done, settings))
+        if trainer.steps % settings.validate_every == 0:
+            validate()
+            own = on_policy.wanted(settings.student_share, len(texts), done)
+            if own > course.replaced:
+                on_policy.replace_states(trainer, pipe, teacher, texts, course.replaced, own, workspace)
+                course.replaced = own
+    if course.log[-1]["step"] != trainer.steps:
+        validate()
+    if workspace is not None:
+        keep(trainer, course, workspace)
+
+
+def rate_at(step: int, done: float, settings: Distillation) -> float:
+    """Share of the learning rates: a rise over `warmup` steps, and a cosine over the whole training."""
+    return min(1.0, (step + 1) / max(1, settings.warmup)) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
+
+
+def finish(trainer: Trainer, course: Course, teacher: nn.Module, recipe: Recipe, seed: int) -> Report:
+    """The deployed model of the best averages."""
+    with torch.no_grad():
+        for parameter, best in zip(trainer.params, course.best_average, strict=True):
+            parameter.copy_(best)
+    return trainer.student.finish(teacher, recipe, seed)
+
+
+def keep(trainer: Trainer, course: Course, workspace: Workspace) -> None:
+    """Writes all that the training is."""
+    best = {f"best.{index}": tensor for index, tensor in enumerate(course.best_average)}
+    notes = {"steps": trainer.steps, "log": course.log, "seconds": course.seconds, "best": course.best,
+             "missed": course.missed, "replaced": course.replaced}  # fmt: skip
+    workspace.save(TRAINING, {**trainer.tensors(), **best}, notes)
+
+
+def resume(trainer: Trainer, course: Course, workspace: Workspace) -> None:
+    """Goes on where `keep` was."""
+    tensors, notes = workspace.load(TRAINING)
+    best = {name: tensor for name, tensor in tensors.items() if name.startswith("best.")}
+    trainer.load({name: tensor for name, tensor in tensors.items() if name not in best}, int(notes["steps"]))
+    course.best_average = [best[f"best.{index}"] for index in range(len(best))]
+    course.log, course.seconds = list(notes["log"]), float(notes["seconds"])
+    course.best, course.missed = float(notes["best"]), int(notes["missed"])
+    course.replaced = int(notes["replaced"])
+    on_policy.restore(trainer, course.replaced, workspace)
+
+
+def latents(trainer: Trainer) -> dict[str, Tensor]:
+    """The averaged parameters by their names in the student, in 16 bits: a tenth of what a whole training takes."""
+    names = {id(parameter): name for name, parameter in trainer.student.model.named_parameters()}
+    return {
+        names[id(parameter)]: average.half().cpu()
+        for parameter, average in zip(trainer.params, trainer.average, strict=True)
+    }
+
+
+@torch.no_grad()
+def load_latents(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """Starts from what `latents` gave.
+
+    Raises:
+        UserError: if it belongs to another model or recipe.
+    """
+    names = {id(parameter): name for name, parameter in trainer.student.model.named_parameters()}
+    for parameter, average in zip(trainer.params, trainer.average, strict=True):
+        value = tensors.get(names[id(parameter)])
+        if value is None or value.shape != parameter.shape:
+            raise UserError(f"the start has no {names[id(parameter)]} of shape {list(parameter.shape)}: take another")
+        parameter.copy_(value)
+        average.copy_(value)

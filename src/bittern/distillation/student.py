@@ -1,0 +1,140 @@
+"""The student: the denoiser with few-bit layers that learn, and the deployed model that it becomes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from bittern.architectures import plan
+from bittern.distillation.trainable import TrainableLayer, trainable
+from bittern.layers import flat_weight, quant_layers
+from bittern.quantization import quantize
+from bittern.quantization.calibration import Limits
+from bittern.quantization.jobs import finish, swap
+from bittern.quantization.report import COMPONENTS, Report, inspect
+from bittern.recipes import Distillation, Recipe
+from bittern.solvers.solution import frobenius
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+KINDS = ("codes", "scales", "others", "kept")
+"""Kinds of parameters, each with a learning rate of its own."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """Two models of one meaning.
+
+    Attributes:
+        model: Learns; its parameters are float32.
+        deployed: Few-bit; has what `export` wrote last.
+        layers: The layers of `model` that are few-bit in `deployed`, by path.
+    """
+
+    model: nn.Module
+    deployed: nn.Module
+    layers: dict[str, TrainableLayer]
+
+    def parameters(self, settings: Distillation) -> dict[str, list[nn.Parameter]]:
+        """What learns, by kind; kinds whose learning rate is 0 are left out."""
+        kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, TrainableLayer):
+                    kind = {"latent": "codes", "gain": "scales"}.get(name, "others")
+                else:
+                    kind = "kept" if isinstance(module, nn.Linear | _ConvNd | nn.Embedding) else "others"
+                kinds[kind].append(parameter)
+        return {kind: found for kind, found in kinds.items() if found and getattr(settings, f"lr_{kind}") > 0}
+
+    @torch.no_grad()
+    def export(self) -> None:
+        """Writes what was learned into the deployed model."""
+        for path, layer in self.layers.items():
+            layer.export(quant_layers(self.deployed)[path])
+        own = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in own:
+                self.deployed.get_parameter(name).copy_(parameter)
+
+    @torch.no_grad()
+    def finish(self, teacher: nn.Module, recipe: Recipe, seed: int) -> Report:
+        """Makes the deployed model one that says what it is and how far its weights are from the teacher's."""
+        self.export()
+        errors: dict[str, float] = {}
+        for path, layer in self.layers.items():
+            weight = flat_weight(_layer(teacher, path)).float()
+            whole = frobenius(weight)
+            missed = frobenius(layer.flat().detach().to(weight.device) - weight)
+            errors[path] = float(f"{missed / whole:.6g}") if whole else 0.0
+        finish(self.deployed, plan(teacher, recipe), recipe, seed, errors)
+        return inspect(self.deployed)
+
+
+def make_student(
+    pipe: DiffusionPipeline,
+    teacher: nn.Module,
+    recipe: Recipe,
+    settings: Distillation,
+    *,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    limits: Limits | None = None,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> Student:
+    """A student that starts where the recipe's solver ends. Pipeline and teacher stay as they are.
+
+    Args:
+        pipe: The pipeline, in full precision.
+        teacher: Its denoiser.
+        recipe: Says what becomes few-bit, and how that is solved.
+        settings: Of the training.
+        prompts: For a solver that is calibrated.
+        seed: Of the solver.
+        limits: Of the memory that a calibrated solver may take.
+        progress: Called as layers are solved.
+    """
+    start = recipe.model_copy(update={"distillation": None})
+    deployed = copy.deepcopy(teacher)
+    with in_place_of(pipe, teacher, deployed):
+        quantize(
+            pipe, start, prompts=prompts if start.calibrated else None, seed=seed, limits=limits, progress=progress
+        )
+    model = copy.deepcopy(teacher).float().train()
+    layers: dict[str, TrainableLayer] = {}
+    for path, few_bit in quant_layers(deployed).items():
+        layers[path] = trainable(_layer(teacher, path), few_bit, settings.reach).to(few_bit.tensors()["codes"].device)
+        swap(model, path, layers[path])
+    kinds = Student(model, deployed, layers).parameters(settings)
+    learned = {id(parameter) for found in kinds.values() for parameter in found}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in learned)
+    return Student(model, deployed, layers)
+
+
+@contextmanager
+def in_place_of(pipe: DiffusionPipeline, teacher: nn.Module, other: nn.Module) -> Generator[None]:
+    """The pipeline with another denoiser for the time of the block."""
+    name = next(name for name in COMPONENTS if getattr(pipe, name, None) is teacher)
+    setattr(pipe, name, other)
+    try:
+        yield
+    finally:
+        setattr(pipe, name, teacher)
+
+
+def _layer(model: nn.Module, path: str) -> Any:
+    return model.get_submodule(path)
+
+
+def copy_to(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Writes values into tensors."""
+    torch._foreach_copy_(list(tensors), list(values))
