@@ -35,7 +35,7 @@ from bittern.evaluation.cost import models, random_weights
 from bittern.evaluation.cost.benchmark import How, Row, measure, place, weight_bytes
 from bittern.evaluation.cost.inputs import inputs
 from bittern.evaluation.cost.timing import Ratio
-from bittern.quantization import swap
+from bittern.layers import swap
 
 RESULT = Path("benchmarks/results/peers_speed.json")
 BASE = "bf16"

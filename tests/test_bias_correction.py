@@ -25,7 +25,9 @@ PROMPTS = ["a red circle", "two stars"]
 
 
 def corrected(name: str, **default: Any) -> Recipe:
-    return recipes.load(name).override(name="b", samples=3, rows=64, default={"bias_correction": True, "scales": "absmax"} | default)
+    return recipes.load(name).override(
+        name="b", samples=3, rows=64, default={"bias_correction": True, "scales": "absmax"} | default
+    )
 
 
 WITH_BRANCH = {"rank": 2, "smoothing": "none", "sensitivity": False}

@@ -14,10 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from bittern.architectures import plan
 from bittern.distillation.trainable import TrainableLayer, trainable
-from bittern.layers import flat_weight, quant_layers
+from bittern.layers import flat_weight, quant_layers, swap
 from bittern.quantization import quantize
 from bittern.quantization.calibration import Limits
-from bittern.quantization.jobs import finish, swap
+from bittern.quantization.jobs import finish
 from bittern.quantization.report import COMPONENTS, Report, inspect
 from bittern.recipes import Distillation, Recipe
 from bittern.solvers.solution import frobenius

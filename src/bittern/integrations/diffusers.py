@@ -170,8 +170,8 @@ class BitternQuantizer(DiffusersQuantizer):
     def _build(self, model: nn.Module) -> None:
         """Empty few-bit layers in the model on meta, once the files are known to fill them."""
         from bittern.checkpoints import check_headers, check_values, read_headers
-        from bittern.layers import LEAVES
-        from bittern.quantization import empty_layers, swap
+        from bittern.layers import LEAVES, swap
+        from bittern.quantization import empty_layers
 
         config = self._checkpoint()
         for path, target in config.targets.items():
@@ -242,7 +242,8 @@ class BitternQuantizer(DiffusersQuantizer):
             self._receive(model, path, param_value.to(target_device))
 
     def _receive(self, model: nn.Module, path: str, weight: Tensor) -> None:
-        from bittern.quantization import check_weight, solve_job, swap
+        from bittern.layers import swap
+        from bittern.quantization import check_weight, solve_job
 
         check_weight(path, weight)
         model.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bittern.layers import swap
 from bittern.quantization.calibration import Calibration, Progress, Recorder
 from bittern.quantization.conductor import quantize
 from bittern.quantization.fit import Fit, foreseen
@@ -50,5 +49,4 @@ __all__ = [
     "quantize",
     "refuse_training",
     "solve_job",
-    "swap",
 ]

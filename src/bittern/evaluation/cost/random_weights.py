@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bittern import recipes
 from bittern.architectures import plan
 from bittern.evaluation.cost.models import Subject
-from bittern.quantization import checkpoint_config, empty_layers, fill_meta, model_on_meta, swap
+from bittern.layers import swap
+from bittern.quantization import checkpoint_config, empty_layers, fill_meta, model_on_meta
 
 _BIASES = ("bias", "scale_shift_table")
 
