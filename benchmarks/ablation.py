@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import Trajectory, environment, gain_over, keep, put
+from quality import ROUNDING, Trajectory, environment, gain_over, keep, put, round_as_published
 from torch import Tensor, nn
 
 from bittern import pipelines, recipes
@@ -39,7 +39,7 @@ from bittern.quantization.conductor import carry_out
 from bittern.recipes import Recipe
 from bittern.trajectories import State, default_prompts, sample
 
-BASELINE = "W4A4 abs-max"
+BASELINE = ROUNDING
 PLAIN: dict[str, Any] = {
     "smoothing": "none", "branch": "weights", "rounding": "nearest", "sensitivity": False, "rounds": 0,
     "bias_correction": False,
@@ -155,7 +155,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = copy.deepcopy(dense)
         bits, stages = quantized(pipe, model, rows()[name].recipe(base), states)
         seconds = time.process_time() - began
-        set_path(model, "a4")
+        if name == BASELINE:
+            round_as_published(model)
+        else:
+            set_path(model, "a4")
         put(pipe, model)
         found[name] = {"bits_per_weight": round(bits, 3)}
         for key, prompts in texts.items():

@@ -29,7 +29,7 @@ from typing import Any
 import peers
 import torch
 from ablation import quantized, samples_of
-from quality import Trajectory, environment, gain_over, keep, put
+from quality import ROUNDING, Trajectory, environment, gain_over, keep, put, round_as_published
 from torch import Tensor, nn
 
 from bittern import layers, pipelines, recipes
@@ -113,7 +113,7 @@ def methods() -> list[Method]:
     out = [
         Method("int4 abs-max", "ours", ours("int4", {"default": {"scales": "absmax"}})),
         Method("int4", "ours", ours("int4", {})),
-        Method("W4A4 abs-max", "ours", ours("svdquant-fast", ABSMAX), ("a4",)),
+        Method(ROUNDING, "ours", ours("svdquant-fast", ABSMAX), ("a4",)),
         Method("W4A4 searched scales", "ours", ours("svdquant-fast", NO_BRANCH), ("a4",)),
         Method("ternary-fast", "ours", ours("ternary-fast", {}), ("auto",)),
     ]
@@ -289,7 +289,9 @@ def drawn(bench: Bench, method: Method, keys: dict[str, str]) -> list[tuple[str,
     model = component(bench.pipe)
     out: list[tuple[str, Row]] = []
     for key, path in keys.items():
-        if method.kind == "ours":
+        if method.name == ROUNDING:
+            round_as_published(model)
+        elif method.kind == "ours":
             layers.set_path(model, path)
         found = fidelity(generate(bench.pipe, bench.texts, steps=bench.steps), reference)
         row = {

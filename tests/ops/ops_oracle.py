@@ -187,6 +187,7 @@ def four_bits(u: Any, unsigned: bool) -> Any:
         with np.errstate(over="ignore"):
             codes = np.clip(np.rint(groups * (F32(1) / scale)), 0, 15)
     else:
-        scale = maximum_over(groups, 7)
-        codes = np.rint(groups * (F32(1) / scale))
+        scale = maximum_over(groups, 8.25)
+        scale = np.where(groups.max(-1, keepdims=True) > -groups.min(-1, keepdims=True), -scale, scale)
+        codes = np.clip(np.rint(groups * (F32(1) / scale)), -8, 7)
     return (codes * scale).reshape(m, groups.shape[1] * 64)[:, :k]

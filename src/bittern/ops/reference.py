@@ -23,9 +23,9 @@ Rules that make the numbers definite
   codes are What / c, rounded to integers or to e4m3. Where a row has a single scale the codes themselves fit
   into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
   A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
-- a4 has one activation scale per token and 64 inputs, amax / 7 with codes -7..7, or max / 15 with codes
-  0..15 where the segment has a shift h > 0. Groups start at each segment, whose last group is filled with
-  zeros. What is not folded.
+- a4 has one activation scale per token and 64 inputs: amax / 8.25, with the sign that takes the largest to -8, and
+  codes -8..7; or max / 15 with codes 0..15 where the segment has a shift h > 0. Groups start at each segment, whose
+  last group is filled with zeros. What is not folded.
 - A scale is at least the smallest normal float32, so that zeros and denormals give code 0 and never NaN.
   An infinity or a NaN in a token makes that token's outputs non-finite, and no other token's.
 
@@ -52,11 +52,14 @@ from bittern.scheme import ACTIVATION_GROUP
 TINY = torch.finfo(torch.float32).tiny
 """The smallest scale."""
 
-LIMITS: dict[str, int] = {"int8": 127, "fp8": 448, "int4": 7, "uint4": 15}
-"""The largest code of each activation format: a scale is amax over this."""
+RANGES: dict[str, tuple[int, int]] = {"int8": (-127, 127), "fp8": (-448, 448), "int4": (-8, 7), "uint4": (0, 15)}
+"""The codes of each activation format."""
 
-RECIPROCALS: dict[str, float] = {name: torch.tensor(limit).reciprocal().item() for name, limit in LIMITS.items()}
-"""What an amax is multiplied by to give the scale: 1 over the limit, rounded to float32."""
+SPANS: dict[str, float] = {"int8": 127, "fp8": 448, "int4": 8.25, "uint4": 15}
+"""What the largest magnitude of a row or group is in units of its scale. In int4 it becomes code -8."""
+
+RECIPROCALS: dict[str, float] = {name: torch.tensor(span).reciprocal().item() for name, span in SPANS.items()}
+"""What an amax is multiplied by to give the scale: 1 over the span, rounded to float32."""
 
 # Up to 2^24 every integer is a float32: sums of 127 * 127 over this many inputs are exact in any order.
 _EXACT_K = 1024
@@ -208,8 +211,8 @@ def quantize_activations(
     shift: float,
 ) -> tuple[Shaped[Tensor, "*batch _"], Float[Tensor, "*batch groups"], Float[Tensor, "*batch r"]]:
     """A layer's prologue on one segment. Arguments and results as in `bittern.ops.quantize_activations`."""
-    if format not in LIMITS:
-        raise UserError(f"unknown activation format {format!r}: {did_you_mean(format, LIMITS)}")
+    if format not in SPANS:
+        raise UserError(f"unknown activation format {format!r}: {did_you_mean(format, SPANS)}")
     raw = x.reshape(-1, x.shape[-1]).float()
     low = raw.new_empty(raw.shape[0], 0) if down is None else raw @ down.float().T
     (whole,) = layout_of((x.shape[-1],), None)
@@ -232,6 +235,9 @@ def quantize_activations(
 def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m padded_k"], Float[Tensor, "m groups"]]:
     """Rows as codes and scales: one scale per row in 8 bits; one per 64 columns, zero-filled, in 4.
 
+    An int4 scale has the sign that makes the group's largest number negative, where there is a code more. The number
+    is 8.25 of it and not 8: the rest gains more than it loses. Gaussian groups then have 20.6 dB instead of 19.4.
+
     Args:
         x: Rows in float32.
         format: "int8", "fp8", "int4" or "uint4".
@@ -247,6 +253,8 @@ def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m pad
         groups = x.view(m, 1, k)
     peak = groups.amax(-1, keepdim=True) if format == "uint4" else _amax(groups)
     scale = (peak * RECIPROCALS[format]).clamp_min_(TINY)
+    if format == "int4":
+        scale = torch.where(groups.amax(-1, keepdim=True) > -groups.amin(-1, keepdim=True), -scale, scale)
     return _rounded(groups * scale.reciprocal(), format).flatten(1), scale.squeeze(-1)
 
 
@@ -309,8 +317,9 @@ def _rounded(values: Tensor, format: str) -> Tensor:
     """Values as codes of a format, in place where possible."""
     if format == "fp8":
         # The cast overflows to NaN, and scaling can leave a maximum one rounding error above the limit.
-        return values.clamp_(-LIMITS["fp8"], LIMITS["fp8"]).to(torch.float8_e4m3fn).float()
-    return values.round_().clamp_(0, LIMITS[format]) if format == "uint4" else values.round_()
+        return values.clamp_(*RANGES["fp8"]).to(torch.float8_e4m3fn).float()
+    # In int8 the largest is 127 by its scale, weights included.
+    return values.round_() if format == "int8" else values.round_().clamp_(*RANGES[format])
 
 
 def _amax(values: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ exponents for all. With R = W - U D what the branch leaves, and u = x / s,
     L(s) = E |C^T R diag(s) e(s)|^2
          + share * sum_n d_n sum_g (max_{j in g} |R_nj s_j| / span)^2 / 12 * sum_{j in g} E[x_j^2] / s_j^2
 
-e is the rounding error of the inputs: their step, amax / 7 of a group, times an offset in [-1/2, 1/2] that counts as a
-constant of the moment (straight through; for steps as in Esser et al. 2019, arXiv:1902.08153), so that the gradient
-goes by the steps. The second term is uniform noise of the weights' steps, of which GPTQ leaves `share`; d is the
-diagonal of G = C C^T (see weighted.py). The branch is solved again from time to time. Adam, on log s.
+e is the rounding error of the inputs: their step, amax / 8.25 of a group, times an offset in [-1/2, 1/2] that counts
+as a constant of the moment (straight through; for steps as in Esser et al. 2019, arXiv:1902.08153), so that the
+gradient goes by the steps. The second term is uniform noise of the weights' steps, of which GPTQ leaves `share`; d is
+the diagonal of G = C C^T (see weighted.py). The branch is solved again from time to time. Adam, on log s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bittern.formats import KLayout, round_to
-from bittern.ops.reference import LIMITS
+from bittern.ops.reference import RANGES, SPANS
 from bittern.scheme import ACTIVATION_GROUP, Scheme
 
 STEPS = 60
@@ -99,10 +99,12 @@ def rounding_error(
         size = ACTIVATION_GROUP if scheme.activations == 4 else k
         groups = torch.nn.functional.pad(values, (0, -k % size)).view(m, -1, size)
         peak = groups.amax(dim=-1, keepdim=True) if shift else groups.abs().amax(dim=-1, keepdim=True)
-        limit = LIMITS["int8"] if scheme.activations == 8 else LIMITS["uint4" if shift else "int4"]
-        steps = (peak / limit).clamp(min=torch.finfo(torch.float32).tiny)
+        format = "int8" if scheme.activations == 8 else "uint4" if shift else "int4"
+        steps = (peak / SPANS[format]).clamp(min=torch.finfo(torch.float32).tiny)
+        if format == "int4":
+            steps = torch.where(groups.amax(dim=-1, keepdim=True) > -groups.amin(dim=-1, keepdim=True), -steps, steps)
         codes = (groups / steps).detach()
-        rounded = codes.round().clamp(min=0) if shift else codes.round()
+        rounded = codes.round().clamp(*RANGES[format])
         errors.append(((codes - rounded) * steps).flatten(1)[:, :k])
     return torch.cat(errors, dim=1)
 

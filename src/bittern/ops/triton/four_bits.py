@@ -3,7 +3,8 @@
 The maths, for M tokens of K inputs, in groups g of 64 that start with the segment (the reference's a4):
 
     u = (x + h) · (1 / s)                      low = x · D^T, summed in float32
-    signed (h = 0):  scale_g = max(amax_g |u| · (1 / 7), tiny),    codes = round(u · (1 / scale_g))
+    signed (h = 0):  scale_g = max(amax_g |u| · (1 / 8.25), tiny), negative if the largest is positive,
+                     codes = round(u · (1 / scale_g)) in -8..7
     unsigned:        scale_g = max(max_g u · (1 / 15), tiny),      codes = round(u · (1 / scale_g)) in 0..15
     bias - h · sum_k What[n, k] / s[k]
 
@@ -35,7 +36,8 @@ from bittern.scheme import ACTIVATION_GROUP
 _GROUP = tl.constexpr(ACTIVATION_GROUP)
 _SIGNED = tl.constexpr(reference.RECIPROCALS["int4"])
 _UNSIGNED = tl.constexpr(reference.RECIPROCALS["uint4"])
-_MOST = tl.constexpr(float(reference.LIMITS["uint4"]))
+_LEAST_SIGNED, _MOST_SIGNED = (tl.constexpr(float(code)) for code in reference.RANGES["int4"])
+_MOST = tl.constexpr(float(reference.RANGES["uint4"][1]))
 BLOCK_M, BLOCK_K = 16, 256
 CORRECTED_N, CORRECTED_K = 4, 1024
 
@@ -190,9 +192,15 @@ def groups_kernel(
         peak = tl.max(magnitudes.to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
         scale = peak * (_UNSIGNED if SHIFT != 0 else _SIGNED)
         scale = tl.where(scale < TINY, TINY, scale)
+        if SHIFT == 0:
+            # Without NaN, which has a scale that shows it whatever its sign.
+            scale = tl.where(tl.max(grouped, axis=2) > -tl.min(grouped, axis=2), -scale, scale)
         values = grouped * reciprocal(scale)[:, :, None]
         if SHIFT != 0:
             values = tl.where(values < 0.0, 0.0, tl.where(values > _MOST, _MOST, values))
+        else:
+            values = tl.where(values < _LEAST_SIGNED, _LEAST_SIGNED, values)
+            values = tl.where(values > _MOST_SIGNED, _MOST_SIGNED, values)
         rounded = (values + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
         at = codes + wide[:, None] * stride_codes + columns[None, :]
         tl.store(at, rounded.reshape(BLOCK_M, BLOCK_K), mask=inside & (columns < width)[None, :])

@@ -24,7 +24,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in Triton's interpreter: it has no inline assembly, and faults of its own to go round."""
 
 ROUNDER = tl.constexpr(1.5 * 2**23)
-E4M3_MAX = tl.constexpr(float(reference.LIMITS["fp8"]))
+E4M3_MAX = tl.constexpr(float(reference.SPANS["fp8"]))
 E4M3_RECIPROCAL = tl.constexpr(reference.RECIPROCALS["fp8"])
 INT8_RECIPROCAL = tl.constexpr(reference.RECIPROCALS["int8"])
 
