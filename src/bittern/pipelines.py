@@ -242,10 +242,23 @@ def _distill_folder(
     # CPUs multiply 16-bit numbers slowly; what learns is float32 in any case.
     pipe = load(model, dtype=torch.float32 if torch.device(device).type == "cpu" else None, device=device)
     with Workspace(workspace_of(out), manifest, restart=restart) as workspace:
-        with memory_told():
-            done = distill(
-                pipe, recipe, prompts=given, seed=seed, workspace=workspace, limits=limits, progress=progress, say=say
-            )
+        try:
+            with memory_told():
+                done = distill(
+                    pipe,
+                    recipe,
+                    prompts=given,
+                    seed=seed,
+                    workspace=workspace,
+                    limits=limits,
+                    progress=progress,
+                    say=say,
+                )
+        except BaseException:
+            # A mistake that is mended makes another run of it: nothing may stand in its way but work.
+            if not any(workspace.folder.glob("*.safetensors")):
+                workspace.remove()
+            raise
         # Diffusers' own `to` refuses quantized models, whose layers here know what not to cast.
         nn.Module.to(done.model, _stored_dtype(place))
         report = inspect(done.model)

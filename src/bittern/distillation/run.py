@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from bittern.distillation.fidelity import Watched, fidelity, watch
 from bittern.distillation.student import make_student
 from bittern.distillation.texts import draw_texts, groups_of, split
 from bittern.distillation.trainer import Trainer
-from bittern.errors import UserError
+from bittern.errors import UserError, memory_size
 from bittern.quantization import Report, component
 from bittern.quantization.calibration import Limits, Progress
 from bittern.quantization.conductor import with_samples
@@ -174,8 +175,20 @@ def teacher_bank(
     workspace: Workspace | None,
     progress: Progress | None,
 ) -> Bank:
-    """The teacher's trajectories of these texts, drawn or read."""
+    """The teacher's trajectories of these texts, drawn or read.
+
+    Raises:
+        UserError: if the disk has no room for them.
+    """
     count, size = len(texts), together(pipe)
+    if workspace is not None:
+        there = sum(file.stat().st_size for file in workspace.folder.glob("bank-*"))
+        lacking = count * pattern.trajectory_bytes - there - shutil.disk_usage(workspace.folder).free
+        if lacking > 0:
+            raise UserError(
+                f"the disk of {workspace.folder} lacks {memory_size(lacking)} for the teacher's trajectories: make "
+                "room, or lower `bank_gib` in the recipe's distillation"
+            )
     parts: list[Bank] = []
     for index, start in enumerate(range(0, count, size)):
         name = f"bank-{index:05d}"
