@@ -103,6 +103,7 @@ def test_a_folder_is_written_read_and_the_same_after_a_kill(
     log = [json.loads(line) for line in (out / "distillation.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [0, 2, 4, 6]
     assert (out / "distillation.svg").read_text().startswith("<svg")
+    assert "6 steps on states of the original's own trajectories" in (out / "README.md").read_text()
     report = bittern.inspect(out)
     assert report.recipe.startswith("ternary-distilled")
     assert report.ternary_share_blocks == 1
