@@ -121,11 +121,11 @@ def distill(
     check_seed(seed)
     teacher = component(pipe).eval().requires_grad_(False)
     given = default_prompts(pipe.config.get("_name_or_path")) if prompts is None else check_prompts(prompts)
-    learned, watched_groups = split(groups_of(given), seed)
+    learned, watched_groups = split(groups_of(given))
     say = say or (lambda _line: None)
     student = make_student(pipe, teacher, recipe, settings, prompts=given, seed=seed, limits=limits, progress=progress)
     pattern = pattern_of(pipe, teacher, [group[0] for group in learned])
-    watched = watch(pipe, teacher, draw_texts(watched_groups, settings.validation, seed), pattern, seed)
+    watched = watch(pipe, teacher, draw_texts(watched_groups, settings.validation, seed=0), pattern)
     texts = draw_texts(learned, trajectories(settings, pattern), seed)
     bank = teacher_bank(pipe, teacher, texts, pattern, seed, workspace, progress)
     say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
