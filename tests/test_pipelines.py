@@ -74,7 +74,8 @@ def test_a_few_bit_folder_keeps_its_dtype(new_tiny_random_pipeline: Callable[[],
         ("tiny-flax", r"unknown model 'tiny-flax': did you mean 'tiny-flux'\?"),
         (
             "no-such-thing",
-            r"unknown model 'no-such-thing': expected one of: tiny-flux, tiny-unet, or give a folder or a hub id",
+            r"unknown model 'no-such-thing': expected one of: tiny-flux, tiny-flux-ternary, tiny-unet, or give a "
+            r"folder or a hub id",
         ),
         ("./gone", r"no folder './gone': expected a pipeline folder, a hub id or tiny-flux or tiny-unet"),
         ("a/b/c", "no folder 'a/b/c'"),

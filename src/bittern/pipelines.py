@@ -17,7 +17,7 @@ from torch import nn
 import bittern
 from bittern.architectures import Plan
 from bittern.checkpoints import CheckpointConfig, is_few_bit, weight_files
-from bittern.distillation import distill, training_report
+from bittern.distillation import card_section, distill, training_report
 from bittern.errors import UnusableModel, UserError, did_you_mean
 from bittern.outputs import INDEX, check_out, disk_problem, existing_parent, new_folder
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict, predict_size, quantize
@@ -242,14 +242,28 @@ def _distill_folder(
     # CPUs multiply 16-bit numbers slowly; what learns is float32 in any case.
     pipe = load(model, dtype=torch.float32 if torch.device(device).type == "cpu" else None, device=device)
     with Workspace(workspace_of(out), manifest, restart=restart) as workspace:
-        with memory_told():
-            done = distill(
-                pipe, recipe, prompts=given, seed=seed, workspace=workspace, limits=limits, progress=progress, say=say
-            )
+        try:
+            with memory_told():
+                done = distill(
+                    pipe,
+                    recipe,
+                    prompts=given,
+                    seed=seed,
+                    workspace=workspace,
+                    limits=limits,
+                    progress=progress,
+                    say=say,
+                )
+        except BaseException:
+            # A mistake that is mended makes another run of it: nothing may stand in its way but work.
+            if not any(workspace.folder.glob("*.safetensors")):
+                workspace.remove()
+            raise
         # Diffusers' own `to` refuses quantized models, whose layers here know what not to cast.
         nn.Module.to(done.model, _stored_dtype(place))
         report = inspect(done.model)
-        _write(done.model, model, out, others, report, place, seed, force, training_report(done.log))
+        files, section = training_report(done.log), card_section(done.log)
+        _write(done.model, model, out, others, report, place, seed, force, files, section)
         workspace.remove()
     return report
 
@@ -269,9 +283,12 @@ def _write(
     place: Path,
     seed: int,
     force: bool,
-    more: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
+    section: str = "",
 ) -> None:
-    """The whole few-bit pipeline: its denoiser, copies of the other components, its card and more texts by name."""
+    """The whole few-bit pipeline: its denoiser, copies of the other components, its card with a section more, and more
+    texts by the names of their files.
+    """
     before = sum(file.stat().st_size for file in weight_files(place))
     card = model_card(str(model), place.parent, report, before=before, seed=seed, version=bittern.__version__)
     with new_folder(out, force=force) as folder:
@@ -279,7 +296,7 @@ def _write(
             copy = shutil.copytree if other.is_dir() else shutil.copyfile
             copy(other, folder / other.name)
         denoiser.save_pretrained(folder / place.name)
-        for name, text in {"README.md": card, **(more or {})}.items():
+        for name, text in {"README.md": card + section, **(files or {})}.items():
             (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import bittern
-from bittern import pipelines, recipes
+from bittern import pipelines, recipes, scene_prompts
 from bittern.distillation import distill, latents, memory
 from bittern.distillation.bank import draw_bank, pattern_of
 from bittern.distillation.run import rate_at
@@ -102,6 +103,7 @@ def test_a_folder_is_written_read_and_the_same_after_a_kill(
     log = [json.loads(line) for line in (out / "distillation.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [0, 2, 4, 6]
     assert (out / "distillation.svg").read_text().startswith("<svg")
+    assert "6 steps on states of the original's own trajectories" in (out / "README.md").read_text()
     report = bittern.inspect(out)
     assert report.recipe.startswith("ternary-distilled")
     assert report.ternary_share_blocks == 1
@@ -109,6 +111,27 @@ def test_a_folder_is_written_read_and_the_same_after_a_kill(
     few = pipelines.load(out, dtype=torch.float32)
     assert torch.isfinite(few("a cat", height=32, width=32, num_inference_steps=2, output_type="pt").images).all()
     assert any(name.endswith(".codes") for name in load_file(files[0]))
+
+
+def test_a_mistake_leaves_nothing_behind(tiny_random_folder: Path, tmp_path: Path) -> None:
+    held_out = [prompt.prompt for prompt in scene_prompts.held_out(6)]
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="is held out for evaluation"):
+        pipelines.quantize_folder(tiny_random_folder, recipe_of(), out, prompts=held_out)
+    with pytest.raises(UserError, match="trains a model of one size"):
+        pipelines.quantize_folder(tiny_random_folder, recipe_of(), out, prompts=TEXTS, fit="1MB")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_drawn(
+    new_tiny_random_pipeline: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: shutil._ntuple_diskusage(2**30, 2**30, 1000))
+    with (
+        Workspace(tmp_path / "work", {}) as workspace,
+        pytest.raises(UserError, match=r"the disk of .*work lacks .*lower `bank_gib`"),
+    ):
+        distill(new_tiny_random_pipeline(), recipe_of(validation=1), prompts=TEXTS, workspace=workspace)
 
 
 def test_memory_is_told_beforehand(new_tiny_random_pipeline: Callable) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bittern.distillation.curve import training_report
+from bittern.distillation.curve import card_section, training_report
 from bittern.distillation.run import Distilled, distill, latents
 
-__all__ = ["Distilled", "distill", "latents", "training_report"]
+__all__ = ["Distilled", "card_section", "distill", "latents", "training_report"]

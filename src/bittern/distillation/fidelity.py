@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 NAME = "watched"
-"""Of the noise."""
+"""Of the noise, whose seed is always 0: trainings are compared by it."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Watched:
     images: Tensor
 
 
-def watch(pipe: DiffusionPipeline, teacher: nn.Module, texts: Sequence[str], pattern: Pattern, seed: int) -> Watched:
+def watch(pipe: DiffusionPipeline, teacher: nn.Module, texts: Sequence[str], pattern: Pattern) -> Watched:
     """Draws with the teacher."""
     size, banks = together(pipe), []
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
-        banks.append(draw_bank(pipe, teacher, part, pattern=pattern, seed=seed, name=NAME, start=start))
-    return Watched(list(texts), join(banks), draw_images(pipe, texts, seed))
+        banks.append(draw_bank(pipe, teacher, part, pattern=pattern, name=NAME, start=start))
+    return Watched(list(texts), join(banks), draw_images(pipe, texts))
 
 
 @torch.no_grad()
-def draw_images(pipe: DiffusionPipeline, texts: Sequence[str], seed: int) -> Tensor:
+def draw_images(pipe: DiffusionPipeline, texts: Sequence[str]) -> Tensor:
     """Pictures of the texts, from the noise of their places."""
     size, images = together(pipe), []
     options = {**defaults(pipe).options(), "output_type": "pt"}
@@ -58,7 +58,7 @@ def draw_images(pipe: DiffusionPipeline, texts: Sequence[str], seed: int) -> Ten
     with quiet(pipe), one_thread(small):
         for start in range(0, len(texts), size):
             part = list(texts[start : start + size])
-            generators = [noise(seed, NAME, start + index) for index in range(len(part))]
+            generators = [noise(0, NAME, start + index) for index in range(len(part))]
             images.append(pipe(prompt=part, generator=generators, **options).images.float().cpu())
     return torch.cat(images).clamp(0, 1)
 
@@ -77,7 +77,7 @@ def fidelity(trainer: Trainer, pipe: DiffusionPipeline, teacher: nn.Module, watc
         rows = torch.arange(len(bank), device=trainer.device)
         errors = torch.cat([trainer.errors(part, bank) for part in rows.split(trainer.settings.batch)])
         with in_place_of(pipe, teacher, model):
-            images = draw_images(pipe, watched.texts, trainer.seed)
+            images = draw_images(pipe, watched.texts)
         model.train()
     size = bank.targets.float().square().mean()
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from bittern.distillation.fidelity import Watched, fidelity, watch
 from bittern.distillation.student import make_student
 from bittern.distillation.texts import draw_texts, groups_of, split
 from bittern.distillation.trainer import Trainer
-from bittern.errors import UserError
+from bittern.errors import UserError, memory_size
 from bittern.quantization import Report, component
 from bittern.quantization.calibration import Limits, Progress
 from bittern.quantization.conductor import with_samples
@@ -120,11 +121,11 @@ def distill(
     check_seed(seed)
     teacher = component(pipe).eval().requires_grad_(False)
     given = default_prompts(pipe.config.get("_name_or_path")) if prompts is None else check_prompts(prompts)
-    learned, watched_groups = split(groups_of(given), seed)
+    learned, watched_groups = split(groups_of(given))
     say = say or (lambda _line: None)
     student = make_student(pipe, teacher, recipe, settings, prompts=given, seed=seed, limits=limits, progress=progress)
     pattern = pattern_of(pipe, teacher, [group[0] for group in learned])
-    watched = watch(pipe, teacher, draw_texts(watched_groups, settings.validation, seed), pattern, seed)
+    watched = watch(pipe, teacher, draw_texts(watched_groups, settings.validation, seed=0), pattern)
     texts = draw_texts(learned, trajectories(settings, pattern), seed)
     bank = teacher_bank(pipe, teacher, texts, pattern, seed, workspace, progress)
     say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
@@ -174,8 +175,20 @@ def teacher_bank(
     workspace: Workspace | None,
     progress: Progress | None,
 ) -> Bank:
-    """The teacher's trajectories of these texts, drawn or read."""
+    """The teacher's trajectories of these texts, drawn or read.
+
+    Raises:
+        UserError: if the disk has no room for them.
+    """
     count, size = len(texts), together(pipe)
+    if workspace is not None:
+        there = sum(file.stat().st_size for file in workspace.folder.glob("bank-*"))
+        lacking = count * pattern.trajectory_bytes - there - shutil.disk_usage(workspace.folder).free
+        if lacking > 0:
+            raise UserError(
+                f"the disk of {workspace.folder} lacks {memory_size(lacking)} for the teacher's trajectories: make "
+                "room, or lower `bank_gib` in the recipe's distillation"
+            )
     parts: list[Bank] = []
     for index, start in enumerate(range(0, count, size)):
         name = f"bank-{index:05d}"

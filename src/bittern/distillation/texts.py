@@ -28,13 +28,14 @@ def groups_of(prompts: Sequence[str]) -> list[list[str]]:
     return [[prompt.prompt for prompt in world if prompt.tag == task] for task in TASKS]
 
 
-def split(groups: Sequence[Sequence[str]], seed: int) -> tuple[list[list[str]], list[list[str]]]:
-    """The groups' texts to learn from and those to watch fidelity with.
+def split(groups: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[list[str]]]:
+    """The groups' texts to learn from and those to watch fidelity with, the same for any seed: a training that goes on
+    from another must not have learned what it is watched with.
 
     Raises:
         UserError: for fewer than two texts.
     """
-    rng = random.Random(f"watched:{seed}")
+    rng = random.Random("watched")
     learned: list[list[str]] = []
     watched: list[list[str]] = []
     for group in groups:

@@ -2,7 +2,8 @@
 
 On a GPU the whole step (states out of the bank, forward, backward, AdamW, average) is one CUDA graph: nothing in it
 may ask the host, so the rows of a batch, learning rates and the loss are tensors that stay where they are. Blocks are
-compiled, and rounding, scales and the cast to 16 bits melt into one kernel a layer.
+compiled, and rounding, scales and the cast to 16 bits melt into one kernel a layer. There a compiler leaves out what
+rounds a scale before the weight is rounded: ternary weights come out the same, since a code changes no mantissa.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@ class Distillation(BaseModel):
     Attributes:
         trajectories: Trajectories of the teacher to learn from, each from a prompt and noise of its own.
         bank_gib: GiB that their states may take; fewer trajectories are drawn where they would take more.
-        validation: Further trajectories, of prompts that training does not see, to watch fidelity with.
+        validation: Further trajectories, of prompts that training does not see, to watch fidelity with; the same ones
+            for any seed.
         steps: Optimizer steps at most.
-        minutes: Minutes of training at most; the number of steps is then fixed when their speed is known.
+        minutes: Minutes of training and validation at most; learning rates then follow whichever is ahead, the clock or
+            the steps.
         batch: States of a step.
         warmup: Steps in which the learning rates rise; then they fall along a cosine.
         lr_codes: Learning rate of the numbers that are rounded to codes, in units of a code.
