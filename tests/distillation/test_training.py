@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -143,6 +144,19 @@ def test_memory_is_told_beforehand(new_tiny_random_pipeline: Callable) -> None:
     gradients = sum(parameter.grad.nbytes for parameter in trainer.params)
     own = sum(parameter.nbytes for parameter in trainer.params) + sum(tensor.nbytes for tensor in trainer.average)
     assert told.learning == state + gradients + own
+
+
+def test_what_is_measured_leaves_no_history(new_tiny_random_pipeline: Callable) -> None:
+    """A captured step may meet no gradients that belong to another stream."""
+    trainer = trainer_of(new_tiny_random_pipeline())
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects())
+        memory.kept_bytes(trainer, 2)
+        assert before == sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_blocks_that_run_again_give_the_same_gradients_in_less_memory(new_tiny_random_pipeline: Callable) -> None:

@@ -75,15 +75,20 @@ def kept_bytes(trainer: Trainer, states: int) -> int:
     kept: dict[int, int] = {}
     alive: list[Any] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-            # An address that is given out again would hide what lies there.
-            alive.append(tensor)
-        return tensor
+            # An address that is given out again would hide what lies there. Without its history: a saved tensor that
+            # knows it keeps all of it alive, and a step that is captured later must find no gradients of another
+            # stream.
+            alive.append(tensor.detach())
+        return 0
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(_: int) -> Tensor:
+        raise AssertionError("nobody asks for gradients here")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         trainer.errors(torch.arange(states, device=trainer.device) % len(trainer.bank)).mean()
     return sum(kept.values())
 
