@@ -53,12 +53,13 @@ _WIDE = (128, 256, 128)
 _TMA = {"descriptors": True, "store_descriptors": True}
 GEMM_CONFIGS: dict[str, GemmConfig | SpecializedConfig] = {
     "specialized s4": SpecializedConfig(),
+    "specialized s4 g12": SpecializedConfig(group_m=12),
+    "specialized s4 g18": SpecializedConfig(group_m=18),
+    "specialized s4 g36": SpecializedConfig(group_m=36),
     "specialized s4 c32 b2": SpecializedConfig(chunk=32, buffers=2),
-    "specialized s4 c32 b2 lag 1": SpecializedConfig(chunk=32, buffers=2, lag=1),
     "specialized s3 b4": SpecializedConfig(stages=3, buffers=4),
-    "specialized s4 g8": SpecializedConfig(group_m=8),
-    "specialized s4 g32": SpecializedConfig(group_m=32),
-    "specialized k64 s8": SpecializedConfig(block_k=64, stages=8),
+    "specialized s3 b4 g12": SpecializedConfig(stages=3, buffers=4, group_m=12),
+    "specialized s3 b4 g36": SpecializedConfig(stages=3, buffers=4, group_m=36),
     "128x256x128 w8 s3 g16": GemmConfig(*_WIDE, 16, 8, 3, **_TMA),
     "128x256x128 w8 s3 g16 early": GemmConfig(*_WIDE, 16, 8, 3, **_TMA, early=True),
     "128x256x128 w8 s3 g32 early": GemmConfig(*_WIDE, 32, 8, 3, **_TMA, early=True),

@@ -326,26 +326,24 @@ def test_heads(capability: int, tmp_path: Path) -> None:
     assert re.search(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"])
 
 
-SPECIALIZED = config.SpecializedConfig()
-
-
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("rank", [0, 32])
 def test_specialized_gemm(segments: int, rank: int, tmp_path: Path) -> None:
     """Three groups of warps; only the one that loads gives registers up."""
-    assert SPECIALIZED.problem(SHARED[90], rank, segments) is None
+    chosen = config.specialized_for(config.Device((9, 0), SHARED[90]), 4096, segments, rank)
+    assert chosen is not None
 
     def tiles(dtype: str, rows: int, columns: int) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON[dtype])
         return f"tensordesc<{dtype}[{rows},{columns}],{layout!r}>"
 
     arguments = {
-        "a": tiles(FP8, 64, SPECIALIZED.block_k),
-        "b": tiles(FP8, SPECIALIZED.block_n, SPECIALIZED.block_k),
-        "out": tiles("bf16", 64, SPECIALIZED.chunk),
-        "column_scales": tiles("fp32", segments, SPECIALIZED.block_n),
-        "up": tiles("bf16", SPECIALIZED.block_n, max(rank, 16)),
-        "bias": tiles("bf16", 1, SPECIALIZED.block_n),
+        "a": tiles(FP8, 64, chosen.block_k),
+        "b": tiles(FP8, chosen.block_n, chosen.block_k),
+        "out": tiles("bf16", 64, chosen.chunk),
+        "column_scales": tiles("fp32", segments, chosen.block_n),
+        "up": tiles("bf16", chosen.block_n, max(rank, 16)),
+        "bias": tiles("bf16", 1, chosen.block_n),
         "row_scales": "*fp32",
         "low": "*fp32",
     }
@@ -354,13 +352,12 @@ def test_specialized_gemm(segments: int, rank: int, tmp_path: Path) -> None:
         "RANK": rank,
         "BIAS": True,
         "GELU": True,
-        "BLOCK_N": SPECIALIZED.block_n,
-        "BLOCK_K": SPECIALIZED.block_k,
-        "GROUP_M": SPECIALIZED.group_m,
-        "STAGES": SPECIALIZED.stages,
-        "LAG": SPECIALIZED.lag,
-        "CHUNK": SPECIALIZED.chunk,
-        "BUFFERS": SPECIALIZED.buffers,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
+        "GROUP_M": chosen.group_m,
+        "STAGES": chosen.stages,
+        "CHUNK": chosen.chunk,
+        "BUFFERS": chosen.buffers,
     }
     if not rank:
         constants |= {"up": None, "low": None}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import triton
 
 from bittern.errors import UserError
 
@@ -99,7 +100,6 @@ class SpecializedConfig:
         stages: Tiles in flight.
         chunk: Outputs that leave together.
         buffers: For those that are on their way.
-        lag: Tiles by which the second group of warps begins later.
     """
 
     block_n: int = 256
@@ -108,7 +108,6 @@ class SpecializedConfig:
     stages: int = 4
     chunk: int = 64
     buffers: int = 1
-    lag: int = 0
 
     def problem(self, shared_memory: int, rank: int, segments: int) -> str | None:
         """Why it cannot run with so many bytes of shared memory; None if it can."""
@@ -209,6 +208,20 @@ _HOPPER_FEW_TOKENS = (
     GemmConfig(64, 128, 128, 8, 4, 4, descriptors=True, store_descriptors=True, programs=2),
     GemmConfig(64, 128, 64, 8, 4, 4, descriptors=True, store_descriptors=True),
 )
+
+
+# Measured on an H200 (4608 tokens, `benchmarks/kernels.py`), by segments.
+_SPECIALIZED = {1: SpecializedConfig(), 2: SpecializedConfig(stages=3, buffers=4)}
+_GLUON = ("3.6.",)
+"""Versions of Triton whose Gluon the kernel was run with: it is an experiment of theirs, and may change."""
+
+
+def specialized_for(device: Device, m: int, segments: int, rank: int) -> SpecializedConfig | None:
+    """The configuration of the GEMM with warps that load, in fp8; None where the other one is better."""
+    config = _SPECIALIZED.get(segments)
+    if device.capability[0] != 9 or m <= 1024 or config is None or not triton.__version__.startswith(_GLUON):
+        return None
+    return config if config.problem(device.shared_memory, rank, segments) is None else None
 
 
 def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:

@@ -25,7 +25,7 @@ from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.grouped_gemm import grouped_gemm
-from bittern.ops.triton.launch import Launches, Recorder, on_device_of
+from bittern.ops.triton.launch import Launches, Recorder, describable, on_device_of
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
@@ -170,20 +170,21 @@ class EightBits(LayerPlan):
                 config.unpack_for(x.shape[-1], grouped),
                 launch=recorder.launch,
             )
-        gemm(
-            a,
-            b,
-            row_scales,
-            column_scales,
-            low if rank else None,
-            call.up,
-            call.bias,
-            call.out,
-            bounds[0][1],
-            call.gelu_from,
-            config.gemm_for(here, m, count, call.path == "a8-int8", rank),
-            launch=recorder.launch,
-        )
+        operands = a, b, row_scales, column_scales, low if rank else None, call.up, call.bias, call.out
+        chosen = config.specialized_for(here, m, count, rank) if call.path == "a8-fp8" else None
+        if chosen is not None and reachable(call.out, call.up, call.bias):
+            from bittern.ops.triton.specialized_gemm import specialized_gemm
+
+            specialized_gemm(*operands, bounds[0][1], call.gelu_from, chosen, launch=recorder.launch)
+            return
+        tiles = config.gemm_for(here, m, count, call.path == "a8-int8", rank)
+        gemm(*operands, bounds[0][1], call.gelu_from, tiles, launch=recorder.launch)
+
+
+def reachable(out: Tensor, up: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether tensor descriptors can stand for the result and for what its end reads, in 16 bits."""
+    rows = [out, *([] if up is None else [up]), *([] if bias is None else [bias.view(1, -1)])]
+    return all(x.element_size() == 2 and describable(x) for x in rows)
 
 
 class FourBits(LayerPlan):

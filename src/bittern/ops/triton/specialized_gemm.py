@@ -8,13 +8,13 @@ come. Here a program is
                      columns' scales, biases and rows of U of the tile that is being multiplied
     two warp groups  multiply, 64 tokens x BLOCK_N outputs each, scale, add the branch and store
 
-A buffer is asked for again when both groups have read it. Row scales and down-projected inputs are read before the
-products, and arrive during them.
+A buffer is asked for again when both groups have read it. They share B's tiles, and so keep step: that one finishes
+its tile while the other multiplies would take buffers for both, which shared memory has not. Row scales and down-
+projected inputs are read before the products, and arrive during them.
 
 Layout: A in two halves of 64 tokens, so that a group's half is a buffer of its own. A result leaves in CHUNKs of
-outputs through BUFFERS of shared memory. With LAG the second group begins so many buffers after the first. Triton's
-language has no words for all this; Gluon, which comes with it, has. The interpreter runs no Gluon: numbers are tested
-on a GPU alone.
+outputs through BUFFERS of shared memory. Triton's language has no words for all this; Gluon, which comes with it, has.
+The interpreter runs no Gluon: numbers are tested on a GPU alone.
 
 Floor: as of `gemm`.
 """
@@ -90,7 +90,6 @@ def specialized_gemm(
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         STAGES=config.stages,
-        LAG=config.lag,
         CHUNK=config.chunk,
         BUFFERS=config.buffers,
         num_warps=WARPS,
@@ -148,7 +147,7 @@ def _load(
 
 @gluon.jit
 def _products(
-    acc, a_tiles, b_tiles, full, empty, late, signal_at, stage, phase, k_start, k_stop, GROUP: gl.constexpr,
+    acc, a_tiles, b_tiles, full, empty, stage, phase, k_start, k_stop, GROUP: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, FRESH: gl.constexpr,
 ):  # fmt: skip
     """Adds a segment's products to a group's sums, one product in flight behind the one that is asked for."""
@@ -160,8 +159,6 @@ def _products(
         else:
             acc = warpgroup_mma(left, right, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
-        if GROUP == 0:
-            mbarrier.arrive(late, count=1, pred=start == signal_at)
         # What the product before this one read is free.
         before = gl.where(stage == 0, STAGES - 1, stage - 1)
         mbarrier.arrive(empty.index(before), count=1, pred=start > k_start)
@@ -231,10 +228,10 @@ def _finish(
 
 @gluon.jit
 def _multiply(
-    a_tiles, b_tiles, scale_tile, up_tile, bias_tile, out_tiles, full, empty, end_full, end_empty, late, out,
+    a_tiles, b_tiles, scale_tile, up_tile, bias_tile, out_tiles, full, empty, end_full, end_empty, out,
     row_scales, low, m, n, first_segment, k, rank, gelu_from, GROUP: gl.constexpr, SEGMENTS: gl.constexpr,
     RANK: gl.constexpr, UP_DTYPE: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, CHUNK: gl.constexpr,
+    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """A warp group that multiplies."""
@@ -245,9 +242,6 @@ def _multiply(
     stage = 0
     phase = 0
     end_phase = 0
-    signal_at = LAG * BLOCK_K
-    if GROUP == 1 and LAG > 0:
-        mbarrier.wait(late, 0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         row, column = _origin(tile, tiles_m, tiles_n, GROUP_M, BLOCK_N)
         row += GROUP * HALF
@@ -262,10 +256,9 @@ def _multiply(
             projected = projected.to(UP_DTYPE)
         acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout)
         acc, stage, phase = _products(
-            acc, a_tiles, b_tiles, full, empty, late, signal_at, stage, phase, 0, first_segment, GROUP, BLOCK_K,
+            acc, a_tiles, b_tiles, full, empty, stage, phase, 0, first_segment, GROUP, BLOCK_K,
             STAGES, True,
         )  # fmt: skip
-        signal_at = -1
         mbarrier.wait(end_full, end_phase)
         if SEGMENTS == 2:
             row_scale, row_ratio = _floored(gl.load(row_scales + m + rows), row_scale)
@@ -273,7 +266,7 @@ def _multiply(
             _, column_ratio = _floored(last, first)
             acc = acc * gl.convert_layout(row_ratio, gl.SliceLayout(1, layout))[:, None] * column_ratio
             acc, stage, phase = _products(
-                acc, a_tiles, b_tiles, full, empty, late, -1, stage, phase, first_segment, k, GROUP, BLOCK_K, STAGES,
+                acc, a_tiles, b_tiles, full, empty, stage, phase, first_segment, k, GROUP, BLOCK_K, STAGES,
                 False,
             )  # fmt: skip
         _finish(
@@ -289,7 +282,7 @@ def _multiply(
 def specialized_gemm_kernel(
     a, b, out, column_scales, up, bias, row_scales, low, m, n, first_segment, k, rank, gelu_from,
     SEGMENTS: gl.constexpr, RANK: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, CHUNK: gl.constexpr,
+    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """See the module; a, b, out, column_scales, up and bias are tensor descriptors."""
@@ -308,25 +301,23 @@ def specialized_gemm_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     end_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     end_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    late = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(end_full, count=1)
     mbarrier.init(end_empty, count=2)
-    mbarrier.init(late, count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_multiply, (
-                a_tiles, b_tiles, scale_tile, up_tile, bias_tile, out_tiles, full, empty, end_full, end_empty, late,
-                out, row_scales, low, m, n, first_segment, k, rank, gelu_from, 0, SEGMENTS, RANK, UP_DTYPE, BIAS, GELU,
-                BLOCK_N, BLOCK_K, GROUP_M, STAGES, LAG, CHUNK, BUFFERS,
+                a_tiles, b_tiles, scale_tile, up_tile, bias_tile, out_tiles, full, empty, end_full, end_empty, out,
+                row_scales, low, m, n, first_segment, k, rank, gelu_from, 0, SEGMENTS, RANK, UP_DTYPE, BIAS, GELU,
+                BLOCK_N, BLOCK_K, GROUP_M, STAGES, CHUNK, BUFFERS,
             )),
             (_multiply, (
-                a_tiles, b_tiles, scale_tile, up_tile, bias_tile, out_tiles, full, empty, end_full, end_empty, late,
-                out, row_scales, low, m, n, first_segment, k, rank, gelu_from, 1, SEGMENTS, RANK, UP_DTYPE, BIAS, GELU,
-                BLOCK_N, BLOCK_K, GROUP_M, STAGES, LAG, CHUNK, BUFFERS,
+                a_tiles, b_tiles, scale_tile, up_tile, bias_tile, out_tiles, full, empty, end_full, end_empty, out,
+                row_scales, low, m, n, first_segment, k, rank, gelu_from, 1, SEGMENTS, RANK, UP_DTYPE, BIAS, GELU,
+                BLOCK_N, BLOCK_K, GROUP_M, STAGES, CHUNK, BUFFERS,
             )),
             (_load, (
                 a, b, column_scales, up, bias, a_tiles, b_tiles, scale_tile, up_tile, bias_tile, full, empty, end_full,
