@@ -39,8 +39,11 @@ from bittern.quantization import Limits, passes
 from bittern.quantization.jobs import blocks_of
 from bittern.quantization.preview import skeleton
 from bittern.recipes import Recipe
+from bittern.trajectories import enough
 
 GIB = 2**30
+OUTPUTS = 4096 * 64
+"""Numbers that the transformer puts out for 1024 x 1024."""
 SHARD = 5 * 10**9
 STEM = "diffusion_pytorch_model"
 MINI: dict[str, Any] = {
@@ -258,9 +261,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result["device_peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
         result["device_peak_reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
     if args.blocks is not None or args.run_samples is not None:
-        more = args.samples / recipe.samples if recipe.calibrated else 1.0
         result["extrapolated"] = extrapolated(
-            phases, plan(blank, recipe), plan(blank, part), recipe, limits, depth, more
+            phases, plan(blank, recipe), plan(blank, part), recipe, limits, depth, args.samples
         )
     shutil.rmtree(out)
     return result
@@ -275,14 +277,15 @@ def partial(recipe: Recipe, depth: dict[str, int], blocks: int) -> Recipe:
 
 
 def extrapolated(
-    phases: Phases, whole: Any, part: Any, recipe: Recipe, limits: Limits, depth: dict[str, int], more: float
+    phases: Phases, whole: Any, part: Any, recipe: Recipe, limits: Limits, depth: dict[str, int], samples: int
 ) -> dict[str, float]:
-    """Seconds of the whole model with `more` times the samples, by phase."""
+    """Seconds of the whole model with so many samples, by phase."""
+    more, felt = samples / recipe.samples, enough(samples, OUTPUTS) / enough(recipe.samples, OUTPUTS)
     ran, wanted = (len(passes(blocks_of(made), recipe.rows, 2, limits)) for made in (part, whole))
     found = {"once": sum(phases.total(what) for what in ("planning", "encoding", "calibrating", "assembling"))}
     found["drawing"] = phases.total("drawing") * more
     for what in ("loading", "recording inputs", "recording sensitivities"):
-        each_sample = more if what.startswith("recording") else 1.0
+        each_sample = {"loading": 1.0, "recording inputs": more, "recording sensitivities": felt}[what]
         found[what] = phases.total(what) / ran * wanted * each_sample if recipe.calibrated else 0.0
     for kind, count in depth.items():
         solved = {job.paths[0].split(".")[1] for job in part.jobs if job.paths[0].startswith(f"{kind}.")}

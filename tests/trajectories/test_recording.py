@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bittern.errors import UserError
 from bittern.layers import flat_weight
-from bittern.trajectories import State, record, sensitivities
+from bittern.trajectories import State, enough, record, sensitivities, sensitivity
 
 
 class Toy(nn.Module):
@@ -128,3 +128,18 @@ def test_a_convolution_is_recorded_as_the_product_that_it_is() -> None:
     torch.testing.assert_close(product, model(x).movedim(1, -1).reshape(-1, 5), rtol=1e-4, atol=1e-5)
     felt = sensitivities(model, ["conv"], [State(0, 0, (x,), {})] * 200)["conv"] / 200
     assert (felt / 32 - torch.eye(5)).norm() < 0.3
+
+
+def test_of_many_large_states_enough_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    given = [State(i, 0, (torch.full((5, 4), float(i + 1)),), {}) for i in range(6)]
+    seen: list[int] = []
+    model[0].register_forward_hook(lambda _, args, __: seen.append(int(args[0][0, 0])))
+    whole = sensitivities(model, ["0"], given)["0"]
+    assert seen == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(sensitivity, "ENOUGH", 3 * 20 - 1)
+    told: list[tuple[float, float]] = []
+    part = sensitivities(model, ["0"], given, progress=lambda *done: told.append(done))["0"]
+    assert seen[6:] == [1, 3, 5] and told[-1] == (3, 3)
+    assert not torch.equal(part, whole)
+    assert (enough(6, 20), enough(2, 20), enough(6, 60)) == (3, 2, 1)

@@ -6,7 +6,7 @@ from bittern.trajectories.calling import CallDefaults, defaults
 from bittern.trajectories.placement import place
 from bittern.trajectories.prompts import check_prompts, default_prompts, read_prompts
 from bittern.trajectories.sampler import choose, sample
-from bittern.trajectories.sensitivity import sensitivities
+from bittern.trajectories.sensitivity import enough, sensitivities
 from bittern.trajectories.skipping import Skipping, call_order, dependence, most_bytes
 from bittern.trajectories.states import State, device_of, pack, states_bytes, unpack
 from bittern.trajectories.statistics import Statistics, record
@@ -26,6 +26,7 @@ __all__ = [
     "dependence",
     "device_of",
     "encode_texts",
+    "enough",
     "most_bytes",
     "pack",
     "place",
