@@ -1,6 +1,6 @@
-"""Writes docs/performance_table.md from the measurements of kernels.py, `bittern benchmark` and peers_speed.py.
+"""Writes docs/performance_table.md from the measurements of kernels.py, `bittern benchmark` and the other scripts.
 
-python benchmarks/performance_table.py benchmarks/results/*_h100.json > docs/performance_table.md
+python benchmarks/performance_table.py benchmarks/results/*_h?00.json > docs/performance_table.md
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def benchmarks(result: dict[str, Any]) -> Iterator[str]:
     versions = result["versions"]
     yield (
         f"`{result['command']}`: {result['size']}x{result['size']}, batch {result['batch']}, {result['device']}, "
-        f"torch {versions['torch']}, Triton {versions['triton']}, bittern {versions['bittern']}.\n"
+        f"torch {versions['torch']}, Triton {versions['triton']}, {_made(result)}\n"
     )
     yield "| transformer | run | path | ms a step | spread | times faster than 16 bit | weights GiB | above them GiB |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -69,18 +69,40 @@ def benchmarks(result: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def steps(result: dict[str, Any]) -> Iterator[str]:
-    """What was measured before there was `bittern benchmark`: one run each, so no ratios."""
-    yield f"{result['device']}, torch {result['torch']}, Triton {result['triton']}, commit {result['commit']}.\n"
-    launched = "compiled blocks" if result["rows"][0]["compiled"] else "eager"
-    yield f"| transformer | ms, {launched} | ms, CUDA graph | weights GiB | peak above them GiB |"
-    yield "|---|---|---|---|---|"
+def hosts(result: dict[str, Any]) -> Iterator[str]:
+    """What host.py prints."""
+    yield f"`{result['command']}`: {result['device']}, {_made(result)}\n"
+    yield "| what the host issues | us |"
+    yield "|---|---|"
     for row in result["rows"]:
-        yield (
-            f"| {row['model']} | {row['ms']} | {row['graph_ms']} | {row['resident_gib']:.2f} "
-            f"| {row['peak_above_resident_gib']:.2f} |"
-        )
+        yield f"| {row['case']} | {row['us']:.0f} |"
     yield ""
+
+
+def costs(result: dict[str, Any]) -> Iterator[str]:
+    """What full_size.py prints."""
+    yield f"`{result['command']}`: {result['environment']['device']}, {_made(result)}\n"
+    whole = result.get("extrapolated", {})
+    yield "| quantizing FLUX.1-dev's transformer | seconds |"
+    yield "|---|---|"
+    for what, seconds in whole.items():
+        yield f"| {what} | {seconds:g} |"
+    if not whole:
+        solving = {what: s for what, s in result["phases"].items() if what.startswith("solving")}
+        rest = {what: s for what, s in result["phases"].items() if what not in solving}
+        for what, seconds in {**rest, f"solving {len(solving)} blocks": round(sum(solving.values()), 1)}.items():
+            yield f"| {what} | {seconds:g} |"
+        yield f"| all, from disk to disk | {result['seconds']:g} |"
+    yield ""
+    yield (
+        f"Peaks: {result['device_peak_reserved_gib']} GiB on the GPU, {result['host_peak_gib']} GiB on the host "
+        f"({result['host_peak_without_files_gib']} GiB without mapped files).\n"
+    )
+
+
+def _made(result: dict[str, Any]) -> str:
+    """By which commit and in which circumstances, as far as the file tells; both are written into it by hand."""
+    return f"commit {result.get('commit', 'unknown')}. {result.get('note', '')}".rstrip()
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
@@ -89,7 +111,9 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         return iter([peers_speed.table(result), ""])
     if "ratios" in result:
         return benchmarks(result)
-    return kernels(result) if isinstance(result.get("runs"), list) else steps(result)
+    if "phases" in result:
+        return costs(result)
+    return kernels(result) if isinstance(result.get("runs"), list) else hosts(result)
 
 
 def main() -> None:
