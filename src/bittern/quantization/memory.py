@@ -18,7 +18,7 @@ import torch
 
 from bittern.architectures import Job
 from bittern.errors import UserError, memory_size
-from bittern.recipes import needs_data
+from bittern.recipes import needs_data, solves_with_data
 
 Blocks = Sequence[tuple[str, Sequence[Job]]]
 """As `jobs.blocks_of` gives them."""
@@ -99,7 +99,9 @@ def solving_bytes(jobs: Sequence[Job], rows: int) -> int:
 
 
 def needs_gram(job: Job) -> bool:
-    """Whether a job's solver asks for the Gram matrix of all tokens; inputs that are rounded are known by rows."""
+    """Whether a job's solver asks for the Gram matrix of all tokens; int4's rounded inputs are known by rows."""
+    if job.scheme.weight == "ternary":
+        return solves_with_data(job.solver)
     return job.solver["rounding"] == "gptq" and job.scheme.activations == 16
 
 
