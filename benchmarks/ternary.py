@@ -6,8 +6,8 @@
 The pipeline is calibrated once, on its own prompts; every row is solved from that, drawn on the path that its device
 chooses, and compared with the 16-bit pictures of training prompts that calibration has not seen: PSNR, and the relative
 error of the prediction along the 16-bit trajectory of twelve of them. What is on by default was chosen by these. Rows
-that are marked for it are also drawn from held-out prompts, for PSNR and the scenes score. Finished rows are kept in the
-JSON file, so that an interrupted run goes on where it stopped.
+that are marked for it are also drawn from held-out prompts, for PSNR and the scenes score. Finished rows are kept in
+the JSON file, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -67,19 +67,17 @@ def cases() -> dict[str, Case]:
     proj_out = {"single_transformer_blocks.*.proj_out": int4}
     return {
         BASELINE: Case(NEAREST | {"codes": "absmean"}, held_out=True),
-        "least squares, row": Case(NEAREST, held_out=True),
-        "least squares, g128": Case(NEAREST | {"group_size": 128}),
+        "least squares, row": Case(NEAREST),
         "least squares, g64": Case(NEAREST | {"group_size": 64}),
         "GPTQ, row": Case({"refits": 0, "sweeps": 0}),
         "... scales fitted, once": Case({"refits": 1, "sweeps": 0}),
         "... in turn, four times": Case({"sweeps": 0}),
         "... and sweeps: `ternary`": Case(held_out=True),
-        "`ternary`, g128": Case({"group_size": 128}),
-        "`ternary`, g64": Case({"group_size": 64}, held_out=True),
+        "`ternary`, g64": Case({"group_size": 64}),
         "`ternary`, smoothing": Case({"smoothing": "columns"}),
         "`ternary`, rank 1/96": Case({"rank": "1/96"}),
-        "`ternary`, rank 16": Case({"rank": 16}, held_out=True),
-        "`ternary`, proj_out of single blocks int4 g64": Case(overrides=proj_out, held_out=True),
+        "`ternary`, rank 16": Case({"rank": 16}),
+        "`ternary`, proj_out of single blocks int4 g64": Case(overrides=proj_out),
         "`ternary`, two planes": Case(planes=2),
     }
 

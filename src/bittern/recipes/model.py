@@ -137,11 +137,13 @@ class LayerSpec(BaseModel):
             if self.smoothing == "columns":
                 raise UserError("smoothing 'columns' is for ternary weights: expected another for int4")
         elif self.smoothing in ("grid", "descent"):
-            raise UserError(f"smoothing {self.smoothing!r} is for int4 weights: expected 'columns' for ternary, or none")
+            raise UserError(
+                f"smoothing {self.smoothing!r} is for int4 weights: expected 'columns' for ternary, or none"
+            )
         elif solves_with_data(self.solver()):
             if self.rounding != "gptq" or self.smoothing in ("span", "modulation"):
                 raise UserError(
-                    "ternary weights that are solved with data: expected rounding 'gptq', and smoothing 'columns' or none"
+                    "ternary weights solved with data: expected rounding 'gptq', and smoothing 'columns' or none"
                 )
             if self.sensitivity:
                 raise UserError("sensitivity is for int4 weights: expected false for ternary")

@@ -50,6 +50,7 @@ DESCENT_ROWS = 512
 ERROR_ROWS = 2048
 """Rows on which a stage's error is measured."""
 
+
 @dataclass(frozen=True)
 class _Draft:
     """The tensors so far."""

@@ -49,9 +49,7 @@ def gptq(
     return layout.pad(compensated(weight, steps, order, factor, (int4.LOW, int4.HIGH)).to(torch.int8)), scales
 
 
-def ordered_factor(
-    hessian: Float[Tensor, "k k"], damping: float
-) -> tuple[Int64[Tensor, " k"], Float[Tensor, "k k"]]:
+def ordered_factor(hessian: Float[Tensor, "k k"], damping: float) -> tuple[Int64[Tensor, " k"], Float[Tensor, "k k"]]:
     """The columns in the order of falling H_jj, and the triangular factor of the inverse of the Hessian so ordered."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
     return order, _inverse_factor(hessian[order][:, order], damping)

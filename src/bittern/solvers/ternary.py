@@ -7,10 +7,11 @@ The stages, each of which is reported with the error it leaves:
     refit     scales fitted to the codes; then, while the output error falls, codes by GPTQ for these scales, and scales
               again; the smoothing and the branch are fitted in turn with them
     sweeps    coordinate descent over the codes, and scales again
+    bias      the mean error of each output taken from its bias  (bias.py)
 
-Every row keeps, of all that was tried, what leaves it the least error. A step that does not lower the error of all rows
-together is undone, so that no stage raises it. The error is the layer's output error on *all* tokens that were recorded,
-from their Gram matrix; rounding activations to 8 bits is left out of it, since it is a hundredth of ternary's.
+Every row keeps, of all that was tried, what leaves it the least error. A step that does not lower the error of all
+rows together is undone, so that no stage raises it. The error is the layer's output error on *all* tokens that were
+recorded, from their Gram matrix; rounding activations to 8 bits is left out: its error is a hundredth of ternary's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bittern.errors import UserError
 from bittern.formats import KLayout, dtype_of, encode, round_to
 from bittern.precision import exact_products
 from bittern.scheme import Scheme
+from bittern.solvers.bias import mean_error
 from bittern.solvers.gptq import compensated, ordered_factor
 from bittern.solvers.lowrank import random_start
 from bittern.solvers.options import SolverOptions
@@ -200,9 +202,7 @@ class _Problem:
         if not self.scheme.rank:
             return draft
         missed = self.weight - self.effective(draft)
-        found = weighted_low_rank(
-            missed, self.damped, None, self.scheme.rank, self.start, self.options.svd_iterations
-        )
+        found = weighted_low_rank(missed, self.damped, None, self.scheme.rank, self.start, self.options.svd_iterations)
         up, down = stored(found.up, found.down, self.branch_dtype)
         return self.lower(draft, replace(draft, up=up, down=down))
 

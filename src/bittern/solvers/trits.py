@@ -47,7 +47,7 @@ _linalg = cast(Any, torch.linalg)
 
 
 def output_errors(missed: Float[Tensor, "n k"], gram: Float[Tensor, "k k"]) -> Float64[Tensor, " n"]:
-    """d H d^T of each row, summed in float64."""
+    """The squared output error of each row, d H d^T, summed in float64."""
     return ((missed @ gram) * missed).sum(dim=1, dtype=torch.float64).clamp(min=0)
 
 
@@ -115,19 +115,20 @@ def descended(
     slope = (target - codes * steps) @ gram
     inverse = torch.where(steps == 0, 0.0, steps.reciprocal())
     codes = codes.clone()
-    for columns in order.split(BLOCK):
-        near = gram[columns][:, columns]
-        local, old, step = slope[:, columns], codes[:, columns], steps[:, columns]
+    for start in range(0, len(order), BLOCK):
+        block = order[start : start + BLOCK]
+        near = gram[block][:, block]
+        local, old, step = slope[:, block], codes[:, block], steps[:, block]
         # In units of a code: where the vertex is, beside the code that is there.
-        reach = inverse[:, columns] / near.diagonal()
+        reach = inverse[:, block] / near.diagonal()
         changes = torch.zeros_like(local)
-        for j in range(len(columns)):
+        for j in range(len(block)):
             code = (old[:, j] + local[:, j] * reach[:, j]).round_().clamp_(*GRID)
             change = (code - old[:, j]) * step[:, j]
-            codes[:, columns[j]] = code
+            codes[:, block[j]] = code
             changes[:, j] = change
             local.addr_(change, near[j], alpha=-1)
-        slope.addmm_(changes, gram[columns], alpha=-1)
+        slope.addmm_(changes, gram[block], alpha=-1)
     return codes
 
 
