@@ -17,27 +17,31 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import Row, calibrated, draw, quantized, unseen
+from ablation import draw, samples_of, unseen
 from quality import Trajectory, environment, gain_over, keep, overall, put
 from torch import Tensor, nn
 
 from bittern import pipelines, recipes
-from bittern.architectures import plan
+from bittern.architectures import Job, plan
 from bittern.evaluation import scenes
 from bittern.evaluation.fidelity import fidelity
 from bittern.evaluation.stats import mean_estimate
 from bittern.layers import flat_weight
-from bittern.quantization import Calibration, component
+from bittern.quantization import Calibration, Limits, Recorder, component, inspect
+from bittern.quantization.calibration import Loaded
+from bittern.quantization.conductor import carry_out
 from bittern.recipes import Recipe
 from bittern.solvers import SolverOptions, solve_ternary
+from bittern.trajectories import State
 
 BASELINE = "absmean, row"
-NEAREST: dict[str, Any] = {"rounding": "nearest", "refits": 0, "sweeps": 0}
+NEAREST: dict[str, Any] = {"rounding": "nearest", "refits": 0, "sweeps": 0, "bias_correction": False}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Case:
 
     Attributes:
         changes: Of the recipe `ternary`, in every layer that it makes ternary.
+        predecessors: What a block is calibrated behind.
         overrides: Of layers by their path.
         planes: How many ternary weights are added up; more than one is worked out and drawn in 16 bits.
         held_out: Whether it is drawn from held-out prompts as well.
@@ -53,32 +58,51 @@ class Case:
 
     changes: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predecessors: str = "full"
     planes: int = 1
     held_out: bool = False
 
     def recipe(self) -> Recipe:
         """The whole recipe."""
-        return recipes.load("ternary").override(default=self.changes, overrides=self.overrides)
+        changes = {"default": self.changes, "overrides": self.overrides, "predecessors": self.predecessors}
+        return recipes.load("ternary").override(**changes)
+
+
+class Remembering(Recorder):
+    """A recorder that records the full-precision model once, whatever is asked for."""
+
+    def begin(self, model: nn.Module, recipe: Recipe) -> Calibration:
+        """Records all jobs of a recipe."""
+        self.known = super().record(plan(model, recipe).jobs)
+        return self.known
+
+    def record(self, jobs: Sequence[Job], what: str = "") -> Calibration:
+        """What was recorded."""
+        return self.known
 
 
 def cases() -> dict[str, Case]:
     """The table, in order."""
-    int4 = {"weight": "int4", "group_size": 64}
+    int4 = {"weight": "int4", "group_size": 64, "refits": 0}
     proj_out = {"single_transformer_blocks.*.proj_out": int4}
+    plain, turns = {"bias_correction": False}, {"bias_correction": False, "sweeps": 0}
     return {
         BASELINE: Case(NEAREST | {"codes": "absmean"}, held_out=True),
-        "least squares, row": Case(NEAREST),
+        "least squares, row": Case(NEAREST, held_out=True),
         "least squares, g64": Case(NEAREST | {"group_size": 64}),
-        "GPTQ, row": Case({"refits": 0, "sweeps": 0}),
-        "... scales fitted, once": Case({"refits": 1, "sweeps": 0}),
-        "... in turn, four times": Case({"sweeps": 0}),
-        "... and sweeps: `ternary`": Case(held_out=True),
-        "`ternary`, g64": Case({"group_size": 64}),
-        "`ternary`, smoothing": Case({"smoothing": "columns"}),
-        "`ternary`, rank 1/96": Case({"rank": "1/96"}),
-        "`ternary`, rank 16": Case({"rank": 16}),
-        "`ternary`, proj_out of single blocks int4 g64": Case(overrides=proj_out),
-        "`ternary`, two planes": Case(planes=2),
+        "GPTQ, row": Case(turns | {"refits": 0}),
+        "... scales fitted, once": Case(turns | {"refits": 1}),
+        "... in turn, four times": Case(turns),
+        "... and sweeps": Case(plain),
+        "... and bias correction": Case(),
+        "... and few-bit predecessors: `ternary`": Case(predecessors="few-bit", held_out=True),
+        "`ternary`, g128": Case({"group_size": 128}, predecessors="few-bit"),
+        "`ternary`, g64": Case({"group_size": 64}, predecessors="few-bit"),
+        "`ternary`, smoothing": Case({"smoothing": "columns"}, predecessors="few-bit"),
+        "`ternary`, rank 1/96": Case({"rank": "1/96"}, predecessors="few-bit"),
+        "`ternary`, rank 16": Case({"rank": 16}, predecessors="few-bit"),
+        "`ternary`, proj_out of single blocks int4 g64": Case(overrides=proj_out, predecessors="few-bit"),
+        "two planes, neither bias correction nor few-bit predecessors": Case(plain, planes=2),
     }
 
 
@@ -89,7 +113,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=120, help="held-out prompts; 0 for none")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name contains one of these")
-    parser.add_argument("--calibration", type=Path, help="a file that keeps the calibration; read where it exists")
+    parser.add_argument("--samples-file", type=Path, help="a file that keeps the samples; read where it exists")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--out", type=Path)
@@ -100,8 +124,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe = pipelines.load(args.model, dtype=args.dtype, device=args.device)
-    # All that ternary needs, and int4 beside it: Gram matrices.
-    base = recipes.load("int4-gptq")
+    base = recipes.load("ternary").override(predecessors="full")
     record: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(pipe, args) | {"samples": base.samples, "held_out": args.held_out},
@@ -116,7 +139,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not wanted:
         return record
     dense = component(pipe)
-    _, calibration = calibrated(pipe, dense, base, args.calibration)
+    recorder = recorder_of(pipe, dense, base, samples_of(pipe, dense, base, args.samples_file))
+    calibration = recorder.begin(dense, base)
     world = scenes.held_out(args.held_out) if args.held_out else []
     texts = {"training_psnr": unseen(args.images), "psnr": [prompt.prompt for prompt in world]}
     reference = {key: draw(pipe, prompts, args.steps) for key, prompts in texts.items() if prompts}
@@ -126,9 +150,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in wanted:
         case, model = cases()[name], copy.deepcopy(dense)
         began = time.process_time()
-        bits, errors = in_planes(model, case, calibration) if case.planes > 1 else solved(model, case, calibration)
+        recorder.source = Loaded(pipe, model, (), base.samples, 0)
+        bits, error = in_planes(model, case, calibration) if case.planes > 1 else solved(model, case, recorder)
         found[name] = {"bits_per_weight": round(bits, 3), "solving_cpu_seconds": round(time.process_time() - began, 1)}
-        found[name]["layer_error"] = None if errors is None else round(errors, 4)
+        found[name]["layer_error"] = None if error is None else round(error, 4)
         found[name]["velocity_error"] = round(trajectory.error(model), 4)
         put(pipe, model)
         for key in ("training_psnr", "psnr") if case.held_out and world else ("training_psnr",):
@@ -144,12 +169,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def solved(model: nn.Module, case: Case, calibration: Calibration) -> tuple[float, float | None]:
+def recorder_of(pipe: Any, dense: nn.Module, base: Recipe, states: list[State]) -> Remembering:
+    """What records from given samples."""
+    itemsize = next(dense.parameters()).element_size()
+    source = Loaded(pipe, dense, (), base.samples, 0)
+    return Remembering(source, base, itemsize, Limits.of(pipe.device), 0, states=states)
+
+
+def solved(model: nn.Module, case: Case, recorder: Recorder) -> tuple[float, float | None]:
     """Replaces the model's layers; bits per weight, and the mean output error where there are such."""
-    # Without predecessors no states are asked for.
-    bits, stages = quantized(model, Row(), case.recipe(), [], calibration)
-    last = [list(staged.values())[-1] for staged in stages.values() if staged]
-    return bits, sum(last) / len(last) if last else None
+    recipe = case.recipe()
+    recorder.recipe = recipe
+    carry_out(plan(model, recipe), model, recipe, 0, recorder if recipe.calibrated else None)
+    report = inspect(model)
+    last = [list(row.stages.values())[-1] for row in report.rows if row.stages]
+    return report.bits_per_weight, sum(last) / len(last) if last else None
 
 
 @torch.no_grad()

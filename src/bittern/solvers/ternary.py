@@ -7,11 +7,12 @@ The stages, each of which is reported with the error it leaves:
     refit     scales fitted to the codes; then, while the output error falls, codes by GPTQ for these scales, and scales
               again; the smoothing and the branch are fitted in turn with them
     sweeps    coordinate descent over the codes, and scales again
-    bias      the mean error of each output taken from its bias  (bias.py)
 
 Every row keeps, of all that was tried, what leaves it the least error. A step that does not lower the error of all
 rows together is undone, so that no stage raises it. The error is the layer's output error on *all* tokens that were
-recorded, from their Gram matrix; rounding activations to 8 bits is left out: its error is a hundredth of ternary's.
+recorded, from their Gram matrix; rounding activations to 8 bits is left out: its error is a hundredth of ternary's. Where
+biases are to give back the mean error of each output (bias.py), all stages know it: they take the Gram matrix about the
+inputs' mean, which counts nothing that is the same for all tokens.
 """
 
 from __future__ import annotations
@@ -95,12 +96,18 @@ def solve_ternary(
     if statistics.gram is None:
         raise UserError(f"{names[0]}: ternary codes with data need the Gram matrix of the inputs: record it")
     with one_thread(sum(weight.numel() for weight in weights) <= SMALL), exact_products():
-        draft, stages = _Problem(weights, statistics.gram, scheme, options, layout, seed).solve()
+        draft, stages = _Problem(weights, statistics, scheme, options, layout, seed).solve()
     rows = [len(weight) for weight in weights]
     ups = [None] * len(rows) if draft.up is None else torch.split(draft.up, rows)
     codes = layout.pad(draft.codes.to(torch.int8))
     parts = zip(torch.split(codes, rows), torch.split(draft.scales, rows), ups, strict=True)
-    return [Solution(part, scales, draft.smooth, draft.down, up, layout) for part, scales, up in parts], stages
+    solutions = [Solution(part, scales, draft.smooth, draft.down, up, layout) for part, scales, up in parts]
+    if options.bias_correction:
+        solutions = [
+            replace(solution, bias=mean_error(weight, solution, statistics.rows, scheme))
+            for weight, solution in zip(weights, solutions, strict=True)
+        ]
+    return solutions, stages
 
 
 class _Problem:
@@ -109,24 +116,29 @@ class _Problem:
     def __init__(
         self,
         weights: Sequence[Tensor],
-        gram: Float[Tensor, "k k"],
+        statistics: Statistics,
         scheme: Scheme,
         options: SolverOptions,
         layout: KLayout,
         seed: int,
     ) -> None:
+        assert statistics.gram is not None
         self.scheme, self.options, self.layout = scheme, options, layout
         self.weight = torch.cat([weight.float() for weight in weights])
         self.sizes = [len(weight) for weight in weights]
         # Sums over any number of tokens, and inputs of any size: the unit does not matter.
-        mean = float(gram.diagonal().double().mean())
-        self.gram = gram.float() / mean if mean > 0 else torch.zeros_like(gram)
+        mean = float(statistics.gram.diagonal().double().mean())
+        whole = statistics.gram.float() / mean if mean > 0 else torch.zeros_like(statistics.gram)
+        self.gram = whole
+        if options.bias_correction and mean > 0:
+            middle = statistics.rows.mean(dim=0, dtype=torch.float64) * (statistics.count / mean) ** 0.5
+            self.gram = whole - torch.outer(middle, middle).float()
         self.damped = self.gram.clone()
         self.damped.diagonal().add_(options.damping if mean > 0 else 1.0)
         self.branch_dtype = dtype_of(scheme.branch_dtype)
         held = min(scheme.rank + options.svd_oversample, *self.weight.shape)
         self.start = random_start(layout.k, held, seed, self.weight.device)
-        self.given = self.sums(output_errors(self.weight, self.gram))
+        self.given = self.sums(output_errors(self.weight, whole))
 
     def solve(self) -> tuple[_Draft, list[Stages]]:
         """The last draft, and the errors after each stage."""
