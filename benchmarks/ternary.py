@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dense = component(pipe)
     recorder = recorder_of(pipe, dense, base, samples_of(pipe, dense, base, args.samples_file))
     calibration = recorder.begin(dense, base)
-    world = scenes.held_out(args.held_out) if args.held_out else []
+    world = scenes.held_out(args.held_out) if args.held_out and any(cases()[name].held_out for name in wanted) else []
     texts = {"training_psnr": unseen(args.images), "psnr": [prompt.prompt for prompt in world]}
     reference = {key: draw(pipe, prompts, args.steps) for key, prompts in texts.items() if prompts}
     if world:

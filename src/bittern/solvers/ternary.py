@@ -7,12 +7,11 @@ The stages, each of which is reported with the error it leaves:
     refit     scales fitted to the codes; then, while the output error falls, codes by GPTQ for these scales, and scales
               again; the smoothing and the branch are fitted in turn with them
     sweeps    coordinate descent over the codes, and scales again
+    bias      the mean error of each output taken from its bias  (bias.py)
 
 Every row keeps, of all that was tried, what leaves it the least error. A step that does not lower the error of all
 rows together is undone, so that no stage raises it. The error is the layer's output error on *all* tokens that were
-recorded, from their Gram matrix; rounding activations to 8 bits is left out: its error is a hundredth of ternary's. Where
-biases are to give back the mean error of each output (bias.py), all stages know it: they take the Gram matrix about the
-inputs' mean, which counts nothing that is the same for all tokens.
+recorded, from their Gram matrix; rounding activations to 8 bits is left out: its error is a hundredth of ternary's.
 """
 
 from __future__ import annotations
@@ -96,17 +95,18 @@ def solve_ternary(
     if statistics.gram is None:
         raise UserError(f"{names[0]}: ternary codes with data need the Gram matrix of the inputs: record it")
     with one_thread(sum(weight.numel() for weight in weights) <= SMALL), exact_products():
-        draft, stages = _Problem(weights, statistics, scheme, options, layout, seed).solve()
+        problem = _Problem(weights, statistics.gram, scheme, options, layout, seed)
+        draft, stages = problem.solve()
     rows = [len(weight) for weight in weights]
     ups = [None] * len(rows) if draft.up is None else torch.split(draft.up, rows)
     codes = layout.pad(draft.codes.to(torch.int8))
     parts = zip(torch.split(codes, rows), torch.split(draft.scales, rows), ups, strict=True)
     solutions = [Solution(part, scales, draft.smooth, draft.down, up, layout) for part, scales, up in parts]
     if options.bias_correction:
-        solutions = [
-            replace(solution, bias=mean_error(weight, solution, statistics.rows, scheme))
-            for weight, solution in zip(weights, solutions, strict=True)
-        ]
+        pairs = zip(weights, solutions, strict=True)
+        biases = [mean_error(weight, solution, statistics.rows, scheme) for weight, solution in pairs]
+        solutions = [replace(solution, bias=bias) for solution, bias in zip(solutions, biases, strict=True)]
+        problem.note("bias", problem.corrected(draft, torch.cat(biases), statistics), stages)
     return solutions, stages
 
 
@@ -116,37 +116,32 @@ class _Problem:
     def __init__(
         self,
         weights: Sequence[Tensor],
-        statistics: Statistics,
+        gram: Float[Tensor, "k k"],
         scheme: Scheme,
         options: SolverOptions,
         layout: KLayout,
         seed: int,
     ) -> None:
-        assert statistics.gram is not None
         self.scheme, self.options, self.layout = scheme, options, layout
         self.weight = torch.cat([weight.float() for weight in weights])
         self.sizes = [len(weight) for weight in weights]
         # Sums over any number of tokens, and inputs of any size: the unit does not matter.
-        mean = float(statistics.gram.diagonal().double().mean())
-        whole = statistics.gram.float() / mean if mean > 0 else torch.zeros_like(statistics.gram)
-        self.gram = whole
-        if options.bias_correction and mean > 0:
-            middle = statistics.rows.mean(dim=0, dtype=torch.float64) * (statistics.count / mean) ** 0.5
-            self.gram = whole - torch.outer(middle, middle).float()
+        mean = float(gram.diagonal().double().mean())
+        self.gram = gram.float() / mean if mean > 0 else torch.zeros_like(gram)
+        self.unit = mean
         self.damped = self.gram.clone()
         self.damped.diagonal().add_(options.damping if mean > 0 else 1.0)
         self.branch_dtype = dtype_of(scheme.branch_dtype)
         held = min(scheme.rank + options.svd_oversample, *self.weight.shape)
         self.start = random_start(layout.k, held, seed, self.weight.device)
-        self.given = self.sums(output_errors(self.weight, whole))
+        self.given = self.sums(output_errors(self.weight, self.gram))
 
     def solve(self) -> tuple[_Draft, list[Stages]]:
         """The last draft, and the errors after each stage."""
         stages: list[Stages] = [{} for _ in self.sizes]
 
         def note(stage: str, draft: _Draft) -> None:
-            for table, error in zip(stages, self.relative(draft), strict=True):
-                table[stage] = float(f"{error:.6g}")
+            self.note(stage, output_errors(self.missed(draft), self.gram), stages)
 
         draft = self.nearest()
         note("nearest", draft)
@@ -276,10 +271,19 @@ class _Problem:
         """Of all rows."""
         return float(self.errors(draft).sum())
 
-    def relative(self, draft: _Draft) -> list[float]:
-        """Output error of each layer over its output."""
-        missed = self.sums(output_errors(self.missed(draft), self.gram))
-        return [(part / whole) ** 0.5 if whole else 0.0 for part, whole in zip(missed, self.given, strict=True)]
+    def corrected(self, draft: _Draft, bias: Float[Tensor, " n"], statistics: Statistics) -> Float[Tensor, " n"]:
+        """Squared output error of each row with something added to its output: d H d^T - 2 b sum(d x) + count b^2."""
+        missed, bias = self.missed(draft), bias.double()
+        if self.unit <= 0:
+            return output_errors(missed, self.gram)
+        mean = missed.double() @ statistics.rows.mean(dim=0, dtype=torch.float64)
+        change = statistics.count / self.unit * (bias.square() - 2 * bias * mean)
+        return (output_errors(missed, self.gram) + change).clamp(min=0)
+
+    def note(self, stage: str, errors: Float[Tensor, " n"], stages: list[Stages]) -> None:
+        """Writes down each layer's output error over its output, from the squared errors of all rows."""
+        for table, part, whole in zip(stages, self.sums(errors), self.given, strict=True):
+            table[stage] = float(f"{(part / whole) ** 0.5:.6g}") if whole else 0.0
 
     def sums(self, rows: Float[Tensor, " n"]) -> list[float]:
         """Of each layer's rows."""
