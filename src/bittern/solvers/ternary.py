@@ -65,7 +65,7 @@ def solve_ternary(
 ) -> tuple[list[Solution], list[Stages]]:
     """Quantizes the weights of layers that read one input to three values, with data.
 
-    Alive at once: about eight float32 copies of the stacked weights, three float32 [k, k] and two float64 ones.
+    Alive at once: eleven float32 copies of the stacked weights, four float32 [k, k] and three float64 ones.
 
     Args:
         weights: [n_i, k] each, any float type, finite and at most 1e30.
