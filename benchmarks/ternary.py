@@ -41,7 +41,8 @@ from bittern.solvers import SolverOptions, solve_ternary
 from bittern.trajectories import State
 
 BASELINE = "absmean, row"
-NEAREST: dict[str, Any] = {"rounding": "nearest", "refits": 0, "sweeps": 0, "bias_correction": False}
+NEAREST: dict[str, Any] = {"rounding": "nearest", "refits": 0, "sweeps": 0}
+CORRECTED = {"bias_correction": True}
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,24 @@ def cases() -> dict[str, Case]:
     """The table, in order."""
     int4 = {"weight": "int4", "group_size": 64, "refits": 0}
     proj_out = {"single_transformer_blocks.*.proj_out": int4}
-    plain, turns = {"bias_correction": False}, {"bias_correction": False, "sweeps": 0}
     return {
         BASELINE: Case(NEAREST | {"codes": "absmean"}, held_out=True),
         "least squares, row": Case(NEAREST, held_out=True),
         "least squares, g64": Case(NEAREST | {"group_size": 64}),
-        "GPTQ, row": Case(turns | {"refits": 0}),
-        "... scales fitted, once": Case(turns | {"refits": 1}),
-        "... in turn, four times": Case(turns),
-        "... and sweeps": Case(plain),
-        "... and bias correction": Case(),
-        "... and few-bit predecessors: `ternary`": Case(predecessors="few-bit", held_out=True),
-        "`ternary`, g128": Case({"group_size": 128}, predecessors="few-bit"),
-        "`ternary`, g64": Case({"group_size": 64}, predecessors="few-bit"),
-        "`ternary`, smoothing": Case({"smoothing": "columns"}, predecessors="few-bit"),
-        "`ternary`, rank 1/96": Case({"rank": "1/96"}, predecessors="few-bit"),
-        "`ternary`, rank 16": Case({"rank": 16}, predecessors="few-bit"),
-        "`ternary`, proj_out of single blocks int4 g64": Case(overrides=proj_out, predecessors="few-bit"),
-        "two planes, neither bias correction nor few-bit predecessors": Case(plain, planes=2),
+        "GPTQ, row": Case({"refits": 0, "sweeps": 0}),
+        "... scales fitted, once": Case({"refits": 1, "sweeps": 0}),
+        "... in turn, four times": Case({"sweeps": 0}),
+        "... and sweeps: `ternary`": Case(held_out=True),
+        "`ternary`, bias correction": Case(CORRECTED),
+        "`ternary`, few-bit predecessors": Case(predecessors="few-bit"),
+        "`ternary`, both": Case(CORRECTED, predecessors="few-bit", held_out=True),
+        "`ternary`, g128": Case({"group_size": 128}),
+        "`ternary`, g64": Case({"group_size": 64}),
+        "`ternary`, smoothing": Case({"smoothing": "columns"}),
+        "`ternary`, rank 1/96": Case({"rank": "1/96"}),
+        "`ternary`, rank 16": Case({"rank": 16}),
+        "`ternary`, proj_out of single blocks int4 g64": Case(overrides=proj_out),
+        "`ternary`, two planes": Case(planes=2),
     }
 
 
