@@ -63,6 +63,31 @@ def test_two_runs_give_the_same_bytes_and_the_stages_are_kept(
     assert weight_file(other, tmp_path / "other").read_bytes() != files[0].read_bytes()
 
 
+@pytest.mark.parametrize("changes", [{}, {"group_size": 64, "packing": "trits", "rank": 4, "smoothing": "columns"}])
+def test_ternary_from_disk_and_in_memory_gives_the_same_bytes(
+    changes: dict[str, object], tiny_random_folder: Path, tmp_path: Path
+) -> None:
+    recipe = recipes.load("ternary").override(name="t", samples=6, rows=64, default=changes)
+    streamed = tmp_path / "streamed"
+
+    def stop(what: str, done: float, _total: float) -> None:
+        if what.startswith("solving") and done >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipelines.quantize_folder(tiny_random_folder, recipe, streamed, prompts=PROMPTS, seed=3, progress=stop)
+    report = pipelines.quantize_folder(tiny_random_folder, recipe, streamed, prompts=PROMPTS, seed=3)
+    pipe = pipelines.load(tiny_random_folder)
+    assert bittern.quantize(pipe, recipe, prompts=PROMPTS, seed=3) == report
+    file = "diffusion_pytorch_model.safetensors"
+    assert weight_file(pipe, tmp_path / "whole").read_bytes() == (streamed / "transformer" / file).read_bytes()
+    assert report.ternary_share_blocks == 1.0
+    for row in report.rows:
+        assert row.stages is not None
+        assert list(row.stages) == ["nearest", "gptq", "refit", "sweeps"]
+        assert row.stages["sweeps"] < 0.9 * row.stages["nearest"]
+
+
 def test_it_is_nearer_to_the_original_than_rounding(new_tiny_random_pipeline: NewPipeline, recipe: Recipe) -> None:
     """On a prompt and noise that calibration has not seen, in the model's own output."""
     original = new_tiny_random_pipeline()

@@ -106,6 +106,22 @@ def test_a_recipe_may_keep_convolutions_or_give_them_a_branch(folder: Path) -> N
     assert unet.mid_block.resnets[0].conv1.down.shape == (16, 48 * 9)
 
 
+def test_ternary_with_data_solves_linears_and_if_told_convolutions(folder: Path, tmp_path: Path) -> None:
+    fewer = {"refits": 1, "sweeps": 1}
+    recipe = recipes.load("ternary").override(
+        name="t", samples=2, rows=64, default=fewer, convolution={"weight": "ternary"}, keep=["up_blocks.*"]
+    )
+    report = pipelines.quantize_folder(folder, recipe, tmp_path / "out", prompts=["a star", "two red squares"])
+    assert report.file_bytes == quantization.predict_size(pipelines.load(folder).unet, recipe)
+    assert report.bytes == quantization.inspect(tmp_path / "out" / "unet").bytes
+    assert {row.format for row in report.rows} == {"ternary"}
+    assert any(row.kernel == (3, 3) for row in report.rows)
+    for row in report.rows:
+        assert row.stages is not None
+        assert list(row.stages.values())[-1] < 0.9 * row.stages["nearest"]
+    assert torch.isfinite(draw(pipelines.load(tmp_path / "out"))).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -51,7 +51,14 @@ def test_quantize_says_what_it_did_and_how_large_it_is(
 
 def test_inspect_reads_headers_only(few_bit: Path, capsys: Capture) -> None:
     result = told(["inspect", str(few_bit)], capsys)
-    assert set(result) >= {"bits_per_weight", "ternary_share", "ternary_share_blocks", "bytes", "targets"}
+    assert set(result) >= {
+        "bits_per_weight",
+        "ternary_weights",
+        "ternary_share",
+        "ternary_share_blocks",
+        "bytes",
+        "targets",
+    }
     assert set(result["targets"][0]) >= {"path", "format", "group_size", "rank", "activations", "error"}
     assert main.run(["inspect", str(few_bit / "transformer")]) == 0
     shown = capsys.readouterr().out

@@ -97,6 +97,20 @@ def test_int8_sums_are_exact_to_the_last_bit(weight: str, group: int | None, lar
     assert np.array_equal(y.numpy(), want)
 
 
+@pytest.mark.parametrize(("format", "most"), [("int8", 2e-5), ("fp8", 2e-3)])
+@pytest.mark.parametrize("group", [64, 128])
+def test_ternary_in_groups_folds_for_next_to_nothing(format: str, most: float, group: int) -> None:
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    layout = formats.KLayout((1024,), group)
+    codes, scales = formats.encode(weight, layout, formats.ternary.least_squares, torch.bfloat16)
+    missed = (weight - formats.decode(codes, scales, layout)).norm()
+    folded = reference.fold((codes.float(), scales.float()), next(iter(layout)), format)
+    assert folded.scale is not None
+    got = folded.values * folded.scale
+    assert float((weight - got).norm()) < (1 + most) * float(missed)
+    assert torch.equal(got.sign(), codes.float())
+
+
 def test_ternary_per_row_folds_to_the_codes_themselves() -> None:
     layer = random_layer(0, 16, (96,), "ternary", None, bias=False)
     x = torch.randint(-127, 128, (8, 96)).float()

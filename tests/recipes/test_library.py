@@ -11,7 +11,9 @@ from bittern.errors import UserError
 
 
 def test_named_recipes() -> None:
-    assert recipes.names() == ["int4", "int4-gptq", "svdquant", "svdquant-fast", "ternary-distilled", "ternary-fast"]
+    assert recipes.names() == [
+        "int4", "int4-gptq", "svdquant", "svdquant-fast", "ternary", "ternary-distilled", "ternary-fast",
+    ]  # fmt: skip
     for name in recipes.names():
         recipe = recipes.load(name)
         assert recipe.name == name
@@ -19,8 +21,10 @@ def test_named_recipes() -> None:
     assert recipes.load("int4").default.activations == 16
     fast = recipes.load("svdquant-fast")
     assert (fast.default.weight, fast.default.rank, fast.default.activations) == ("int4", 32, 4)
-    ternary = recipes.load("ternary-fast").default
-    assert (ternary.weight, ternary.codes, ternary.activations) == ("ternary", "least-squares", 8)
+    for name in ("ternary-fast", "ternary"):
+        ternary = recipes.load(name).default
+        assert (ternary.weight, ternary.codes, ternary.activations) == ("ternary", "least-squares", 8)
+        assert recipes.load(name).calibrated == (ternary.rounding == "gptq") == (name == "ternary")
 
 
 def test_a_file_is_a_recipe_named_after_itself(tmp_path: Path) -> None:

@@ -56,6 +56,18 @@ def test_impossible_rank_is_refused(rank: object) -> None:
         ({"default": {"group_size": "64"}}, r"default\.group_size '64': expected a valid integer"),
         ({"default": {"packing": "trits"}}, r"packing 'trits' does not fit int4"),
         ({"default": {"smoothing_exponent": 2.0}}, r"smoothing_exponent 2\.0: expected less than or equal to 1"),
+        ({"default": {"smoothing": "columns"}}, r"smoothing 'columns' is for ternary weights"),
+        ({"overrides": {"a": {"weight": "ternary", "smoothing": "grid"}}}, r"smoothing 'grid' is for int4 weights"),
+        ({"overrides": {"a": {"weight": "ternary", "branch": "outputs"}}}, r"with data: expected rounding 'gptq'"),
+        (
+            {"overrides": {"a": {"weight": "ternary", "rounding": "gptq", "smoothing": "span"}}},
+            r"with data: expected rounding 'gptq', and smoothing 'columns' or none",
+        ),
+        (
+            {"overrides": {"a": {"weight": "ternary", "rounding": "gptq", "sensitivity": True}}},
+            r"sensitivity is for int4 weights: expected false",
+        ),
+        ({"default": {"sweeps": -1}}, r"default\.sweeps -1: expected greater than or equal to 0"),
         ({"default": 3}, r"default 3: expected"),
         ({"keep": "proj_out"}, r"keep 'proj_out': expected a valid list"),
     ],
@@ -103,6 +115,8 @@ def test_dump_restores_the_recipe(name: str) -> None:
 def test_convolutions_are_int4_with_16_bit_activations_unless_the_recipe_says_more() -> None:
     for name in set(recipes.names()) - {"ternary-distilled"}:
         recipe = recipes.load(name)
+        if "weight" in (recipe.convolution or {}):
+            continue
         spec = recipe.spec("down_blocks.0.resnets.0.conv1", convolution=True)
         assert (spec.weight, spec.group_size, spec.activations) == ("int4", 64, 16)
         assert (spec.rank, spec.smoothing, spec.shift) == (0, "none", 0)

@@ -72,7 +72,13 @@ def report_tables(report: Report) -> list[RenderableType]:
         for row in report.rows
     ]
     columns = ("target", "shape", "format", "group", "rank", "activations", "bytes", "bits per weight", "error")
-    ternary = f", {report.ternary_share:.1%} of all parameters ternary" if report.ternary_weights else ""
+    ternary = ""
+    if report.ternary_weights:
+        inside = f", {report.ternary_share_blocks:.2%} of the blocks' weights" if report.block_weights else ""
+        ternary = (
+            f"; {report.ternary_weights:,} of {report.parameters:,} parameters ternary, "
+            f"{report.ternary_share:.2%}{inside}"
+        )
     totals = (
         f"{report.recipe or '16 bits'}: {len(rows)} few-bit layers, {report.bits_per_weight:.2f} bits per weight, "
         f"{report.parameters / 1e6:.2f} M parameters in {format_bytes(report.bytes)}{ternary}"

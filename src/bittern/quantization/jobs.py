@@ -20,7 +20,7 @@ from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, j
 from bittern.quantization.calibration import Calibration
 from bittern.quantization.memory import is_felt
 from bittern.recipes import Recipe, needs_data, solves_with_data
-from bittern.solvers import SolverOptions, Stages, mean_error, relative_error, solve, solve_calibrated
+from bittern.solvers import SolverOptions, Stages, mean_error, relative_error, solve, solve_calibrated, solve_ternary
 
 
 def blocks_of(plan: Plan) -> list[tuple[str, list[Job]]]:
@@ -101,6 +101,8 @@ def solve_job(
                 replace(solution, bias=mean_error(weight, solution, statistics.rows, job.scheme))
                 for weight, solution in zip(weights, solutions, strict=True)
             ]
+    elif job.scheme.weight == "ternary":
+        solutions, stages = solve_ternary(weights, statistics, *given)
     else:
         felt = [calibration.sensitivity[path].to(weights[0].device) for path in job.paths] if is_felt(job) else None
         solutions, stages = solve_calibrated(weights, statistics, *given, felt)

@@ -18,7 +18,7 @@ import torch
 
 from bittern.architectures import Job
 from bittern.errors import UserError, memory_size
-from bittern.recipes import needs_data
+from bittern.recipes import needs_data, solves_with_data
 
 Blocks = Sequence[tuple[str, Sequence[Job]]]
 """As `jobs.blocks_of` gives them."""
@@ -88,18 +88,22 @@ def calibration_bytes(jobs: Sequence[Job], rows: int, itemsize: int) -> Cost:
 
 
 def solving_bytes(jobs: Sequence[Job], rows: int) -> int:
-    """Bytes of the device that the solvers take for one job at a time, as `solve_calibrated` says."""
-    sizes = [
-        20 * sum(n for n, _ in job.shapes) * job.shapes[0][1]
-        + (16 * rows + 24 * job.shapes[0][1]) * job.shapes[0][1] * needs_data(job.solver)
-        + 8 * sum(n * n for n, _ in job.shapes) * is_felt(job)
-        for job in jobs
-    ]
-    return max(sizes, default=0)
+    """Bytes of the device that the solvers take for one job at a time, as `solve_calibrated` and its like say."""
+    return max((_solving_bytes(job, rows) for job in jobs), default=0)
+
+
+def _solving_bytes(job: Job, rows: int) -> int:
+    n, k = sum(n for n, _ in job.shapes), job.shapes[0][1]
+    if job.scheme.weight == "ternary" and solves_with_data(job.solver):
+        return (44 * n + 40 * k) * k
+    felt = 8 * sum(n * n for n, _ in job.shapes) * is_felt(job)
+    return 20 * n * k + (16 * rows + 24 * k) * k * needs_data(job.solver) + felt
 
 
 def needs_gram(job: Job) -> bool:
-    """Whether a job's solver asks for the Gram matrix of all tokens; inputs that are rounded are known by rows."""
+    """Whether a job's solver asks for the Gram matrix of all tokens; int4's rounded inputs are known by rows."""
+    if job.scheme.weight == "ternary":
+        return solves_with_data(job.solver)
     return job.solver["rounding"] == "gptq" and job.scheme.activations == 16
 
 

@@ -108,6 +108,7 @@ class Report:
         return {
             "recipe": self.recipe,
             "bits_per_weight": self.bits_per_weight,
+            "ternary_weights": self.ternary_weights,
             "ternary_share": self.ternary_share,
             "ternary_share_blocks": self.ternary_share_blocks,
             "bytes": self.bytes,

@@ -27,6 +27,7 @@ SOLVER_FIELDS = (
     "branch",
     "rounding",
     "refits",
+    "sweeps",
     "sensitivity",
     "bias_correction",
     "damping",
@@ -52,7 +53,8 @@ CONVOLUTION: dict[str, Any] = {
 
 def solves_with_data(solver: Mapping[str, Any]) -> bool:
     """Whether these solver settings ask for codes, smoothing or a branch that are found with the layer's input."""
-    return solver["smoothing"] in ("grid", "descent") or solver["branch"] == "outputs" or solver["rounding"] == "gptq"
+    smoothed = solver["smoothing"] in ("grid", "descent", "columns")
+    return smoothed or solver["branch"] == "outputs" or solver["rounding"] == "gptq"
 
 
 def needs_data(solver: Mapping[str, Any]) -> bool:
@@ -97,7 +99,7 @@ def resolve_rank(rank: int | float | str, n: int, k: int) -> int:
 class LayerSpec(BaseModel):
     """What one layer becomes (see `Scheme`) and how it is solved (see `SolverOptions`).
 
-    `scales` is for int4 alone and `codes` for ternary alone, so that a patch may change `weight` by itself.
+    `scales` is for int4 alone, `codes` and `sweeps` for ternary alone, so that a patch may change `weight` by itself.
     `shift` reaches only inputs that come out of a GELU: with it added nothing is negative, and 4-bit activations
     have all 16 codes for what is positive (SVDQuant, arXiv:2411.05007).
     """
@@ -115,18 +117,37 @@ class LayerSpec(BaseModel):
 
     scales: Literal["absmax", "search"] = "search"
     codes: Literal["absmean", "least-squares"] = "least-squares"
-    smoothing: Literal["none", "span", "modulation", "grid", "descent"] = "none"
+    smoothing: Literal["none", "span", "modulation", "grid", "descent", "columns"] = "none"
     smoothing_exponent: float = Field(default=0.5, ge=0, le=1)
     activation_exponent: float = Field(default=0.5, ge=0, le=1)
     rounds: int = Field(default=8, ge=0)
     branch: Literal["weights", "outputs"] = "weights"
     rounding: Literal["nearest", "gptq"] = "nearest"
     refits: int = Field(default=0, ge=0)
+    sweeps: int = Field(default=0, ge=0)
     sensitivity: bool = False
     bias_correction: bool = False
     damping: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     svd_oversample: int = Field(default=10, ge=0)
     svd_iterations: int = Field(default=4, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerSpec:
+        if self.weight == "int4":
+            if self.smoothing == "columns":
+                raise UserError("smoothing 'columns' is for ternary weights: expected another for int4")
+        elif self.smoothing in ("grid", "descent"):
+            raise UserError(
+                f"smoothing {self.smoothing!r} is for int4 weights: expected 'columns' for ternary, or none"
+            )
+        elif solves_with_data(self.solver()):
+            if self.rounding != "gptq" or self.smoothing in ("span", "modulation"):
+                raise UserError(
+                    "ternary weights solved with data: expected rounding 'gptq', and smoothing 'columns' or none"
+                )
+            if self.sensitivity:
+                raise UserError("sensitivity is for int4 weights: expected false for ternary")
+        return self
 
     def scheme(self, n: int, k: int) -> Scheme:
         """The scheme of an [n, k] layer, its rank a whole number; shifts are the architecture's to place."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bittern.solvers.bias import mean_error
-from bittern.solvers.calibrated import Stages, solve_calibrated
+from bittern.solvers.calibrated import solve_calibrated
 from bittern.solvers.foresight import foresee
 from bittern.solvers.options import SolverOptions
-from bittern.solvers.solution import Solution, relative_error
+from bittern.solvers.solution import Solution, Stages, relative_error
 from bittern.solvers.solve import solve
+from bittern.solvers.ternary import solve_ternary
 
 __all__ = [
     "Solution",
@@ -18,4 +19,5 @@ __all__ = [
     "relative_error",
     "solve",
     "solve_calibrated",
+    "solve_ternary",
 ]

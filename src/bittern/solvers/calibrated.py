@@ -35,7 +35,7 @@ from bittern.solvers.lowrank import LowRank, low_rank, random_start
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.smooth_descent import descend
 from bittern.solvers.smooth_grid import best_smoothing
-from bittern.solvers.solution import Solution, frobenius
+from bittern.solvers.solution import Solution, Stages, frobenius
 from bittern.solvers.solve import SMALL, check_weights
 from bittern.solvers.weighted import Metric, input_weight, refitted, stored, weighted_low_rank
 from bittern.threads import one_thread
@@ -49,9 +49,6 @@ DESCENT_ROWS = 512
 
 ERROR_ROWS = 2048
 """Rows on which a stage's error is measured."""
-
-Stages = dict[str, float]
-"""Relative output error after each stage, in the order of the stages."""
 
 
 @dataclass(frozen=True)

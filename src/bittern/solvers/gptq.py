@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
 from bittern.formats import KLayout, Rule, encode, int4
@@ -44,19 +44,45 @@ def gptq(
         damping: Share of the mean diagonal of the Hessian that is added to it.
     """
     _, scales = encode(weight, layout, rule, scale_dtype)
+    order, factor = ordered_factor(hessian, damping)
+    steps = layout.unpad(layout.expand_scales(scales.float()))
+    return layout.pad(compensated(weight, steps, order, factor, (int4.LOW, int4.HIGH)).to(torch.int8)), scales
+
+
+def ordered_factor(hessian: Float[Tensor, "k k"], damping: float) -> tuple[Int64[Tensor, " k"], Float[Tensor, "k k"]]:
+    """The columns in the order of falling H_jj, and the triangular factor of the inverse of the Hessian so ordered."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], damping)
-    steps = layout.unpad(layout.expand_scales(scales.float()))[:, order]
+    return order, _inverse_factor(hessian[order][:, order], damping)
+
+
+def compensated(
+    weight: Float[Tensor, "n k"],
+    steps: Float[Tensor, "n k"],
+    order: Int64[Tensor, " k"],
+    factor: Float[Tensor, "k k"],
+    grid: tuple[int, int],
+) -> Float[Tensor, "n k"]:
+    """The codes of GPTQ for scales that are given.
+
+    Args:
+        weight: [n, k] in float32.
+        steps: The scale of each weight.
+        order: Of the columns: `ordered_factor`'s.
+        factor: Of the inverse Hessian: `ordered_factor`'s.
+        grid: The smallest and the largest code.
+    """
+    k, (low, high) = weight.shape[1], grid
+    steps = steps[:, order]
     # A group of zeros has scale 0, and code 0.
     inverse = torch.where(steps == 0, 0.0, steps.reciprocal())
     rest = weight[:, order]
     chosen = torch.empty_like(rest)
-    for start in range(0, layout.k, BLOCK):
-        stop = min(start + BLOCK, layout.k)
+    for start in range(0, k, BLOCK):
+        stop = min(start + BLOCK, k)
         errors = torch.empty_like(rest[:, start:stop])
         for column in range(start, stop):
             value = rest[:, column]
-            code = (value * inverse[:, column]).round_().clamp_(int4.LOW, int4.HIGH)
+            code = (value * inverse[:, column]).round_().clamp_(low, high)
             chosen[:, column] = code
             error = (value - code * steps[:, column]) / factor[column, column]
             rest[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
@@ -64,7 +90,7 @@ def gptq(
         rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     codes = torch.empty_like(chosen)
     codes[:, order] = chosen
-    return layout.pad(codes.to(torch.int8)), scales
+    return codes
 
 
 def _inverse_factor(hessian: Float[Tensor, "k k"], damping: float) -> Float[Tensor, "k k"]:

@@ -11,7 +11,7 @@ from bittern.scheme import WeightFormat
 
 ScaleRule = Literal["absmax", "search"]
 CodeRule = Literal["absmean", "least-squares"]
-Smoothing = Literal["none", "span", "modulation", "grid", "descent"]
+Smoothing = Literal["none", "span", "modulation", "grid", "descent", "columns"]
 Branch = Literal["weights", "outputs"]
 Rounding = Literal["nearest", "gptq"]
 
@@ -29,13 +29,16 @@ class SolverOptions:
             scale).
         smoothing: "none"; "span": from the span of each input's weights; "modulation": from that and from the
             magnitude that the model's modulation gives each input; "grid": the candidate of least output error, and
-            "descent": gradient descent from there, which both need data.
+            "descent": gradient descent from there, both for int4; "columns": fitted to the codes in closed form, for
+            ternary. The last three need data.
         smoothing_exponent: Power of the span; 0 leaves it out, 1 makes all spans equal.
         activation_exponent: Power of the magnitude; 0 leaves it out, 1 makes all magnitudes equal.
         rounds: How often at most branch and residual are solved again, each given the other.
         branch: What the branch keeps small: the error of "weights", or of "outputs", which needs data.
         rounding: "nearest" codes, or "gptq", which needs data.
-        refits: How often at most the branch is fitted again to the codes of GPTQ, while the output error falls.
+        refits: How often at most, while the output error falls, the branch is fitted again to the codes of GPTQ; for
+            ternary also the scales and the smoothing, and then codes to them.
+        sweeps: For ternary: how often at most coordinate descent passes over the codes of GPTQ.
         sensitivity: Whether output errors count as much as the model's output feels them, which needs data.
         bias_correction: Whether the mean error of each output is taken from its bias, which needs data.
         damping: Share of its mean diagonal that is added to GPTQ's Hessian.
@@ -52,6 +55,7 @@ class SolverOptions:
     branch: Branch = "weights"
     rounding: Rounding = "nearest"
     refits: int = 0
+    sweeps: int = 0
     sensitivity: bool = False
     bias_correction: bool = False
     damping: float = 0.01
@@ -62,7 +66,7 @@ class SolverOptions:
         for name, known in (
             ("scales", _INT4_RULES),
             ("codes", _TERNARY_RULES),
-            ("smoothing", ("none", "span", "modulation", "grid", "descent")),
+            ("smoothing", ("none", "span", "modulation", "grid", "descent", "columns")),
             ("branch", ("weights", "outputs")),
             ("rounding", ("nearest", "gptq")),
         ):
@@ -74,7 +78,7 @@ class SolverOptions:
                 raise UserError(f"{name} {getattr(self, name)}: expected 0 to 1")
         if not self.damping > 0:
             raise UserError(f"damping {self.damping}: expected more than 0")
-        for name in ("rounds", "refits", "svd_oversample", "svd_iterations"):
+        for name in ("rounds", "refits", "sweeps", "svd_oversample", "svd_iterations"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)}: expected 0 or more")
 

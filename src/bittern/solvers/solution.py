@@ -11,6 +11,9 @@ from torch import Tensor
 
 from bittern.formats import KLayout, decode
 
+Stages = dict[str, float]
+"""Relative output error after each of a solver's stages, in their order."""
+
 
 @dataclass(frozen=True)
 class Solution:
