@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bittern.cli import options
 from bittern.cli.output import Output, hush, table
+from bittern.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bittern.evaluation.suites import Evaluation
+    from bittern.evaluation.drawing import Settings
+    from bittern.evaluation.geneval.suite import GenEval
+    from bittern.evaluation.suites import Evaluation, Score
 
 
 def evaluate(
-    model: options.Model,
-    suite: Annotated[str, typer.Option("--suite", help="scenes or fidelity.")] = "scenes",
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A folder, a hub id, tiny-flux, or tiny-unet.", show_default=False),
+    ] = None,
+    suite: Annotated[str, typer.Option("--suite", help="scenes, fidelity or geneval.")] = "scenes",
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="The model to compare with, drawing from the same noise.", show_default=False),
+        typer.Option(
+            "--reference",
+            help="The model to compare with, drawing from the same noise; for geneval also a finished run's folder.",
+            show_default=False,
+        ),
     ] = None,
     prompts: options.PromptsFile = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option("--metadata", help="geneval: its evaluation_metadata.jsonl.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="geneval: judge this folder of pictures and draw none.", show_default=False),
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option("--images-per-prompt", help="geneval: pictures of each prompt.", show_default="4")
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option("--detector", help="geneval: a Mask2Former's folder or hub id.", show_default="COCO, Swin-S"),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="geneval: a CLIP's folder or hub id.", show_default="ViT-L/14")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="geneval: the folder of pictures and results.", show_default="out/geneval"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="geneval: replace another run in --out.")] = False,
     limit: options.Limit = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -33,25 +67,107 @@ def evaluate(
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Measure a model: the scenes score by task, and the fidelity to a reference.
+    """Measure a model: scores by task, and the fidelity to a reference.
 
-    Without --limit, 120 prompts on a CPU and 2,048 on a GPU.
+    Without --limit, scenes and fidelity take 120 prompts on a CPU and 2,048 on a GPU, geneval all. geneval runs on
+    several processes with `torchrun --nproc-per-node N --no-python bittern evaluate ...`, and goes on where it was
+    killed.
     """
-    with Output(json) as out:
+    with Output(json) as output:
         hush()
-        from bittern.evaluation.suites import evaluate as run
-        from bittern.trajectories import read_prompts
+        settings = options.settings(seed, steps, batch_size, path, device, dtype, attention)
+        own = {
+            "metadata": metadata, "images": images, "images_per_prompt": images_per_prompt, "detector": detector,
+            "clip": clip, "out": out, "force": force or None,
+        }  # fmt: skip
+        if suite == "geneval":
+            _refuse(suite, {"prompts": prompts})
+            own["force"] = force
+            _geneval(output, model, reference, limit, settings, own)
+        else:
+            _refuse(suite, own)
+            _drawn_suite(output, model, suite, reference, prompts, limit, settings)
 
-        result = run(
-            model,
-            suite,
-            reference=reference,
-            prompts=read_prompts(prompts) if prompts else None,
-            limit=limit,
-            settings=options.settings(seed, steps, batch_size, path, device, dtype, attention),
-            progress=out.progress,
+
+def _refuse(suite: str, given: dict[str, Any]) -> None:
+    """Refuses options that another suite takes."""
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        takers = "scenes has its own and geneval takes --metadata" if name == "prompts" else "it is for --suite geneval"
+        raise UserError(f"suite {suite} takes no --{name.replace('_', '-')}: {takers}; leave it out")
+
+
+def _drawn_suite(
+    output: Output,
+    model: str | None,
+    suite: str,
+    reference: str | None,
+    prompts: Path | None,
+    limit: int | None,
+    settings: Settings,
+) -> None:
+    from bittern.evaluation.suites import evaluate as run
+    from bittern.trajectories import read_prompts
+
+    if model is None:
+        raise UserError(f"suite {suite} draws: expected a MODEL, such as tiny-flux")
+    result = run(
+        model,
+        suite,
+        reference=reference,
+        prompts=read_prompts(prompts) if prompts else None,
+        limit=limit,
+        settings=settings,
+        progress=output.progress,
+    )
+    output.result(result.to_dict(), *_tables(result))
+
+
+def _geneval(
+    output: Output,
+    model: str | None,
+    reference: str | None,
+    limit: int | None,
+    settings: Settings,
+    own: dict[str, Any],
+) -> None:
+    from bittern.evaluation.geneval.suite import evaluate as run
+    from bittern.evaluation.shards import joined
+
+    models = {f"{name}_model": own.pop(name) for name in ("detector", "clip")}
+    chosen = {name: value for name, value in models.items() if value is not None}
+    own["out"] = own["out"] or Path("out/geneval")
+    with joined() as shard:
+        found = run(
+            model, reference=reference, limit=limit, settings=settings, shard=shard, progress=output.progress,
+            **own, **chosen,
+        )  # fmt: skip
+        if shard.first:
+            output.result(found.to_dict(), *_geneval_tables(found))
+
+
+def _score_table(names: list[str], scores: list[Score]) -> RenderableType:
+    rows = [(task, *(str(s.tasks[task]) for s in scores)) for task in scores[0].tasks]
+    return table(("task", *names), [*rows, ("overall", *(str(s.overall) for s in scores))])
+
+
+def _geneval_tables(found: GenEval) -> list[RenderableType]:
+    judged, told = [found.judged] + ([found.reference] if found.reference else []), found.to_dict()
+    parts = [_score_table([each.model or "pictures" for each in judged], [each.score for each in judged])]
+    if found.difference:
+        parts.append(f"GenEval score {found.difference.claim}")
+    if found.unknown:
+        parts.append(
+            f"note: the detector does not know {len(found.unknown)} of the 80 classes, such as {found.unknown[0]!r}: "
+            "no picture of them can be right"
         )
-        out.result(result.to_dict(), *_tables(result))
+    made = f", seed {told['seed']}, {told['steps']} steps, path {told['path']}" if found.settings else ""
+    parts.append(
+        f"{told['images']} pictures of {told['prompts']} prompts{made} (± is one standard error over prompts); "
+        f"{told['correct_images']} pictures and {told['correct_prompts']} prompts right"
+    )
+    parts.append(f"results: {told['results']}")
+    return parts
 
 
 def _tables(result: Evaluation) -> list[RenderableType]:
@@ -60,9 +176,7 @@ def _tables(result: Evaluation) -> list[RenderableType]:
     if result.score:
         names = [drawing.model] + ([reference.model] if reference else [])
         scores = [result.score] + ([result.reference_score] if result.reference_score else [])
-        rows = [(task, *(str(s.tasks[task]) for s in scores)) for task in result.score.tasks]
-        rows.append(("overall", *(str(s.overall) for s in scores)))
-        parts.append(table(("task", *names), rows))
+        parts.append(_score_table(names, scores))
     if result.difference:
         parts.append(f"scenes score {result.difference.claim}")
     if result.fidelity:

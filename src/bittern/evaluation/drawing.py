@@ -17,7 +17,7 @@ from torch import Tensor
 
 import bittern
 from bittern import layers, pipelines, quantization
-from bittern.evaluation.generate import check_request, generate
+from bittern.evaluation.generate import check_request, default_batch_size, generate
 from bittern.integrations import attention
 from bittern.quantization import Progress, component
 
@@ -67,6 +67,7 @@ class Drawing:
         seconds: spent drawing, loading excluded.
         inspection: sizes, and the few-bit layers with bits and errors.
         attention: the attention backend; "torch" for a model that asks torch directly.
+        forced: the arithmetic that every few-bit layer was told to take, or "auto".
     """
 
     model: str
@@ -80,6 +81,7 @@ class Drawing:
     seconds: float
     inspection: quantization.Report
     attention: str
+    forced: str = "auto"
 
     @property
     def path(self) -> str:
@@ -96,9 +98,89 @@ class Drawing:
             "steps": self.steps,
             "size": f"{width}x{height}",
             "path": self.path,
+            "forced": self.forced,
+            "dtype": self.dtype,
+            "device": self.device,
             "attention": self.attention,
             "bittern": bittern.__version__,
         }
+
+
+class Artist:
+    """A model that is loaded and set up, and draws as often as it is asked."""
+
+    def __init__(self, pipe: DiffusionPipeline, settings: Settings, name: str) -> None:
+        self._pipe = pipe
+        self._settings = settings
+        self.name = name
+        call = pipelines.defaults(pipe)
+        self.batch_size = settings.batch_size or default_batch_size(pipe, call.height * call.width)
+        self._inspection = quantization.inspect(pipe)
+
+    def release(self) -> None:
+        """Let go of the model; the artist draws no more."""
+        del self._pipe
+
+    def draw(self, prompts: Sequence[str], *, seed: int | None = None, progress: Progress | None = None) -> Drawing:
+        """Draw every prompt; the first from the noise of `seed`, by default the settings'."""
+        pipe, settings = self._pipe, self._settings
+        denoiser = component(pipe)
+        seed = settings.seed if seed is None else seed
+        began = time.perf_counter()
+        images = generate(
+            pipe,
+            prompts,
+            seed=seed,
+            steps=settings.steps,
+            batch_size=self.batch_size,
+            progress=progress and (lambda what, done, total: progress(f"{what} with {self.name}", done, total)),
+        )
+        return Drawing(
+            model=self.name,
+            prompts=list(prompts),
+            images=images,
+            seed=seed,
+            steps=settings.steps or pipelines.defaults(pipe).steps,
+            paths=layers.paths(denoiser),
+            dtype=dtype_name(denoiser.dtype),
+            device=device_name(pipe.device),
+            seconds=time.perf_counter() - began,
+            inspection=self._inspection,
+            attention=attention.chosen(denoiser),
+            forced=settings.path or "auto",
+        )
+
+
+@contextmanager
+def artist(
+    model: str | DiffusionPipeline, settings: Settings | None = None, *, name: str | None = None
+) -> Iterator[Artist]:
+    """Load a model to draw with, and let it go again: one model in memory at a time.
+
+    Args:
+        model: a folder, a hub id, "tiny-flux", or a pipeline that is already loaded.
+        settings: seed, steps and the rest.
+        name: what to call the model; its folder or id by default.
+
+    Raises:
+        UserError: if the model cannot be loaded, the path does not exist there, or the attention does not run there.
+    """
+    settings = settings or Settings()
+    name = name or (model if isinstance(model, str) else type(model).__name__)
+    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
+    denoiser = component(pipe)
+    try:
+        with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):
+            one = Artist(pipe, settings, name)
+            try:
+                yield one
+            finally:
+                one.release()
+    finally:
+        del pipe, denoiser
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def draw(
@@ -109,7 +191,7 @@ def draw(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Drawing:
-    """Load a model, draw every prompt, let the model go again: one model in memory at a time.
+    """Draw every prompt with a model that is loaded for it.
 
     Args:
         model: a folder, a hub id, "tiny-flux", or a pipeline that is already loaded.
@@ -119,42 +201,12 @@ def draw(
         progress: called as the pictures advance.
 
     Raises:
-        UserError: if the model cannot be loaded, the path does not exist there, the attention does not run there, or a
-            prompt is blank.
+        UserError: as `artist` does, and if a prompt is blank.
     """
     settings = settings or Settings()
     check_request(prompts, settings.seed, settings.steps, settings.batch_size)
-    name = name or (model if isinstance(model, str) else type(model).__name__)
-    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
-    denoiser = component(pipe)
-    with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):
-        began = time.perf_counter()
-        images = generate(
-            pipe,
-            prompts,
-            seed=settings.seed,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            progress=progress and (lambda what, done, total: progress(f"{what} with {name}", done, total)),
-        )
-        drawing = Drawing(
-            model=name,
-            prompts=list(prompts),
-            images=images,
-            seed=settings.seed,
-            steps=settings.steps or pipelines.defaults(pipe).steps,
-            paths=layers.paths(denoiser),
-            dtype=dtype_name(denoiser.dtype),
-            device=device_name(pipe.device),
-            seconds=time.perf_counter() - began,
-            inspection=quantization.inspect(pipe),
-            attention=attention.chosen(denoiser),
-        )
-    del pipe, denoiser
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return drawing
+    with artist(model, settings, name=name) as one:
+        return one.draw(prompts, progress=progress)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ reference's, drawn from the same noise. With a reference `scenes` measures both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,9 @@ _LARGEST_LIMIT = 1_000_000
 
 @dataclass(frozen=True)
 class Score:
-    """A model's scenes score: every verdict by task, in the order of the prompts."""
+    """A model's score: by task, in the order of the prompts, whether the picture is right, or what share of several."""
 
-    outcomes: dict[str, list[bool]]
+    outcomes: Mapping[str, Sequence[float]]
 
     @property
     def tasks(self) -> dict[str, Estimate]:
@@ -182,7 +182,7 @@ def evaluate(
     """
     settings = settings or Settings()
     if suite not in SUITES:
-        raise UserError(f"unknown suite '{suite}': {did_you_mean(suite, SUITES)}")
+        raise UserError(f"unknown suite '{suite}': {did_you_mean(suite, (*SUITES, 'geneval'))}")
     if suite == "fidelity" and reference is None:
         raise UserError("suite fidelity compares with another model: expected a reference; add --reference MODEL")
     if suite == "scenes" and prompts is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 from jaxtyping import UInt8
 from torch import Tensor
 
-from bittern.errors import UserError
 from bittern.evaluation.compare import Comparison, Entry
 from bittern.evaluation.generate import to_pil
 from bittern.evaluation.stats import Estimate
+from bittern.outputs import write_text
 
 _LOSSLESS_SIDE = 512
 """Larger pictures are shown as WebP, or a report of a big model would weigh hundreds of megabytes."""
@@ -74,15 +73,7 @@ def write(html: str, path: Path) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot write {path}: {reason}; choose a writable place for the report") from error
+    write_text(html, path, "report")
 
 
 def format_bytes(count: float) -> str:
