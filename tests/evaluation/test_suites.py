@@ -106,13 +106,16 @@ def test_default_limits() -> None:
 def test_a_forced_path_is_the_one_that_is_reported(few_bit: FluxPipeline) -> None:
     drawing = draw(few_bit, ["a"], Settings(steps=1, path="a16"), name="few")
     assert drawing.path == "a16" and set(drawing.paths) == {"a16"}
-    assert drawing.metadata(0) | {"bittern": ""} == {
+    assert drawing.metadata(0) | {"bittern": "", "device": ""} == {
         "model": "few",
         "prompt": "a",
         "seed": 0,
         "steps": 1,
         "size": "32x32",
         "path": "a16",
+        "forced": "a16",
+        "dtype": "fp32",
+        "device": "",
         "attention": "native",
         "bittern": "",
     }
