@@ -115,6 +115,25 @@ def check_file_out(file: Path, option: str) -> None:
         raise UserError(f"{option} {file}: {parent} is not writable; choose another place")
 
 
+def check_replaces(file: Path, option: str, mark: str, *, force: bool) -> None:
+    """Refuses to replace a file that is not of the kind that is written there, before time is spent.
+
+    Args:
+        file: what is to be written.
+        option: the option it was given with, for the message.
+        mark: what a file of that kind has among its first 2,000 bytes.
+        force: whether any file may be replaced.
+
+    Raises:
+        UserError: if something else is there and `force` is not given, or as `check_file_out` does.
+    """
+    check_file_out(file, option)
+    if file.exists() and not force:
+        with file.open("rb") as handle:
+            if mark.encode() not in handle.read(2000):
+                raise UserError(f"{option} {file} is another file: choose another name, or replace it with --force")
+
+
 def write_text(text: str, file: Path, what: str) -> None:
     """Write a file as a whole or not at all.
 

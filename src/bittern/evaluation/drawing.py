@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Drawing:
         inspection: sizes, and the few-bit layers with bits and errors.
         attention: the attention backend; "torch" for a model that asks torch directly.
         forced: the arithmetic that every few-bit layer was told to take, or "auto".
+        batch_size: how many pictures denoised together, in the order of the prompts.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Drawing:
     inspection: quantization.Report
     attention: str
     forced: str = "auto"
+    batch_size: int = 1
 
     @property
     def path(self) -> str:
@@ -89,8 +91,9 @@ class Drawing:
         return path_name(self.paths, self.dtype)
 
     def metadata(self, index: int) -> dict[str, object]:
-        """What a picture's file says about its making."""
+        """What a picture's file says about its making, all that it takes to draw it again."""
         height, width = self.images.shape[-2:]
+        first = index - index % self.batch_size
         return {
             "model": self.model,
             "prompt": self.prompts[index],
@@ -102,6 +105,7 @@ class Drawing:
             "dtype": self.dtype,
             "device": self.device,
             "attention": self.attention,
+            "batch": f"{index - first + 1} of {min(self.batch_size, len(self.prompts) - first)}",
             "bittern": bittern.__version__,
         }
 
@@ -123,23 +127,40 @@ class Artist:
 
     def draw(self, prompts: Sequence[str], *, seed: int | None = None, progress: Progress | None = None) -> Drawing:
         """Draw every prompt; the first from the noise of `seed`, by default the settings'."""
+        first = self._settings.seed if seed is None else seed
+        return self._draw(prompts, range(first, first + len(prompts)), self.batch_size, progress)
+
+    def draw_one(self, prompt: str, *, place: int, batch: int, progress: Progress | None = None) -> Drawing:
+        """Draw the settings' seed once, as the picture at a place of a batch, which its copies fill.
+
+        Args:
+            prompt: what to draw.
+            place: the picture's, from zero.
+            batch: pictures in the batch.
+            progress: called as the picture advances.
+        """
+        drawing = self._draw([prompt] * batch, [self._settings.seed] * batch, batch, progress)
+        return replace(drawing, prompts=[prompt], images=drawing.images[place : place + 1], batch_size=1)
+
+    def _draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, progress: Progress | None
+    ) -> Drawing:
         pipe, settings = self._pipe, self._settings
         denoiser = component(pipe)
-        seed = settings.seed if seed is None else seed
         began = time.perf_counter()
         images = generate(
             pipe,
             prompts,
-            seed=seed,
+            seeds=seeds,
             steps=settings.steps,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             progress=progress and (lambda what, done, total: progress(f"{what} with {self.name}", done, total)),
         )
         return Drawing(
             model=self.name,
             prompts=list(prompts),
             images=images,
-            seed=seed,
+            seed=seeds[0],
             steps=settings.steps or pipelines.defaults(pipe).steps,
             paths=layers.paths(denoiser),
             dtype=dtype_name(denoiser.dtype),
@@ -148,6 +169,7 @@ class Artist:
             inspection=self._inspection,
             attention=attention.chosen(denoiser),
             forced=settings.path or "auto",
+            batch_size=batch_size,
         )
 
 
@@ -240,7 +262,7 @@ def path_name(paths: dict[str, int], dtype: str) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of a dtype, such as "bf16"."""
-    return _DTYPE_NAMES.get(dtype, str(dtype))
+    return DTYPE_NAMES.get(dtype, str(dtype))
 
 
 def versions() -> dict[str, str]:

@@ -227,7 +227,7 @@ def _draw(
                 if not any(each.key in missing for each in batch):
                     continue
                 drawing = one.draw([each.request.prompt for each in batch], seed=settings.seed + start)
-                made = [drawing.metadata(index) | {"batch": len(batch)} for index in range(len(batch))]
+                made = [drawing.metadata(index) for index in range(len(batch))]
                 folder.deliver(out, start // size, batch, drawing.images, made)
                 done += sum(each.key in missing for each in batch)
                 if progress and shard.first:
