@@ -93,7 +93,7 @@ def test_fidelity_takes_any_prompts_and_scores_nothing(
 def test_wrong_requests_fail_before_anything_is_drawn(
     options: dict[str, object], message: str, tiny_random_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bittern.evaluation.suites.draw", None)
+    monkeypatch.setattr("bittern.evaluation.suites.artist", None)
     with pytest.raises(UserError, match=message):
         evaluate(tiny_random_pipeline, **options)  # type: ignore[arg-type]
 
@@ -117,6 +117,7 @@ def test_a_forced_path_is_the_one_that_is_reported(few_bit: FluxPipeline) -> Non
         "dtype": "fp32",
         "device": "",
         "attention": "native",
+        "batch": "1 of 1",
         "bittern": "",
     }
     assert draw(few_bit, ["a"], Settings(steps=1, path="auto")).path != "a16"

@@ -182,7 +182,18 @@ def _tables(result: Evaluation) -> list[RenderableType]:
     if result.fidelity:
         psnr, ssim = result.fidelity.mean_psnr, result.fidelity.mean_ssim
         same = f", {result.fidelity.identical} identical" if result.fidelity.identical else ""
-        parts.append(f"PSNR {psnr.mean:.2f} ± {psnr.stderr:.2f} dB, SSIM {ssim.mean:.4f} ± {ssim.stderr:.4f}{same}")
+        multi = result.fidelity.mean_ms_ssim
+        scales = f", MS-SSIM {multi.mean:.4f} ± {multi.stderr:.4f}" if multi else ""
+        parts.append(
+            f"PSNR {psnr.mean:.2f} ± {psnr.stderr:.2f} dB, SSIM {ssim.mean:.4f} ± {ssim.stderr:.4f}{scales}{same}"
+        )
+    if result.departure:
+        left = result.departure
+        parts.append(
+            f"relative error of the velocity along the reference's path {left.velocity:.4f}, of the latents after the "
+            f"first step {left.latents[0]:.4f}, half-way {left.latents[len(left.latents) // 2]:.4f}, at the end "
+            f"{left.latents[-1]:.4f} ({left.prompts} prompts)"
+        )
     parts.append(
         f"{len(drawing.prompts)} pictures, seed {drawing.seed}, {drawing.steps} steps, path {drawing.path}, "
         f"{drawing.device}, {drawing.seconds:.1f} s (± is one standard error)"

@@ -114,7 +114,7 @@ class Artist:
     """A model that is loaded and set up, and draws as often as it is asked."""
 
     def __init__(self, pipe: DiffusionPipeline, settings: Settings, name: str) -> None:
-        self._pipe = pipe
+        self.pipe = pipe
         self._settings = settings
         self.name = name
         call = pipelines.defaults(pipe)
@@ -123,7 +123,7 @@ class Artist:
 
     def release(self) -> None:
         """Let go of the model; the artist draws no more."""
-        del self._pipe
+        del self.pipe
 
     def draw(self, prompts: Sequence[str], *, seed: int | None = None, progress: Progress | None = None) -> Drawing:
         """Draw every prompt; the first from the noise of `seed`, by default the settings'."""
@@ -145,7 +145,7 @@ class Artist:
     def _draw(
         self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, progress: Progress | None
     ) -> Drawing:
-        pipe, settings = self._pipe, self._settings
+        pipe, settings = self.pipe, self._settings
         denoiser = component(pipe)
         began = time.perf_counter()
         images = generate(

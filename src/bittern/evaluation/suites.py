@@ -2,7 +2,8 @@
 
 `scenes` draws held-out prompts of the scenes world and asks the detector whether each picture shows what its prompt
 says, by GenEval's six tasks. `fidelity` draws any prompts and measures how far the pictures stray from the
-reference's, drawn from the same noise. With a reference `scenes` measures both.
+reference's, drawn from the same noise, and where on the way they do. With a reference `scenes` measures the pictures,
+too.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
 from bittern.evaluation import scenes
-from bittern.evaluation.drawing import Drawing, Settings, check_models, draw, versions
+from bittern.evaluation.drawing import Drawing, Settings, artist, check_models, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
+from bittern.evaluation.generate import check_request
 from bittern.evaluation.stats import Difference, Estimate, paired_difference, proportion, unweighted_mean
+from bittern.evaluation.walk import MOST_PROMPTS, Departure, departure, walk
 from bittern.quantization import Progress
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ class Evaluation:
         reference_score: the reference's.
         difference: score minus reference score, paired.
         fidelity: of the pictures to the reference's.
+        departure: of the trajectory from the reference's, if the suite walks.
     """
 
     suite: str
@@ -67,6 +71,7 @@ class Evaluation:
     reference_score: Score | None
     difference: Difference | None
     fidelity: Fidelity | None
+    departure: Departure | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values. Keys are never renamed; a suite that does not measure one leaves it None."""
@@ -78,7 +83,7 @@ class Evaluation:
             **score_dict(self.score),
             "reference_scores": self.reference_score and score_dict(self.reference_score),
             "difference": self.difference and difference_dict(self.difference),
-            "fidelity": fidelity_dict(self.fidelity),
+            "fidelity": {**fidelity_dict(self.fidelity), **(self.departure.to_dict() if self.departure else {})},
             "images": len(drawing.prompts),
             "seed": drawing.seed,
             "steps": drawing.steps,
@@ -119,6 +124,8 @@ def fidelity_dict(found: Fidelity | None) -> dict[str, Any]:
         "psnr_stderr": psnr.stderr,
         "ssim": ssim.mean,
         "ssim_stderr": ssim.stderr,
+        "ms_ssim": found.mean_ms_ssim and found.mean_ms_ssim.mean,
+        "ms_ssim_stderr": found.mean_ms_ssim and found.mean_ms_ssim.stderr,
         "identical": found.identical,
     }
 
@@ -191,8 +198,16 @@ def evaluate(
         raise UserError(f"limit {limit} leaves tasks without a prompt: expected at least {len(scenes.TASKS)}")
     world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
     check_models(model, reference)
-    drawing = draw(model, texts, settings, progress=progress)
-    other = None if reference is None else draw(reference, texts, settings, progress=progress)
+    check_request(texts, settings.seed, settings.steps, settings.batch_size)
+    way = {"prompts": texts[:MOST_PROMPTS], "seed": settings.seed, "steps": settings.steps}
+    other = trail = left = None
+    if reference is not None:
+        with artist(reference, settings) as one:
+            other = one.draw(texts, progress=progress)
+            trail = walk(one.pipe, **way, keep_calls=True) if suite == "fidelity" else None
+    with artist(model, settings) as one:
+        drawing = one.draw(texts, progress=progress)
+        left = departure(one.pipe, trail, **way) if trail else None
     score = score_scenes(drawing.images, world) if world and suite == "scenes" else None
     other_score = score_scenes(other.images, world) if other and world and score else None
     return Evaluation(
@@ -202,5 +217,25 @@ def evaluate(
         score=score,
         reference_score=other_score,
         difference=paired_difference(score.outcomes, other_score.outcomes) if score and other_score else None,
-        fidelity=fidelity(drawing.images, other.images) if other else None,
+        fidelity=_fidelity(drawing, other) if other else None,
+        departure=left,
     )
+
+
+def _fidelity(drawing: Drawing, reference: Drawing) -> Fidelity:
+    check_sizes(drawing, reference)
+    return fidelity(drawing.images, reference.images)
+
+
+def check_sizes(drawing: Drawing, reference: Drawing) -> None:
+    """Refuse to compare pictures of two sizes.
+
+    Raises:
+        UserError: naming both models and sizes.
+    """
+    sizes = [f"{d.images.shape[-1]}x{d.images.shape[-2]}" for d in (drawing, reference)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{drawing.model} draws {sizes[0]} pictures and {reference.model} draws {sizes[1]}: "
+            "expected one size; compare a model with one made from it"
+        )
