@@ -24,7 +24,7 @@ def evaluate(
         str | None,
         typer.Argument(metavar="MODEL", help="A folder, a hub id, tiny-flux, or tiny-unet.", show_default=False),
     ] = None,
-    suite: Annotated[str, typer.Option("--suite", help="scenes, fidelity or geneval.")] = "scenes",
+    suite: Annotated[str, typer.Option("--suite", help="scenes, fidelity, geneval or cost.")] = "scenes",
     reference: Annotated[
         str | None,
         typer.Option(
@@ -84,6 +84,9 @@ def evaluate(
             _refuse(suite, {"prompts": prompts})
             own["force"] = force
             _geneval(output, model, reference, limit, settings, own)
+        elif suite == "cost":
+            _refuse(suite, {**own, "prompts": prompts, "limit": limit, "batch_size": batch_size})
+            _cost(output, model, reference, settings)
         else:
             _refuse(suite, own)
             _drawn_suite(output, model, suite, reference, prompts, limit, settings)
@@ -93,7 +96,11 @@ def _refuse(suite: str, given: dict[str, Any]) -> None:
     """Refuses options that another suite takes."""
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
-        takers = "scenes has its own and geneval takes --metadata" if name == "prompts" else "it is for --suite geneval"
+        takers = {
+            "prompts": "it is for --suite fidelity, and geneval takes --metadata",
+            "limit": "it draws one prompt",
+            "batch_size": "it draws one picture at a time",
+        }.get(name, "it is for --suite geneval")
         raise UserError(f"suite {suite} takes no --{name.replace('_', '-')}: {takers}; leave it out")
 
 
@@ -144,6 +151,35 @@ def _geneval(
         )  # fmt: skip
         if shard.first:
             output.result(found.to_dict(), *_geneval_tables(found))
+
+
+def _cost(output: Output, model: str | None, reference: str | None, settings: Settings) -> None:
+    from bittern.evaluation.cost.alone import evaluate as run
+    from bittern.evaluation.report.names import format_bytes
+
+    if model is None:
+        raise UserError("suite cost measures a model: expected a MODEL, such as tiny-flux")
+    found = run(model, reference=reference, settings=settings)
+    costs = [found.model, *([found.reference] if found.reference else [])]
+    rows = [
+        (
+            cost.model,
+            *(format_bytes(size) for size in (cost.disk_bytes, cost.pipeline_bytes, cost.weight_bytes)),
+            *("not counted" if size is None else format_bytes(size) for size in (cost.resident_bytes, cost.peak_bytes)),
+            f"{cost.ms_per_step:.1f}",
+            cost.path,
+        )
+        for cost in costs
+    ]
+    columns = ("model", "denoiser on disk", "pipeline", "weights in memory", "resident", "peak", "ms a step", "path")
+    spread = "; ".join(f"{cost.model} {min(cost.ms_runs):.1f} to {max(cost.ms_runs):.1f} ms" for cost in costs)
+    output.result(
+        found.to_dict(),
+        table(columns, rows),
+        f"{costs[0].size}, batch 1, {costs[0].steps} steps, medians of {len(costs[0].ms_runs)} pictures ({spread}), "
+        f"attention {costs[0].attention}, {costs[0].device}",
+        "resident and peak are of a process of its own, above what it took before the model came",
+    )
 
 
 def _score_table(names: list[str], scores: list[Score]) -> RenderableType:
