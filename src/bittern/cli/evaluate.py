@@ -50,7 +50,8 @@ def evaluate(
         typer.Option("--detector", help="geneval: a Mask2Former's folder or hub id.", show_default="COCO, Swin-S"),
     ] = None,
     clip: Annotated[
-        str | None, typer.Option("--clip", help="geneval: a CLIP's folder or hub id.", show_default="ViT-L/14")
+        str | None,
+        typer.Option("--clip", help="geneval, fidelity: a CLIP's folder or hub id.", show_default="geneval: ViT-L/14"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -88,8 +89,9 @@ def evaluate(
             _refuse(suite, {**own, "prompts": prompts, "limit": limit, "batch_size": batch_size})
             _cost(output, model, reference, settings)
         else:
+            own.pop("clip")
             _refuse(suite, own)
-            _drawn_suite(output, model, suite, reference, prompts, limit, settings)
+            _drawn_suite(output, model, suite, reference, prompts, limit, clip, settings)
 
 
 def _refuse(suite: str, given: dict[str, Any]) -> None:
@@ -111,6 +113,7 @@ def _drawn_suite(
     reference: str | None,
     prompts: Path | None,
     limit: int | None,
+    clip: str | None,
     settings: Settings,
 ) -> None:
     from bittern.evaluation.suites import evaluate as run
@@ -125,6 +128,7 @@ def _drawn_suite(
         prompts=read_prompts(prompts) if prompts else None,
         limit=limit,
         settings=settings,
+        clip_model=clip,
         progress=output.progress,
     )
     output.result(result.to_dict(), *_tables(result))
@@ -230,6 +234,12 @@ def _tables(result: Evaluation) -> list[RenderableType]:
             f"first step {left.latents[0]:.4f}, half-way {left.latents[len(left.latents) // 2]:.4f}, at the end "
             f"{left.latents[-1]:.4f} ({left.prompts} prompts)"
         )
+    if result.clip:
+        parts.append(
+            "CLIP score {}, the reference's {}".format(*(f"{e.mean:.2f} ± {e.stderr:.2f}" for e in result.clip))
+        )
+    elif result.suite == "fidelity":
+        parts.append("CLIP score not measured: add --clip with a CLIP's folder or hub id")
     parts.append(
         f"{len(drawing.prompts)} pictures, seed {drawing.seed}, {drawing.steps} steps, path {drawing.path}, "
         f"{drawing.device}, {drawing.seconds:.1f} s (± is one standard error)"

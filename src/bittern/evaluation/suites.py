@@ -10,17 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import UInt8
 from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
-from bittern.evaluation import scenes
+from bittern.evaluation import clip, hosted, scenes
 from bittern.evaluation.drawing import Drawing, Settings, artist, check_models, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
-from bittern.evaluation.generate import check_request
-from bittern.evaluation.stats import Difference, Estimate, paired_difference, proportion, unweighted_mean
+from bittern.evaluation.generate import check_request, to_pil
+from bittern.evaluation.stats import (
+    Difference,
+    Estimate,
+    mean_estimate,
+    paired_difference,
+    proportion,
+    unweighted_mean,
+)
 from bittern.evaluation.walk import MOST_PROMPTS, Departure, departure, walk
 from bittern.quantization import Progress
 
@@ -62,6 +70,7 @@ class Evaluation:
         difference: score minus reference score, paired.
         fidelity: of the pictures to the reference's.
         departure: of the trajectory from the reference's, if the suite walks.
+        clip: the model's CLIP score and the reference's, if a CLIP was given.
     """
 
     suite: str
@@ -72,6 +81,7 @@ class Evaluation:
     difference: Difference | None
     fidelity: Fidelity | None
     departure: Departure | None = None
+    clip: tuple[Estimate, Estimate] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values. Keys are never renamed; a suite that does not measure one leaves it None."""
@@ -83,7 +93,11 @@ class Evaluation:
             **score_dict(self.score),
             "reference_scores": self.reference_score and score_dict(self.reference_score),
             "difference": self.difference and difference_dict(self.difference),
-            "fidelity": {**fidelity_dict(self.fidelity), **(self.departure.to_dict() if self.departure else {})},
+            "fidelity": {
+                **fidelity_dict(self.fidelity),
+                **(self.departure.to_dict() if self.departure else {}),
+                **(_clip_dict(*self.clip) if self.clip else {}),
+            },
             "images": len(drawing.prompts),
             "seed": drawing.seed,
             "steps": drawing.steps,
@@ -130,6 +144,15 @@ def fidelity_dict(found: Fidelity | None) -> dict[str, Any]:
     }
 
 
+def _clip_dict(model: Estimate, reference: Estimate) -> dict[str, Any]:
+    return {
+        "clip_score": model.mean,
+        "clip_score_stderr": model.stderr,
+        "reference_clip_score": reference.mean,
+        "reference_clip_score_stderr": reference.stderr,
+    }
+
+
 def score_scenes(images: UInt8[Tensor, "b 3 h w"], prompts: Sequence[scenes.ScenePrompt]) -> Score:
     """Judge every picture; tasks come in GenEval's order, those without a prompt are left out."""
     outcomes: dict[str, list[bool]] = {task: [] for task in scenes.TASKS}
@@ -170,6 +193,7 @@ def evaluate(
     prompts: Sequence[str] | None = None,
     limit: int | None = None,
     settings: Settings | None = None,
+    clip_model: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a suite on a model.
@@ -181,6 +205,7 @@ def evaluate(
         prompts: of `fidelity`; the held-out prompts of the scenes world by default.
         limit: how many prompts; by default 120 on a CPU and 2,048 on a GPU, or the whole list that was given.
         settings: seed, steps and the rest, the same for both models.
+        clip_model: of `fidelity`; a CLIP's folder or hub id, to tell how well pictures fit their prompts.
         progress: called as the pictures advance.
 
     Raises:
@@ -196,8 +221,11 @@ def evaluate(
         raise UserError("suite scenes draws its own held-out prompts; leave out --prompts, or take --suite fidelity")
     if suite == "scenes" and limit is not None and limit < len(scenes.TASKS):
         raise UserError(f"limit {limit} leaves tasks without a prompt: expected at least {len(scenes.TASKS)}")
+    if suite == "scenes" and clip_model is not None:
+        raise UserError("suite scenes has a detector of its own: leave out --clip, or take --suite fidelity")
     world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
     check_models(model, reference)
+    judge = None if clip_model is None else hosted.locate(clip_model, clip.OPTION)
     check_request(texts, settings.seed, settings.steps, settings.batch_size)
     way = {"prompts": texts[:MOST_PROMPTS], "seed": settings.seed, "steps": settings.steps}
     other = trail = left = None
@@ -219,7 +247,17 @@ def evaluate(
         difference=paired_difference(score.outcomes, other_score.outcomes) if score and other_score else None,
         fidelity=_fidelity(drawing, other) if other else None,
         departure=left,
+        clip=_clip_scores(judge, drawing, other, settings.device) if judge and other else None,
     )
+
+
+def _clip_scores(folder: Path, drawing: Drawing, reference: Drawing, device: str) -> tuple[Estimate, Estimate]:
+    eye = clip.Clip.load(folder, device)
+    model, base = (
+        mean_estimate(clip.scores(eye, [to_pil(image) for image in each.images], each.prompts))
+        for each in (drawing, reference)
+    )
+    return model, base
 
 
 def _fidelity(drawing: Drawing, reference: Drawing) -> Fidelity:

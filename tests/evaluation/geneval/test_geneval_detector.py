@@ -14,6 +14,7 @@ from PIL import Image
 
 from bittern.errors import UserError
 from bittern.evaluation import hosted
+from bittern.evaluation.clip import Clip, scores
 from bittern.evaluation.geneval.colors import ColorNamer, cut_out
 from bittern.evaluation.geneval.detector import Detector, instances, known_labels, label_names
 from bittern.evaluation.geneval.metadata import COLORS, OBJECTS
@@ -159,7 +160,7 @@ def test_weights_that_lack_a_tensor_are_refused(clip_folder: Path, tmp_path: Pat
     del tensors["visual_projection.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors such as visual_projection\.weight"):
-        ColorNamer.load(folder)
+        Clip.load(folder)
 
 
 def test_an_object_is_cut_out_onto_grey() -> None:
@@ -177,7 +178,8 @@ def test_an_object_is_cut_out_onto_grey() -> None:
 
 
 def test_colours_are_the_nearest_of_ten_mean_directions(clip_folder: Path) -> None:
-    namer = ColorNamer.load(clip_folder)
+    clip = Clip.load(clip_folder)
+    namer = ColorNamer(clip)
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (48, 32, 3), dtype=np.uint8))
     ones = [Detection("hot dog", (0, 0, 32, 48), 0.9), Detection("hot dog", (4, 8, 20, 31), 0.9)]
     told = namer(image, "hot dog", ones)
@@ -192,8 +194,8 @@ def test_colours_are_the_nearest_of_ten_mean_directions(clip_folder: Path) -> No
             ]
             vectors = []
             for sentence in sentences:
-                tokens = namer.tokenizer(sentence, return_tensors="pt", truncation=True, max_length=40)
-                found = namer.network.get_text_features(**{k: tokens[k] for k in ("input_ids", "attention_mask")})
+                tokens = clip.tokenizer(sentence, return_tensors="pt", truncation=True, max_length=40)
+                found = clip.network.get_text_features(**{k: tokens[k] for k in ("input_ids", "attention_mask")})
                 vectors.append(unit(found.pooler_output[0], dim=0))
             directions.append(unit(torch.stack(vectors).mean(0), dim=0))
         torch.testing.assert_close(namer.directions("hot dog"), torch.stack(directions), atol=1e-5, rtol=0)
@@ -204,11 +206,28 @@ def test_colours_are_the_nearest_of_ten_mean_directions(clip_folder: Path) -> No
             left, top = round((crop.width - 32) / 2), round((crop.height - 32) / 2)
             pixels = np.asarray(crop.crop((left, top, left + 32, top + 32)), np.float32) / 255
             pixels = (pixels - MEAN) / SPREAD
-            seen = namer.network.get_image_features(
+            seen = clip.network.get_image_features(
                 pixel_values=torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
             )
             nearness = torch.stack(directions) @ unit(seen.pooler_output[0], dim=0)
             assert COLORS[int(nearness.argmax())] == color
+
+
+def test_clip_scores_are_cosines_of_what_is_seen_and_said(clip_folder: Path) -> None:
+    clip = Clip.load(clip_folder)
+    rng = np.random.default_rng(4)
+    images = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(5)]
+    prompts = ["a dog", "two cats on a mat", "b", "a red bird", "nothing at all"]
+    assert scores(clip, images, prompts) == [0.0] * 5  # this random one sees nothing of what it reads
+    clip.network.text_projection.weight.neg_()
+    seen, said = clip.see(images).double(), clip.read(prompts).double()
+    assert torch.allclose(seen.norm(dim=1), torch.ones(5).double(), atol=1e-6)
+    expected = [100 * max(0.0, float(a @ b)) for a, b in zip(seen, said, strict=True)]
+    assert scores(clip, images, prompts, chunk=2) == pytest.approx(expected, abs=1e-3)
+    assert min(expected) > 1 and len(set(expected)) == 5
+    # Texts beyond CLIP's length are cut off, and batches change nothing.
+    assert torch.allclose(clip.read(["a " * 300]), clip.read(["a " * 39]), atol=1e-5)
+    assert torch.allclose(clip.read(prompts)[2:3], clip.read(["b"]), atol=1e-5)
 
 
 class Eye:
@@ -255,7 +274,7 @@ class Reader:
 def test_colours_near_each_other_fall_to_the_nearer(rgb: tuple[int, int, int], color: str) -> None:
     # Between red and orange the angle's middle is 13.3 degrees, between orange and yellow 35.8.
     picture = Image.new("RGB", (20, 20), rgb)
-    assert ColorNamer(Eye(), Reader())(picture, "dog", [Detection("dog", (0, 0, 20, 20), 0.9)]) == [color]
+    assert ColorNamer(Clip(Eye(), Reader()))(picture, "dog", [Detection("dog", (0, 0, 20, 20), 0.9)]) == [color]
 
 
 def test_preprocessing_follows_the_folder_or_the_published_configuration(detector_folder: Path, tmp_path: Path) -> None:

@@ -303,6 +303,21 @@ def test_the_command(
     assert "color_attr" in shown and "12 pictures of 12 prompts" in shown and "results.jsonl" in shown
 
 
+def test_fidelity_takes_the_same_clip(
+    tiny_random_folder: Path, clip_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    words = ["evaluate", str(tiny_random_folder), "--suite", "fidelity", "--reference", str(tiny_random_folder)]
+    words += ["--prompts", str(tmp_path / "p.txt"), "--steps", "1", "--clip", str(clip_folder)]
+    assert main.run([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["fidelity"]
+    assert told["clip_score"] == told["reference_clip_score"] >= 0 and told["velocity_error"] == 0
+    assert main.run(words[:-2]) == 0
+    assert "CLIP score not measured: add --clip" in capsys.readouterr().out
+    assert main.run(["evaluate", "tiny-flux", "--clip", str(clip_folder)]) == 2
+    assert "leave out --clip" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(
     tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path, capsys: Capture

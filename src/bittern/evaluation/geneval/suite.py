@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import bittern
 from bittern import pipelines
 from bittern.errors import UserError
+from bittern.evaluation import clip
 from bittern.evaluation.drawing import Settings, artist, check_models, device_name, dtype_name, versions
 from bittern.evaluation.generate import check_request
-from bittern.evaluation.geneval import colors, detector, folder
+from bittern.evaluation.geneval import detector, folder
 from bittern.evaluation.geneval import metadata as lines
 from bittern.evaluation.geneval.folder import Picture
 from bittern.evaluation.geneval.metadata import Request
@@ -95,7 +96,7 @@ def evaluate(
     limit: int | None = None,
     reference: str | None = None,
     detector_model: str = detector.DEFAULT,
-    clip_model: str = colors.DEFAULT,
+    clip_model: str = clip.DEFAULT,
     settings: Settings | None = None,
     force: bool = False,
     shard: Shard | None = None,

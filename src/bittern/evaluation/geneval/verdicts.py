@@ -11,6 +11,7 @@ from typing import Any
 
 from bittern.errors import UserError
 from bittern.evaluation import hosted
+from bittern.evaluation.clip import OPTION, Clip
 from bittern.evaluation.generate import read_metadata
 from bittern.evaluation.geneval import colors, detector, folder, rules
 from bittern.evaluation.geneval.folder import Picture
@@ -77,7 +78,7 @@ class Judge:
     ) -> None:
         self.needs_colors = any(clause.color for request in requests for clause in request.include)
         self._detector_folder = hosted.locate(detector_model, "--detector")
-        self._clip_folder = hosted.locate(clip_model, "--clip") if self.needs_colors else None
+        self._clip_folder = hosted.locate(clip_model, OPTION) if self.needs_colors else None
         self._detector: detector.Detector | None = None
         self._namer: colors.ColorNamer | None = None
         self._device = shard.device(device)
@@ -127,7 +128,7 @@ class Judge:
         def name_colors(name: str, found: Sequence[rules.Detection]) -> list[str]:
             if self._namer is None:
                 assert self._clip_folder is not None
-                self._namer = colors.ColorNamer.load(self._clip_folder, self._device)
+                self._namer = colors.ColorNamer(Clip.load(self._clip_folder, self._device))
             return self._namer(image, name, found)
 
         verdict = rules.judge(picture.request, objects, name_colors)
