@@ -86,7 +86,7 @@ class Clip:
 
 
 def scores(clip: Clip, images: Sequence[Image.Image], prompts: Sequence[str], *, chunk: int = 16) -> list[float]:
-    """CLIPScore [Hessel et al. 2021, arXiv:2104.08718] of each picture, scaled as in torchmetrics: 100 cos, at least 0."""
+    """CLIPScore [Hessel et al. 2021, arXiv:2104.08718] of each picture: 100 cos, at least 0, as in torchmetrics."""
     found: list[float] = []
     for start in range(0, len(prompts), chunk):
         seen, said = clip.see(images[start : start + chunk]), clip.read(prompts[start : start + chunk])
