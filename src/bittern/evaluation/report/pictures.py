@@ -13,6 +13,8 @@ from bittern.evaluation.generate import png_info, to_pil
 BUDGET = 5_300_000
 """Bytes of all pictures together; base64 adds a third, and the page is to weigh less than 8 MB."""
 MOST_CARDS = 96
+_SAMPLE = 2
+_SLACK = 1.5
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ def show(drawings: Sequence[Drawing], count: int, *, budget: int = BUDGET) -> Sh
     Where even the last level exceeds the budget, it is taken all the same.
     """
     for level in LEVELS:
+        # The first prompts tell whether a level is worth trying: storing hundreds of large pictures takes minutes.
+        tried = min(_SAMPLE, count)
+        sample = sum(len(_encode(drawing, index, level)) for index in range(tried) for drawing in drawings)
+        if sample * count / tried > _SLACK * budget and level is not LEVELS[-1]:
+            continue
         uris: list[list[str]] = []
         left = budget
         for index in range(count):
