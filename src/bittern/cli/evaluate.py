@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="A folder, a hub id, tiny-flux, or tiny-unet.", show_default=False),
-    ] = None,
+    model: options.OptionalModel = None,
     suite: Annotated[str, typer.Option("--suite", help="scenes, fidelity, geneval or cost.")] = "scenes",
     reference: Annotated[
         str | None,

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="A folder, a hub id, tiny-flux, or tiny-unet.", show_default=False),
-    ] = None,
+    model: options.OptionalModel = None,
     prompt: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)
     ] = None,
