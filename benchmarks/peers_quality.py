@@ -293,7 +293,7 @@ def drawn(bench: Bench, method: Method, keys: dict[str, str]) -> list[tuple[str,
             round_as_published(model)
         elif method.kind == "ours":
             layers.set_path(model, path)
-        found = fidelity(generate(bench.pipe, bench.texts, steps=bench.steps), reference)
+        found = fidelity(generate(bench.pipe, bench.texts, steps=bench.steps), reference, borders="inside")
         row = {
             "kind": method.kind,
             "path": path_name(layers.paths(model), "a16"),

@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else:
             set_path(component(pipe), case.path)
         images = generate(pipe, texts, steps=args.steps)
-        found = fidelity(images, reference)
+        found = fidelity(images, reference, borders="inside")
         rows[key] = {
             "bits_per_weight": round(report.bits_per_weight, 3),
             "psnr": round(found.mean_psnr.mean, 2),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,12 +165,24 @@ def _build() -> FluxPipeline:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a GPU where there is none."""
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not on_gpu:
-        return
+    """Leaves out what needs a GPU, or a browser, where there is none."""
+    absent = [marker for marker, here in (("gpu", _gpu), ("browser", _browser)) if not _have(items, marker, here)]
+    out = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
+def _have(items: list[pytest.Item], marker: str, here: Callable[[], bool]) -> bool:
+    """Whether a thing is here; not looked for where no test needs it."""
+    return not any(item.get_closest_marker(marker) for item in items) or here()
+
+
+def _gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if item not in on_gpu]
+    return torch.cuda.is_available()
+
+
+def _browser() -> bool:
+    return shutil.which("chromium") is not None and importlib.util.find_spec("playwright") is not None

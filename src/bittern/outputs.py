@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -113,6 +113,48 @@ def check_file_out(file: Path, option: str) -> None:
         raise UserError(f"{option} {file}: {parent} is a file, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{option} {file}: {parent} is not writable; choose another place")
+
+
+def check_replaces(file: Path, option: str, mark: str, *, force: bool) -> None:
+    """Refuses to replace a file that is not of the kind that is written there, before time is spent.
+
+    Args:
+        file: what is to be written.
+        option: the option it was given with, for the message.
+        mark: what a file of that kind has among its first 2,000 bytes.
+        force: whether any file may be replaced.
+
+    Raises:
+        UserError: if something else is there and `force` is not given, or as `check_file_out` does.
+    """
+    check_file_out(file, option)
+    if file.exists() and not force:
+        with file.open("rb") as handle:
+            if mark.encode() not in handle.read(2000):
+                raise UserError(f"{option} {file} is another file: choose another name, or replace it with --force")
+
+
+def write_text(text: str, file: Path, what: str) -> None:
+    """Write a file as a whole or not at all.
+
+    Args:
+        text: its content.
+        file: where it goes; folders above it are made.
+        what: what it is, for the message.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot write {file}: {reason}; choose a writable place for the {what}") from error
 
 
 def existing_parent(path: Path) -> Path:

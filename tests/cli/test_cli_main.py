@@ -57,7 +57,7 @@ def test_version_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["evalute"], "No such command 'evalute'. Did you mean 'evaluate'?"),
-        (["generate"], "Missing argument 'MODEL'; see bittern generate --help"),
+        (["generate"], "no model: expected a MODEL and a PROMPT, or --replay"),
         (["generate", "tiny-flux", "--see", "1"], "No such option: --see"),
         (["generate", "tiny-flux", "x", "--seed", "abc"], "--seed"),
         (["recipes", "svdquant-fats"], "unknown recipe 'svdquant-fats': did you mean 'svdquant-fast'?"),

@@ -33,16 +33,20 @@ def direct_ssim(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(values))
 
 
+@pytest.mark.parametrize("borders", ["mirrored", "inside"])
 @pytest.mark.parametrize("shape", [(11, 11), (13, 24), (32, 19)])
-def test_ssim_equals_the_definition(shape: tuple[int, int]) -> None:
+def test_ssim_equals_the_definition(shape: tuple[int, int], borders: str) -> None:
+    def seen(z: Tensor) -> np.ndarray:
+        return np.pad(z.numpy(), 5, mode="reflect") if borders == "mirrored" else z.numpy()
+
     x = pictures(2, 3, *shape)
     near = (x.float() + 12 * torch.randn(x.shape)).clamp(0, 255).to(torch.uint8)
     for y in (near, pictures(*x.shape), 255 - x):
         expected = [
-            np.mean([direct_ssim(a.numpy(), b.numpy()) for a, b in zip(one, other, strict=True)])
+            np.mean([direct_ssim(seen(a), seen(b)) for a, b in zip(one, other, strict=True)])
             for one, other in zip(x, y, strict=True)
         ]
-        assert fid.ssim(x, y).numpy() == pytest.approx(expected, abs=1e-10)
+        assert fid.ssim(x, y, borders=borders).numpy() == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("level", [0, 1, 128, 255])

@@ -4,21 +4,25 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from synthetic import comparison
 
+from bittern.cli import main
 from bittern.errors import UserError
 from bittern.evaluation import report, scenes
-from bittern.evaluation.report import format_bytes, split_path, unique_names
+from bittern.evaluation.report import format_bytes, markdown, pictures, plot, split_path, unique_names
 
 URI = re.compile(r"url\(data:image/(png|webp);base64,([A-Za-z0-9+/=]+)\)")
-VOID = {"meta", "input", "link", "br", "img", "path"}
+VOID = {"meta", "input", "link", "br", "img", "path", "line", "circle"}
 
 
 class Outline(HTMLParser):
@@ -67,6 +71,7 @@ def test_every_picture_is_inside_once_and_exact(page: tuple[str, report.Comparis
     for (kind, data), image in zip(embedded, drawn, strict=True):
         assert kind == "png"
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert picture.text["seed"] and picture.text["model"]
             assert np.array_equal(np.asarray(picture), image.permute(1, 2, 0).numpy())
 
 
@@ -120,9 +125,100 @@ def test_other_prompts_are_not_judged() -> None:
     assert "Scenes score" not in html and "as asked" not in html and "PSNR" in html
 
 
-def test_large_pictures_are_compressed() -> None:
-    image = torch.randint(0, 256, (3, 600, 8), dtype=torch.uint8)
-    assert report._data_uri(image).startswith("url(data:image/webp;")
+def test_pictures_are_stored_as_well_as_the_page_may_weigh(page: tuple[str, report.Comparison]) -> None:
+    _, found = page
+    drawings = [entry.drawing for entry in found.entries]
+    whole = pictures.show(drawings, 12)
+    assert whole.level == pictures.LEVELS[0] and "to the bit" in whole.note
+    decoded = [len(base64.b64decode(URI.fullmatch(uri)[2])) for row in whole.uris for uri in row]
+    for budget in (sum(decoded), sum(decoded) - 1, sum(decoded) // 4, sum(decoded) // 12):
+        shown = pictures.show(drawings, 12, budget=budget)
+        sizes = [len(base64.b64decode(URI.fullmatch(uri)[2])) for row in shown.uris for uri in row]
+        assert len(sizes) == 36 and sum(sizes) <= budget
+        assert (shown.level == pictures.LEVELS[0]) == (budget == sum(decoded))
+        better = pictures.LEVELS[: pictures.LEVELS.index(shown.level)]
+        # The level before it would not have fitted.
+        assert not better or sum(len(pictures._encode(d, i, better[-1])) for i in range(12) for d in drawings) > budget
+    assert "WebP of quality" in shown.note and "numbers were measured on the pictures" in shown.note
+    large = drawings[0].images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    small = pictures._encode(replace(drawings[0], images=large), 0, pictures.Level(80, 256))
+    with Image.open(io.BytesIO(small)) as picture:
+        assert picture.size == (256, 256) and picture.format == "WEBP"
+
+
+def test_many_prompts_are_shown_in_part_and_counted_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MOST_CARDS", 4)
+    html = report.render(comparison(scenes.held_out(6), models=1), "bittern compare")
+    assert html.count("<article") == 4 and "The first 4 of 6 prompts are shown" in html
+
+
+def test_points_lie_where_their_numbers_say() -> None:
+    values = [plot.Value("a", 0, 20e6, 40.0, 1.0), plot.Value("b", 1, 5e6, 10.0, 0.0), plot.Value("c", 2, 5e6, 10.1, 0)]
+    chart = plot.chart("PSNR", values)
+    assert chart.unit == "MB" and chart.x_ticks[0] == (plot.LEFT, "0") and float(chart.x_ticks[-1][1]) >= 20
+    points = {point.value.name: point for point in chart.points}
+    for name, value in zip("abc", values, strict=True):
+        (x0, _), (x1, text) = chart.x_ticks[0], chart.x_ticks[-1]
+        assert points[name].x == pytest.approx(x0 + (x1 - x0) * value.size / (float(text) * 1e6))
+        (y0, low), (y1, high) = chart.y_ticks[0], chart.y_ticks[-1]
+        share = (value.quality - float(low)) / (float(high) - float(low))
+        assert points[name].y == pytest.approx(y0 + (y1 - y0) * share)
+        assert plot.TOP <= points[name].y <= plot.HEIGHT - plot.BOTTOM
+        assert points[name].low >= points[name].y >= points[name].high
+    # Labels of points on one another do not lie on one another.
+    assert abs(points["b"].label_y - points["c"].label_y) >= 15
+    assert points["a"].left and not points["b"].left
+
+
+def test_axes_end_where_quality_ends() -> None:
+    chart = plot.chart(
+        "score", [plot.Value("a", 0, 9e9, 1.0, 0.1), plot.Value("b", 1, 1e9, 0.0, 0.1)], floor=0, ceiling=1
+    )
+    assert [text for _, text in chart.y_ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1"] and chart.unit == "GB"
+    alone = plot.chart("score", [plot.Value("a", 0, 500, 3.0, 0.0)])
+    assert alone.unit == "B" and alone.y_ticks[0][0] > alone.points[0].y > alone.y_ticks[-1][0]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_round_and_reach_around(low: float, length: float) -> None:
+    found = plot.ticks(low, low + length)
+    steps = [b - a for a, b in pairwise(found)]
+    assert 2 <= len(found) <= 9 and max(steps) - min(steps) <= 1e-6 * max(1, abs(low), max(steps))
+    assert found[0] <= low + 1e-6 * steps[0] + 1e-9 and found[-1] >= low + length - 1e-6 * steps[0] - 1e-9
+
+
+def test_markdown_has_the_numbers_and_the_command(page: tuple[str, report.Comparison]) -> None:
+    _, found = page
+    text = markdown.render(found, "bittern compare tiny-flux out/model-0 --limit 12")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert text.startswith(markdown.MARK) and len(rows) == (2 + 3) + (2 + 6)
+    assert {len(row) for row in rows[:5]} == {7} and {len(row) for row in rows[5:]} == {4}
+    for row, entry in zip(rows[2:5], found.entries, strict=True):
+        assert row[0].removeprefix("| ") == report.short_name(entry.drawing.model)
+        assert row[5] == str(entry.score.overall)
+        assert not entry.fidelity or row[3].startswith(f"{entry.fidelity.mean_psnr.mean:.2f} ± ")
+    assert all(f"scenes score {entry.difference.claim}." in text for entry in found.others)
+    assert "```bash\nbittern compare tiny-flux out/model-0 --limit 12\n```" in text and "seeds 7 to 18" in text
+    assert markdown._escape("a|b") == "a\\|b"
+
+
+def test_only_reports_are_replaced_without_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bittern.evaluation.compare.compare", lambda *_, **__: comparison(scenes.held_out(6), models=1))
+    page, card = tmp_path / "r.html", tmp_path / "README.md"
+    words = ["compare", "a", "b", "--report", str(page), "--markdown", str(card)]
+    for _ in range(2):
+        assert main.run(words) == 0
+        assert f"report: {page}" in capsys.readouterr().out
+    card.write_text("# My model")
+    assert main.run(words) == 2
+    assert f"--markdown {card} is another file" in capsys.readouterr().err and card.read_text() == "# My model"
+    page.write_text("<p>mine")
+    assert main.run(words) == 2
+    assert f"--report {page} is another file" in capsys.readouterr().err
+    assert main.run([*words, "--force"]) == 0
+    assert card.read_text().startswith(markdown.MARK) and report.MARK in page.read_text()
 
 
 def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:

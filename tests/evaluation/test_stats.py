@@ -74,16 +74,53 @@ def test_disagreement_everywhere_is_no_certainty_either() -> None:
     assert one.low <= -0.4 + 1e-9 and one.high >= 0.2 - 1e-9 and not one.significant
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+GENEVAL = (80, 99, 80, 94, 100, 100)
+BASE = (0.9, 0.7, 0.6, 0.8, 0.3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "pictures", "rates"),
+    [
+        # GenEval with four pictures a prompt; losses that differ from task to task as much as they can.
+        (GENEVAL, 4, (0.8, 0.3, 0.1, 0.6, 0.05, 0.45)),
+        (GENEVAL, 1, BASE),
+        # What the scenes suite draws on a CPU.
+        ((20,) * 6, 1, (0.8, 0.6, 0.5, 0.7, 0.25, 0.4)),
+    ],
+)
+def test_interval_covers_the_truth_as_often_as_it_says(
+    prompts: tuple[int, ...], pictures: int, rates: tuple[float, ...]
+) -> None:
     rng = np.random.default_rng(11)
+    truth = float(np.mean(np.subtract(rates, BASE)))
     hits = 0
-    for trial in range(200):
-        draws = rng.random((2, 6, 20))
-        reference = {str(t): list(draws[0, t] < 0.9) for t in range(6)}
-        model = {str(t): list(draws[1, t] < 0.7) for t in range(6)}
-        found = stats.paired_difference(model, reference, seed=trial)
-        hits += found.low <= -0.2 <= found.high
-    assert 180 <= hits <= 200
+    for trial in range(1000):
+        model: dict[str, list[float]] = {}
+        reference: dict[str, list[float]] = {}
+        for task, (n, mine, base) in enumerate(zip(prompts, rates, BASE, strict=True)):
+            # A prompt is as hard for the one as for the other, in proportion.
+            ease = rng.beta(2 * base, 2 * (1 - base), n)
+            reference[str(task)] = list(rng.binomial(pictures, ease) / pictures)
+            model[str(task)] = list(rng.binomial(pictures, ease * mine / base) / pictures)
+        found = stats.paired_difference(model, reference, seed=trial, resamples=500)
+        hits += found.low <= truth <= found.high
+    assert 930 <= hits <= 970
+
+
+def test_several_pictures_of_a_prompt_are_one_witness() -> None:
+    one = stats.proportion([True, False] * 20)
+    assert stats.proportion([1.0, 0.0] * 20) == one
+    # Prompts that are always right or always wrong say no more for being drawn four times.
+    assert one.stderr == pytest.approx(math.sqrt(0.25 / 40))
+    assert stats.proportion([0.5] * 40).mean == one.mean and stats.proportion([0.5] * 40).stderr < one.stderr / 2
+    difference = stats.paired_difference({"a": [0.75, 0.5, 0.0, 1.0, 0.5]}, {"a": [0.5, 0.5, 0.25, 0.0, 0.5]})
+    assert difference.mean == pytest.approx(0.2) and (difference.better, difference.worse, difference.n) == (2, 1, 5)
+
+
+def test_few_prompts_a_task_are_resampled_across_tasks() -> None:
+    model, reference = {"a": [1.0], "b": [0.0]}, {"a": [0.0], "b": [0.0]}
+    found = stats.paired_difference(model, reference)
+    assert found.low == -1.0 and found.high == 1.0
 
 
 def test_two_equal_models_are_rarely_told_apart() -> None:

@@ -93,7 +93,7 @@ def test_fidelity_takes_any_prompts_and_scores_nothing(
 def test_wrong_requests_fail_before_anything_is_drawn(
     options: dict[str, object], message: str, tiny_random_pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bittern.evaluation.suites.draw", None)
+    monkeypatch.setattr("bittern.evaluation.suites.artist", None)
     with pytest.raises(UserError, match=message):
         evaluate(tiny_random_pipeline, **options)  # type: ignore[arg-type]
 
@@ -106,14 +106,18 @@ def test_default_limits() -> None:
 def test_a_forced_path_is_the_one_that_is_reported(few_bit: FluxPipeline) -> None:
     drawing = draw(few_bit, ["a"], Settings(steps=1, path="a16"), name="few")
     assert drawing.path == "a16" and set(drawing.paths) == {"a16"}
-    assert drawing.metadata(0) | {"bittern": ""} == {
+    assert drawing.metadata(0) | {"bittern": "", "device": ""} == {
         "model": "few",
         "prompt": "a",
         "seed": 0,
         "steps": 1,
         "size": "32x32",
         "path": "a16",
+        "forced": "a16",
+        "dtype": "fp32",
+        "device": "",
         "attention": "native",
+        "batch": "1 of 1",
         "bittern": "",
     }
     assert draw(few_bit, ["a"], Settings(steps=1, path="auto")).path != "a16"

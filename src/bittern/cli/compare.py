@@ -22,6 +22,13 @@ def compare(
         typer.Argument(metavar="REFERENCE MODEL...", help="The reference first, then the others.", show_default=False),
     ],
     report: Annotated[Path, typer.Option("--report", help="The HTML file to write.")] = Path("report.html"),
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", help="Write the tables for a model card, too.", show_default=False),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files that are no reports. Reports are replaced anyway.")
+    ] = False,
     prompts: options.PromptsFile = None,
     limit: options.Limit = None,
     seed: options.Seed = 0,
@@ -41,11 +48,14 @@ def compare(
         hush()
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare as run
-        from bittern.outputs import check_file_out
+        from bittern.evaluation.report import markdown as card
+        from bittern.outputs import check_replaces, write_text
         from bittern.trajectories import read_prompts
 
-        report = report.expanduser()
-        check_file_out(report, "--report")
+        report, markdown = report.expanduser(), markdown and markdown.expanduser()
+        check_replaces(report, "--report", html.MARK, force=force)
+        if markdown:
+            check_replaces(markdown, "--markdown", card.MARK, force=force)
         comparison = run(
             models[0],
             models[1:],
@@ -55,32 +65,21 @@ def compare(
             progress=out.progress,
         )
         command = options.command_line(
-            "compare", *models, report=report, prompts=prompts, limit=limit, seed=seed, steps=steps,
+            "compare", *models, report=report, markdown=markdown, prompts=prompts, limit=limit, seed=seed, steps=steps,
             batch_size=batch_size, path=path, attention=attention, device=device, dtype=dtype,
         )  # fmt: skip
         html.write(html.render(comparison, command), report)
-        out.result({**comparison.to_dict(), "report": str(report)}, *summary(comparison), f"report: {report}")
+        if markdown:
+            write_text(card.render(comparison, command), markdown, "model card")
+        written = [f"report: {report}", *([f"model card: {markdown}"] if markdown else [])]
+        payload = {**comparison.to_dict(), "report": str(report), "markdown": markdown and str(markdown)}
+        out.result(payload, *summary(comparison), *written)
 
 
 def summary(comparison: Comparison) -> list[RenderableType]:
     """The headline numbers, a row a model, and what their errors allow to say."""
-    from bittern.evaluation.report import format_bytes, unique_names
+    from bittern.evaluation.report.names import headline, unique_names
 
     names = unique_names([entry.drawing.model for entry in comparison.entries])
-    rows = []
-    for name, entry in zip(names, comparison.entries, strict=True):
-        found = entry.fidelity
-        rows.append(
-            (
-                name,
-                format_bytes(entry.drawing.inspection.file_bytes),
-                f"{entry.drawing.inspection.bits_per_weight:.2f}",
-                f"{found.mean_psnr.mean:.2f} ± {found.mean_psnr.stderr:.2f}" if found else "reference",
-                f"{found.mean_ssim.mean:.4f}" if found else "reference",
-                str(entry.score.overall) if entry.score else "not judged",
-                entry.drawing.path,
-            )
-        )
-    columns = ("model", "transformer on disk", "bits per weight", "PSNR, dB", "SSIM", "scenes score", "path")
     gaps = [(name, entry.difference) for name, entry in zip(names[1:], comparison.others, strict=True)]
-    return [table(columns, rows), *(f"{name}: scenes score {gap.claim}" for name, gap in gaps if gap)]
+    return [table(*headline(comparison)), *(f"{name}: scenes score {gap.claim}" for name, gap in gaps if gap)]

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bittern.cli import options
 from bittern.cli.output import Output, hush, table
+from bittern.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bittern.evaluation.suites import Evaluation
+    from bittern.evaluation.drawing import Settings
+    from bittern.evaluation.geneval.suite import GenEval
+    from bittern.evaluation.suites import Evaluation, Score
 
 
 def evaluate(
-    model: options.Model,
-    suite: Annotated[str, typer.Option("--suite", help="scenes or fidelity.")] = "scenes",
+    model: options.OptionalModel = None,
+    suite: Annotated[str, typer.Option("--suite", help="scenes, fidelity, geneval or cost.")] = "scenes",
     reference: Annotated[
         str | None,
-        typer.Option("--reference", help="The model to compare with, drawing from the same noise.", show_default=False),
+        typer.Option(
+            "--reference",
+            help="The model to compare with, drawing from the same noise; for geneval also a finished run's folder.",
+            show_default=False,
+        ),
     ] = None,
     prompts: options.PromptsFile = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option("--metadata", help="geneval: its evaluation_metadata.jsonl.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="geneval: judge this folder of pictures and draw none.", show_default=False),
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option("--images-per-prompt", help="geneval: pictures of each prompt.", show_default="4")
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option("--detector", help="geneval: a Mask2Former's folder or hub id.", show_default="COCO, Swin-S"),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option("--clip", help="geneval, fidelity: a CLIP's folder or hub id.", show_default="geneval: ViT-L/14"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="geneval: the folder of pictures and results.", show_default="out/geneval"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="geneval: replace another run in --out.")] = False,
     limit: options.Limit = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -33,25 +65,146 @@ def evaluate(
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Measure a model: the scenes score by task, and the fidelity to a reference.
+    """Measure a model: scores by task, and the fidelity to a reference.
 
-    Without --limit, 120 prompts on a CPU and 2,048 on a GPU.
+    Without --limit, scenes and fidelity take 120 prompts on a CPU and 2,048 on a GPU, geneval all. geneval runs on
+    several processes with `torchrun --nproc-per-node N --no-python bittern evaluate ...`, and goes on where it was
+    killed.
     """
-    with Output(json) as out:
+    with Output(json) as output:
         hush()
-        from bittern.evaluation.suites import evaluate as run
-        from bittern.trajectories import read_prompts
+        settings = options.settings(seed, steps, batch_size, path, device, dtype, attention)
+        own = {
+            "metadata": metadata, "images": images, "images_per_prompt": images_per_prompt, "detector": detector,
+            "clip": clip, "out": out, "force": force or None,
+        }  # fmt: skip
+        if suite == "geneval":
+            _refuse(suite, {"prompts": prompts})
+            own["force"] = force
+            _geneval(output, model, reference, limit, settings, own)
+        elif suite == "cost":
+            _refuse(suite, {**own, "prompts": prompts, "limit": limit, "batch_size": batch_size})
+            _cost(output, model, reference, settings)
+        else:
+            own.pop("clip")
+            _refuse(suite, own)
+            _drawn_suite(output, model, suite, reference, prompts, limit, clip, settings)
 
-        result = run(
-            model,
-            suite,
-            reference=reference,
-            prompts=read_prompts(prompts) if prompts else None,
-            limit=limit,
-            settings=options.settings(seed, steps, batch_size, path, device, dtype, attention),
-            progress=out.progress,
+
+def _refuse(suite: str, given: dict[str, Any]) -> None:
+    """Refuses options that another suite takes."""
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        takers = {
+            "prompts": "it is for --suite fidelity, and geneval takes --metadata",
+            "limit": "it draws one prompt",
+            "batch_size": "it draws one picture at a time",
+        }.get(name, "it is for --suite geneval")
+        raise UserError(f"suite {suite} takes no --{name.replace('_', '-')}: {takers}; leave it out")
+
+
+def _drawn_suite(
+    output: Output,
+    model: str | None,
+    suite: str,
+    reference: str | None,
+    prompts: Path | None,
+    limit: int | None,
+    clip: str | None,
+    settings: Settings,
+) -> None:
+    from bittern.evaluation.suites import evaluate as run
+    from bittern.trajectories import read_prompts
+
+    if model is None:
+        raise UserError(f"suite {suite} draws: expected a MODEL, such as tiny-flux")
+    result = run(
+        model,
+        suite,
+        reference=reference,
+        prompts=read_prompts(prompts) if prompts else None,
+        limit=limit,
+        settings=settings,
+        clip_model=clip,
+        progress=output.progress,
+    )
+    output.result(result.to_dict(), *_tables(result))
+
+
+def _geneval(
+    output: Output,
+    model: str | None,
+    reference: str | None,
+    limit: int | None,
+    settings: Settings,
+    own: dict[str, Any],
+) -> None:
+    from bittern.evaluation.geneval.suite import evaluate as run
+    from bittern.evaluation.shards import joined
+
+    models = {f"{name}_model": own.pop(name) for name in ("detector", "clip")}
+    chosen = {name: value for name, value in models.items() if value is not None}
+    own["out"] = own["out"] or Path("out/geneval")
+    with joined() as shard:
+        found = run(
+            model, reference=reference, limit=limit, settings=settings, shard=shard, progress=output.progress,
+            **own, **chosen,
+        )  # fmt: skip
+        if shard.first:
+            output.result(found.to_dict(), *_geneval_tables(found))
+
+
+def _cost(output: Output, model: str | None, reference: str | None, settings: Settings) -> None:
+    from bittern.evaluation.cost.alone import evaluate as run
+    from bittern.evaluation.report.names import format_bytes
+
+    if model is None:
+        raise UserError("suite cost measures a model: expected a MODEL, such as tiny-flux")
+    found = run(model, reference=reference, settings=settings)
+    costs = [found.model, *([found.reference] if found.reference else [])]
+    rows = [
+        (
+            cost.model,
+            *(format_bytes(size) for size in (cost.disk_bytes, cost.pipeline_bytes, cost.weight_bytes)),
+            *("not counted" if size is None else format_bytes(size) for size in (cost.resident_bytes, cost.peak_bytes)),
+            f"{cost.ms_per_step:.1f}",
+            cost.path,
         )
-        out.result(result.to_dict(), *_tables(result))
+        for cost in costs
+    ]
+    columns = ("model", "denoiser on disk", "pipeline", "weights in memory", "resident", "peak", "ms a step", "path")
+    spread = "; ".join(f"{cost.model} {min(cost.ms_runs):.1f} to {max(cost.ms_runs):.1f} ms" for cost in costs)
+    output.result(
+        found.to_dict(),
+        table(columns, rows),
+        f"{costs[0].size}, batch 1, {costs[0].steps} steps, medians of {len(costs[0].ms_runs)} pictures ({spread}), "
+        f"attention {costs[0].attention}, {costs[0].device}",
+        "resident and peak are of a process of its own, above what it took before the model came",
+    )
+
+
+def _score_table(names: list[str], scores: list[Score]) -> RenderableType:
+    rows = [(task, *(str(s.tasks[task]) for s in scores)) for task in scores[0].tasks]
+    return table(("task", *names), [*rows, ("overall", *(str(s.overall) for s in scores))])
+
+
+def _geneval_tables(found: GenEval) -> list[RenderableType]:
+    judged, told = [found.judged] + ([found.reference] if found.reference else []), found.to_dict()
+    parts = [_score_table([each.model or "pictures" for each in judged], [each.score for each in judged])]
+    if found.difference:
+        parts.append(f"GenEval score {found.difference.claim}")
+    if found.unknown:
+        parts.append(
+            f"note: the detector does not know {len(found.unknown)} of the 80 classes, such as {found.unknown[0]!r}: "
+            "no picture of them can be right"
+        )
+    made = f", seed {told['seed']}, {told['steps']} steps, path {told['path']}" if found.settings else ""
+    parts.append(
+        f"{told['images']} pictures of {told['prompts']} prompts{made} (± is one standard error over prompts); "
+        f"{told['correct_images']} pictures and {told['correct_prompts']} prompts right"
+    )
+    parts.append(f"results: {told['results']}")
+    return parts
 
 
 def _tables(result: Evaluation) -> list[RenderableType]:
@@ -60,15 +213,30 @@ def _tables(result: Evaluation) -> list[RenderableType]:
     if result.score:
         names = [drawing.model] + ([reference.model] if reference else [])
         scores = [result.score] + ([result.reference_score] if result.reference_score else [])
-        rows = [(task, *(str(s.tasks[task]) for s in scores)) for task in result.score.tasks]
-        rows.append(("overall", *(str(s.overall) for s in scores)))
-        parts.append(table(("task", *names), rows))
+        parts.append(_score_table(names, scores))
     if result.difference:
         parts.append(f"scenes score {result.difference.claim}")
     if result.fidelity:
         psnr, ssim = result.fidelity.mean_psnr, result.fidelity.mean_ssim
         same = f", {result.fidelity.identical} identical" if result.fidelity.identical else ""
-        parts.append(f"PSNR {psnr.mean:.2f} ± {psnr.stderr:.2f} dB, SSIM {ssim.mean:.4f} ± {ssim.stderr:.4f}{same}")
+        multi = result.fidelity.mean_ms_ssim
+        scales = f", MS-SSIM {multi.mean:.4f} ± {multi.stderr:.4f}" if multi else ""
+        parts.append(
+            f"PSNR {psnr.mean:.2f} ± {psnr.stderr:.2f} dB, SSIM {ssim.mean:.4f} ± {ssim.stderr:.4f}{scales}{same}"
+        )
+    if result.departure:
+        left = result.departure
+        parts.append(
+            f"relative error of the velocity along the reference's path {left.velocity:.4f}, of the latents after the "
+            f"first step {left.latents[0]:.4f}, half-way {left.latents[len(left.latents) // 2]:.4f}, at the end "
+            f"{left.latents[-1]:.4f} ({left.prompts} prompts)"
+        )
+    if result.clip:
+        parts.append(
+            "CLIP score {}, the reference's {}".format(*(f"{e.mean:.2f} ± {e.stderr:.2f}" for e in result.clip))
+        )
+    elif result.suite == "fidelity":
+        parts.append("CLIP score not measured: add --clip with a CLIP's folder or hub id")
     parts.append(
         f"{len(drawing.prompts)} pictures, seed {drawing.seed}, {drawing.steps} steps, path {drawing.path}, "
         f"{drawing.device}, {drawing.seconds:.1f} s (± is one standard error)"

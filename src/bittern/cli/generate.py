@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,13 +11,20 @@ from bittern.cli import options
 from bittern.cli.output import Output, hush, table
 from bittern.errors import UserError
 
+if TYPE_CHECKING:
+    from bittern.evaluation.drawing import Settings
+
 
 def generate(
-    model: options.Model,
+    model: options.OptionalModel = None,
     prompt: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)
     ] = None,
     prompts: options.PromptsFile = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", help="Draw this PNG again as its file says, or with MODEL.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="A .png for one prompt, a folder for several.")] = Path("out"),
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -28,9 +35,18 @@ def generate(
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Draw prompts. Every PNG carries model, prompt, seed, steps, size, path, attention and version as text."""
+    """Draw prompts. Every PNG carries model, prompt, seed, steps, size, path and more as text.
+
+    --replay draws such a PNG again, with its own seed, and says whether every pixel is the same.
+    """
     with Output(json) as output:
         hush()
+        if replay is not None:
+            chosen = options.settings(seed, steps, batch_size, path, device, dtype, attention)
+            _again(output, replay.expanduser(), model, [*(prompt or []), *([prompts] if prompts else [])], out, chosen)
+            return
+        if model is None:
+            raise UserError("no model: expected a MODEL and a PROMPT, or --replay PICTURE.png")
         from bittern.evaluation.drawing import draw
         from bittern.evaluation.generate import save_png
         from bittern.outputs import check_file_out
@@ -65,6 +81,41 @@ def generate(
         noun = "picture" if len(rows) == 1 else "pictures"
         summary = f"{len(rows)} {noun} in {drawing.seconds:.1f} s, {drawing.steps} steps, path {drawing.path}"
         output.result(payload, table(("file", "seed", "prompt"), rows, left=3), summary)
+
+
+def _again(
+    output: Output, picture: Path, model: str | None, prompts: list[object], out: Path, settings: Settings
+) -> None:
+    """Draw a picture again, write it beside what is asked for, and say whether it is the same."""
+    from bittern.evaluation.generate import save_png
+    from bittern.evaluation.replay import replay
+    from bittern.outputs import check_file_out
+
+    if prompts:
+        raise UserError(f"--replay {picture} has a prompt of its own: leave out {str(prompts[0])!r}")
+    file = _files(out.expanduser(), ["one"])[0]
+    if file.suffix and out.suffix.lower() != ".png":
+        file = file.with_name(f"{picture.stem}-replay.png")
+    check_file_out(file, "--out")
+    found = replay(picture, model=model, settings=settings, progress=output.progress)
+    drawing = found.drawing
+    # Its place in the batch is part of how it came about: this picture can be drawn again in turn.
+    save_png(drawing.images[0], file, drawing.metadata(0) | {"batch": found.metadata.get("batch", "1 of 1")})
+    payload = {
+        "replay": str(picture),
+        "file": str(file),
+        "model": drawing.model,
+        "prompt": drawing.prompts[0],
+        "seed": drawing.seed,
+        "steps": drawing.steps,
+        "path": drawing.path,
+        "identical": found.identical,
+        "psnr": found.psnr,
+        "changed": {key: {"was": was, "is": now} for key, (was, now) in found.changed.items()},
+    }
+    same = "every pixel is the same" if found.identical else f"it differs: PSNR {found.psnr:.2f} dB"
+    changes = [f"  {key}: was {was}, is {now}" for key, (was, now) in found.changed.items()]
+    output.result(payload, f"{file}: {picture} drawn again; {same}", *changes)
 
 
 def _files(out: Path, texts: list[str]) -> list[Path]:

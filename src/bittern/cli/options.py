@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 
     from bittern.evaluation.drawing import Settings
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A folder, a hub id, tiny-flux, tiny-unet, or tiny-flux-ternary.", show_default=False
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A folder, a hub id, tiny-flux, tiny-unet, or tiny-flux-ternary.", show_default=False
+)
+Model = Annotated[str, _MODEL]
+OptionalModel = Annotated[str | None, _MODEL]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Seed = Annotated[int, typer.Option("--seed", help="Prompt i starts from the noise of seed + i.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default="the model's")]

@@ -13,6 +13,7 @@ from bittern.evaluation.fidelity import Fidelity, fidelity
 from bittern.evaluation.stats import Difference, paired_difference
 from bittern.evaluation.suites import (
     Score,
+    check_sizes,
     choose_prompts,
     difference_dict,
     fidelity_dict,
@@ -113,12 +114,7 @@ def compare(
     entries: list[Entry] = []
     for model in others:
         drawing = draw(model, texts, settings, progress=progress)
-        if drawing.images.shape != base.images.shape:
-            sizes = [f"{d.images.shape[-1]}x{d.images.shape[-2]}" for d in (drawing, base)]
-            raise UserError(
-                f"{drawing.model} draws {sizes[0]} pictures and {base.model} draws {sizes[1]}: "
-                "expected one size; compare a model with one made from it"
-            )
+        check_sizes(drawing, base)
         score = score_scenes(drawing.images, judged) if judged else None
         gap = paired_difference(score.outcomes, base_score.outcomes) if score and base_score else None
         entries.append(Entry(drawing, score, fidelity(drawing.images, base.images), gap))

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import bittern
 from bittern import layers, pipelines, quantization
-from bittern.evaluation.generate import check_request, generate
+from bittern.evaluation.generate import check_request, default_batch_size, generate
 from bittern.integrations import attention
 from bittern.quantization import Progress, component
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Drawing:
         seconds: spent drawing, loading excluded.
         inspection: sizes, and the few-bit layers with bits and errors.
         attention: the attention backend; "torch" for a model that asks torch directly.
+        forced: the arithmetic that every few-bit layer was told to take, or "auto".
+        batch_size: how many pictures denoised together, in the order of the prompts.
     """
 
     model: str
@@ -80,6 +82,8 @@ class Drawing:
     seconds: float
     inspection: quantization.Report
     attention: str
+    forced: str = "auto"
+    batch_size: int = 1
 
     @property
     def path(self) -> str:
@@ -87,8 +91,9 @@ class Drawing:
         return path_name(self.paths, self.dtype)
 
     def metadata(self, index: int) -> dict[str, object]:
-        """What a picture's file says about its making."""
+        """What a picture's file says about its making, all that it takes to draw it again."""
         height, width = self.images.shape[-2:]
+        first = index - index % self.batch_size
         return {
             "model": self.model,
             "prompt": self.prompts[index],
@@ -96,9 +101,108 @@ class Drawing:
             "steps": self.steps,
             "size": f"{width}x{height}",
             "path": self.path,
+            "forced": self.forced,
+            "dtype": self.dtype,
+            "device": self.device,
             "attention": self.attention,
+            "batch": f"{index - first + 1} of {min(self.batch_size, len(self.prompts) - first)}",
             "bittern": bittern.__version__,
         }
+
+
+class Artist:
+    """A model that is loaded and set up, and draws as often as it is asked."""
+
+    def __init__(self, pipe: DiffusionPipeline, settings: Settings, name: str) -> None:
+        self.pipe = pipe
+        self._settings = settings
+        self.name = name
+        call = pipelines.defaults(pipe)
+        self.batch_size = settings.batch_size or default_batch_size(pipe, call.height * call.width)
+        self._inspection = quantization.inspect(pipe)
+
+    def release(self) -> None:
+        """Let go of the model; the artist draws no more."""
+        del self.pipe
+
+    def draw(self, prompts: Sequence[str], *, seed: int | None = None, progress: Progress | None = None) -> Drawing:
+        """Draw every prompt; the first from the noise of `seed`, by default the settings'."""
+        first = self._settings.seed if seed is None else seed
+        return self._draw(prompts, range(first, first + len(prompts)), self.batch_size, progress)
+
+    def draw_one(self, prompt: str, *, place: int, batch: int, progress: Progress | None = None) -> Drawing:
+        """Draw the settings' seed once, as the picture at a place of a batch, which its copies fill.
+
+        Args:
+            prompt: what to draw.
+            place: the picture's, from zero.
+            batch: pictures in the batch.
+            progress: called as the picture advances.
+        """
+        drawing = self._draw([prompt] * batch, [self._settings.seed] * batch, batch, progress)
+        return replace(drawing, prompts=[prompt], images=drawing.images[place : place + 1], batch_size=1)
+
+    def _draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, progress: Progress | None
+    ) -> Drawing:
+        pipe, settings = self.pipe, self._settings
+        denoiser = component(pipe)
+        began = time.perf_counter()
+        images = generate(
+            pipe,
+            prompts,
+            seeds=seeds,
+            steps=settings.steps,
+            batch_size=batch_size,
+            progress=progress and (lambda what, done, total: progress(f"{what} with {self.name}", done, total)),
+        )
+        return Drawing(
+            model=self.name,
+            prompts=list(prompts),
+            images=images,
+            seed=seeds[0],
+            steps=settings.steps or pipelines.defaults(pipe).steps,
+            paths=layers.paths(denoiser),
+            dtype=dtype_name(denoiser.dtype),
+            device=device_name(pipe.device),
+            seconds=time.perf_counter() - began,
+            inspection=self._inspection,
+            attention=attention.chosen(denoiser),
+            forced=settings.path or "auto",
+            batch_size=batch_size,
+        )
+
+
+@contextmanager
+def artist(
+    model: str | DiffusionPipeline, settings: Settings | None = None, *, name: str | None = None
+) -> Iterator[Artist]:
+    """Load a model to draw with, and let it go again: one model in memory at a time.
+
+    Args:
+        model: a folder, a hub id, "tiny-flux", or a pipeline that is already loaded.
+        settings: seed, steps and the rest.
+        name: what to call the model; its folder or id by default.
+
+    Raises:
+        UserError: if the model cannot be loaded, the path does not exist there, or the attention does not run there.
+    """
+    settings = settings or Settings()
+    name = name or (model if isinstance(model, str) else type(model).__name__)
+    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
+    denoiser = component(pipe)
+    try:
+        with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):
+            one = Artist(pipe, settings, name)
+            try:
+                yield one
+            finally:
+                one.release()
+    finally:
+        del pipe, denoiser
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def draw(
@@ -109,7 +213,7 @@ def draw(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Drawing:
-    """Load a model, draw every prompt, let the model go again: one model in memory at a time.
+    """Draw every prompt with a model that is loaded for it.
 
     Args:
         model: a folder, a hub id, "tiny-flux", or a pipeline that is already loaded.
@@ -119,42 +223,12 @@ def draw(
         progress: called as the pictures advance.
 
     Raises:
-        UserError: if the model cannot be loaded, the path does not exist there, the attention does not run there, or a
-            prompt is blank.
+        UserError: as `artist` does, and if a prompt is blank.
     """
     settings = settings or Settings()
     check_request(prompts, settings.seed, settings.steps, settings.batch_size)
-    name = name or (model if isinstance(model, str) else type(model).__name__)
-    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
-    denoiser = component(pipe)
-    with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):
-        began = time.perf_counter()
-        images = generate(
-            pipe,
-            prompts,
-            seed=settings.seed,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            progress=progress and (lambda what, done, total: progress(f"{what} with {name}", done, total)),
-        )
-        drawing = Drawing(
-            model=name,
-            prompts=list(prompts),
-            images=images,
-            seed=settings.seed,
-            steps=settings.steps or pipelines.defaults(pipe).steps,
-            paths=layers.paths(denoiser),
-            dtype=dtype_name(denoiser.dtype),
-            device=device_name(pipe.device),
-            seconds=time.perf_counter() - began,
-            inspection=quantization.inspect(pipe),
-            attention=attention.chosen(denoiser),
-        )
-    del pipe, denoiser
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return drawing
+    with artist(model, settings, name=name) as one:
+        return one.draw(prompts, progress=progress)
 
 
 @contextmanager
@@ -188,7 +262,7 @@ def path_name(paths: dict[str, int], dtype: str) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of a dtype, such as "bf16"."""
-    return _DTYPE_NAMES.get(dtype, str(dtype))
+    return DTYPE_NAMES.get(dtype, str(dtype))
 
 
 def versions() -> dict[str, str]:

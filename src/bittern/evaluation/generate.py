@@ -55,6 +55,7 @@ def generate(
     prompts: Sequence[str],
     *,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -65,6 +66,7 @@ def generate(
         pipe: a diffusers pipeline; size, guidance and text length are its own (`pipelines.defaults`).
         prompts: what to draw, none of them blank.
         seed: prompt i starts from the noise of seed + i.
+        seeds: the noise of every prompt, in place of seed, seed + 1 and so on.
         steps: denoising steps; the pipeline's own number by default.
         batch_size: pictures drawn together; by default as many as a budget of pixels allows.
         progress: called as pictures advance, in units of pictures.
@@ -76,7 +78,8 @@ def generate(
         UserError: if a prompt is blank or a number is not positive.
         BitternError: if the pipeline draws a picture that is not a number.
     """
-    check_request(prompts, seed, steps, batch_size)
+    seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
+    check_request(prompts, min(seeds, default=seed), steps, batch_size)
     call = pipelines.defaults(pipe)
     steps = steps or call.steps
     batch_size = batch_size or default_batch_size(pipe, call.height * call.width)
@@ -87,7 +90,7 @@ def generate(
     try:
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))]
+            generators = [torch.Generator("cpu").manual_seed(each) for each in seeds[start : start + len(batch)]]
             report = _step_reporter(progress, start, len(batch), steps, len(prompts))
             with one_thread(_is_small(pipe)):
                 images = pipe(prompt=batch, generator=generators, callback_on_step_end=report, **options).images
@@ -132,19 +135,24 @@ def to_pil(image: UInt8[Tensor, "3 h w"]) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
+def png_info(metadata: Mapping[str, object]) -> PngInfo:
+    """How a picture was made, as a PNG's text chunks, one a key."""
+    info = PngInfo()
+    for key, value in metadata.items():
+        info.add_itxt(key, str(value))
+    return info
+
+
 def save_png(image: UInt8[Tensor, "3 h w"], path: Path, metadata: Mapping[str, object]) -> None:
     """Write a PNG that carries how it was made as text chunks, one a key; atomic, as a whole or not at all.
 
     Raises:
         UserError: if the file cannot be written.
     """
-    info = PngInfo()
-    for key, value in metadata.items():
-        info.add_itxt(key, str(value))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil(image).save(temporary, format="PNG", pnginfo=info)
+        to_pil(image).save(temporary, format="PNG", pnginfo=png_info(metadata))
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

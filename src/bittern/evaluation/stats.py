@@ -18,6 +18,7 @@ import numpy as np
 
 RESAMPLES = 4000
 LEVEL = 0.95
+_FEWEST_TO_RESAMPLE = 5  # prompts; below them a task's own scatter tells nothing of its error
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Difference:
         mean: unweighted mean over the tasks of the per-task mean difference.
         low: lower end of the 95 % interval.
         high: upper end of the 95 % interval.
-        better: prompts that only the model got right.
-        worse: prompts that only the reference got right.
+        better: prompts that the model got right more often than the reference.
+        worse: prompts that the reference got right more often.
         n: prompts compared.
     """
 
@@ -81,14 +82,20 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(array.mean()), spread / math.sqrt(array.size), int(array.size))
 
 
-def proportion(outcomes: Sequence[bool]) -> Estimate:
-    """Share of successes; the error takes the plus-four share, so it is never zero."""
+def proportion(outcomes: Sequence[float]) -> Estimate:
+    """Mean share of successes over prompts; the error takes the plus-four share, so it is never zero.
+
+    Args:
+        outcomes: a prompt each: right or wrong, or the share of its pictures that are right, 0 to 1.
+    """
     n = len(outcomes)
     if n == 0:
         raise ValueError("no outcomes to average")
-    successes = sum(map(bool, outcomes))
-    smoothed = (successes + 2) / (n + 4)
-    return Estimate(successes / n, math.sqrt(smoothed * (1 - smoothed) / n), n)
+    mean = sum(outcomes) / n
+    # Two prompts that are wholly right and two wholly wrong; for yes and no this is p (1 - p) of the plus-four share.
+    smoothed = (sum(outcomes) + 2) / (n + 4)
+    variance = (sum(value * value for value in outcomes) + 2) / (n + 4) - smoothed**2
+    return Estimate(mean, math.sqrt(variance / n), n)
 
 
 def unweighted_mean(tasks: Mapping[str, Estimate]) -> Estimate:
@@ -108,30 +115,48 @@ def sign_test(better: int, worse: int) -> float:
 
 
 def paired_difference(
-    model: Mapping[str, Sequence[bool]], reference: Mapping[str, Sequence[bool]], *, seed: int = 0
+    model: Mapping[str, Sequence[float]],
+    reference: Mapping[str, Sequence[float]],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Difference:
     """Difference of two models' scores on the same prompts and noise.
 
     Args:
-        model: per task, the outcome of every prompt.
+        model: per task, the outcome of every prompt, 0 to 1.
         reference: the same tasks and prompts, in the same order.
         seed: of the bootstrap.
+        resamples: of the bootstrap.
 
     Returns:
-        The difference with a percentile bootstrap over prompts, each weighing as much as in the mean of tasks. It
-        resamples across tasks, which is a little wide but stays honest with one prompt a task. Where few or all
-        prompts disagree the bootstrap collapses; the interval never ends nearer than 3 / n (the rule of three).
+        The difference with a percentile bootstrap over prompts. Every task is resampled by itself, its deviations
+        widened by sqrt(n / (n - 1)), since a resample of n scatters too little by that factor. Where a task has fewer
+        than five prompts they are resampled across tasks, each weighing as much as in the mean of tasks: a little
+        wide, but honest with one prompt a task. Where few or all prompts disagree the bootstrap collapses; the
+        interval never ends nearer than 3 / n (the rule of three).
     """
     if {t: len(v) for t, v in model.items()} != {t: len(v) for t, v in reference.items()}:
         raise ValueError("a paired difference needs the same prompts on both sides")
     rng = np.random.default_rng(seed)
     gaps = [np.asarray(model[t], np.float64) - np.asarray(reference[t], np.float64) for t in model if len(model[t])]
     n = sum(g.size for g in gaps)
-    better, worse = (int(sum((g == sign).sum() for g in gaps)) for sign in (1, -1))
+    better, worse = (int(sum((np.sign(g) == sign).sum() for g in gaps)) for sign in (1, -1))
     mean = float(np.mean([g.mean() for g in gaps]))
-    weighted = np.concatenate([g * n / (g.size * len(gaps)) for g in gaps])
-    resampled = weighted[rng.integers(n, size=(RESAMPLES, n))].mean(axis=1)
+    if min(g.size for g in gaps) < _FEWEST_TO_RESAMPLE:
+        moved = _deviations(np.concatenate([g * n / (g.size * len(gaps)) for g in gaps]), rng, resamples)
+    else:
+        apart = [_deviations(g, rng, resamples) * math.sqrt(g.size / (g.size - 1)) for g in gaps]
+        moved = np.mean(apart, axis=0)
     tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(resampled, [tail, 100 - tail])
+    low, high = mean + np.percentile(moved, [tail, 100 - tail])
     low, high = max(-1.0, min(low, mean - 3 / n)), min(1.0, max(high, mean + 3 / n))
     return Difference(mean, float(low), float(high), better, worse, n)
+
+
+def _deviations(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """How far the mean of each resample of n values lies from the mean of the values."""
+    distinct, counts = np.unique(values, return_counts=True)
+    # Shares of right pictures take few values: how often each was drawn is all that a resample is.
+    drawn = rng.multinomial(values.size, counts / values.size, size=resamples)
+    return drawn @ distinct / values.size - values.mean()

@@ -2,23 +2,34 @@
 
 `scenes` draws held-out prompts of the scenes world and asks the detector whether each picture shows what its prompt
 says, by GenEval's six tasks. `fidelity` draws any prompts and measures how far the pictures stray from the
-reference's, drawn from the same noise. With a reference `scenes` measures both.
+reference's, drawn from the same noise, and where on the way they do. With a reference `scenes` measures the pictures,
+too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import UInt8
 from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
-from bittern.evaluation import scenes
-from bittern.evaluation.drawing import Drawing, Settings, check_models, draw, versions
+from bittern.evaluation import clip, hosted, scenes
+from bittern.evaluation.drawing import Drawing, Settings, artist, check_models, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
-from bittern.evaluation.stats import Difference, Estimate, paired_difference, proportion, unweighted_mean
+from bittern.evaluation.generate import check_request, to_pil
+from bittern.evaluation.stats import (
+    Difference,
+    Estimate,
+    mean_estimate,
+    paired_difference,
+    proportion,
+    unweighted_mean,
+)
+from bittern.evaluation.walk import MOST_PROMPTS, Departure, departure, walk
 from bittern.quantization import Progress
 
 if TYPE_CHECKING:
@@ -31,9 +42,9 @@ _LARGEST_LIMIT = 1_000_000
 
 @dataclass(frozen=True)
 class Score:
-    """A model's scenes score: every verdict by task, in the order of the prompts."""
+    """A model's score: by task, in the order of the prompts, whether the picture is right, or what share of several."""
 
-    outcomes: dict[str, list[bool]]
+    outcomes: Mapping[str, Sequence[float]]
 
     @property
     def tasks(self) -> dict[str, Estimate]:
@@ -58,6 +69,8 @@ class Evaluation:
         reference_score: the reference's.
         difference: score minus reference score, paired.
         fidelity: of the pictures to the reference's.
+        departure: of the trajectory from the reference's, if the suite walks.
+        clip: the model's CLIP score and the reference's, if a CLIP was given.
     """
 
     suite: str
@@ -67,6 +80,8 @@ class Evaluation:
     reference_score: Score | None
     difference: Difference | None
     fidelity: Fidelity | None
+    departure: Departure | None = None
+    clip: tuple[Estimate, Estimate] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values. Keys are never renamed; a suite that does not measure one leaves it None."""
@@ -78,7 +93,11 @@ class Evaluation:
             **score_dict(self.score),
             "reference_scores": self.reference_score and score_dict(self.reference_score),
             "difference": self.difference and difference_dict(self.difference),
-            "fidelity": fidelity_dict(self.fidelity),
+            "fidelity": {
+                **fidelity_dict(self.fidelity),
+                **(self.departure.to_dict() if self.departure else {}),
+                **(_clip_dict(*self.clip) if self.clip else {}),
+            },
             "images": len(drawing.prompts),
             "seed": drawing.seed,
             "steps": drawing.steps,
@@ -119,7 +138,18 @@ def fidelity_dict(found: Fidelity | None) -> dict[str, Any]:
         "psnr_stderr": psnr.stderr,
         "ssim": ssim.mean,
         "ssim_stderr": ssim.stderr,
+        "ms_ssim": found.mean_ms_ssim and found.mean_ms_ssim.mean,
+        "ms_ssim_stderr": found.mean_ms_ssim and found.mean_ms_ssim.stderr,
         "identical": found.identical,
+    }
+
+
+def _clip_dict(model: Estimate, reference: Estimate) -> dict[str, Any]:
+    return {
+        "clip_score": model.mean,
+        "clip_score_stderr": model.stderr,
+        "reference_clip_score": reference.mean,
+        "reference_clip_score_stderr": reference.stderr,
     }
 
 
@@ -163,6 +193,7 @@ def evaluate(
     prompts: Sequence[str] | None = None,
     limit: int | None = None,
     settings: Settings | None = None,
+    clip_model: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a suite on a model.
@@ -174,6 +205,7 @@ def evaluate(
         prompts: of `fidelity`; the held-out prompts of the scenes world by default.
         limit: how many prompts; by default 120 on a CPU and 2,048 on a GPU, or the whole list that was given.
         settings: seed, steps and the rest, the same for both models.
+        clip_model: of `fidelity`; a CLIP's folder or hub id, to tell how well pictures fit their prompts.
         progress: called as the pictures advance.
 
     Raises:
@@ -182,17 +214,28 @@ def evaluate(
     """
     settings = settings or Settings()
     if suite not in SUITES:
-        raise UserError(f"unknown suite '{suite}': {did_you_mean(suite, SUITES)}")
+        raise UserError(f"unknown suite '{suite}': {did_you_mean(suite, (*SUITES, 'geneval', 'cost'))}")
     if suite == "fidelity" and reference is None:
         raise UserError("suite fidelity compares with another model: expected a reference; add --reference MODEL")
     if suite == "scenes" and prompts is not None:
         raise UserError("suite scenes draws its own held-out prompts; leave out --prompts, or take --suite fidelity")
     if suite == "scenes" and limit is not None and limit < len(scenes.TASKS):
         raise UserError(f"limit {limit} leaves tasks without a prompt: expected at least {len(scenes.TASKS)}")
+    if suite == "scenes" and clip_model is not None:
+        raise UserError("suite scenes has a detector of its own: leave out --clip, or take --suite fidelity")
     world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
     check_models(model, reference)
-    drawing = draw(model, texts, settings, progress=progress)
-    other = None if reference is None else draw(reference, texts, settings, progress=progress)
+    judge = None if clip_model is None else hosted.locate(clip_model, clip.OPTION)
+    check_request(texts, settings.seed, settings.steps, settings.batch_size)
+    way = {"prompts": texts[:MOST_PROMPTS], "seed": settings.seed, "steps": settings.steps}
+    other = trail = left = None
+    if reference is not None:
+        with artist(reference, settings) as one:
+            other = one.draw(texts, progress=progress)
+            trail = walk(one.pipe, **way, keep_calls=True) if suite == "fidelity" else None
+    with artist(model, settings) as one:
+        drawing = one.draw(texts, progress=progress)
+        left = departure(one.pipe, trail, **way) if trail else None
     score = score_scenes(drawing.images, world) if world and suite == "scenes" else None
     other_score = score_scenes(other.images, world) if other and world and score else None
     return Evaluation(
@@ -202,5 +245,35 @@ def evaluate(
         score=score,
         reference_score=other_score,
         difference=paired_difference(score.outcomes, other_score.outcomes) if score and other_score else None,
-        fidelity=fidelity(drawing.images, other.images) if other else None,
+        fidelity=_fidelity(drawing, other) if other else None,
+        departure=left,
+        clip=_clip_scores(judge, drawing, other, settings.device) if judge and other else None,
     )
+
+
+def _clip_scores(folder: Path, drawing: Drawing, reference: Drawing, device: str) -> tuple[Estimate, Estimate]:
+    eye = clip.Clip.load(folder, device)
+    model, base = (
+        mean_estimate(clip.scores(eye, [to_pil(image) for image in each.images], each.prompts))
+        for each in (drawing, reference)
+    )
+    return model, base
+
+
+def _fidelity(drawing: Drawing, reference: Drawing) -> Fidelity:
+    check_sizes(drawing, reference)
+    return fidelity(drawing.images, reference.images)
+
+
+def check_sizes(drawing: Drawing, reference: Drawing) -> None:
+    """Refuse to compare pictures of two sizes.
+
+    Raises:
+        UserError: naming both models and sizes.
+    """
+    sizes = [f"{d.images.shape[-1]}x{d.images.shape[-2]}" for d in (drawing, reference)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{drawing.model} draws {sizes[0]} pictures and {reference.model} draws {sizes[1]}: "
+            "expected one size; compare a model with one made from it"
+        )

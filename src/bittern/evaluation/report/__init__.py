@@ -6,9 +6,6 @@ browser's own blend of the two. The page forbids itself any connection (Content-
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,25 +13,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import UInt8
-from torch import Tensor
-
-from bittern.errors import UserError
 from bittern.evaluation.compare import Comparison, Entry
-from bittern.evaluation.generate import to_pil
+from bittern.evaluation.report import plot
+from bittern.evaluation.report.names import TASK_NAMES, format_bytes, short_name, unique_names
+from bittern.evaluation.report.pictures import MOST_CARDS, Shown, show
+from bittern.evaluation.report.plot import Chart, Value
 from bittern.evaluation.stats import Estimate
+from bittern.outputs import write_text
 
-_LOSSLESS_SIDE = 512
-"""Larger pictures are shown as WebP, or a report of a big model would weigh hundreds of megabytes."""
-
-_TASK_NAMES = {
-    "single_object": "single object",
-    "two_object": "two objects",
-    "counting": "counting",
-    "colors": "colours",
-    "position": "position",
-    "color_attr": "colour attribution",
-}
+MARK = '<meta name="generator" content="bittern compare">'
+"""What tells a report from other files."""
 
 
 def render(comparison: Comparison, command: str) -> str:
@@ -54,13 +42,17 @@ def render(comparison: Comparison, command: str) -> str:
     template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
     entries = comparison.entries
     drawing = comparison.reference.drawing
+    shown = show([entry.drawing for entry in entries], min(len(drawing.prompts), MOST_CARDS))
     return template.render(
         style=(folder / "style.css").read_text(encoding="utf-8"),
         script=(folder / "script.js").read_text(encoding="utf-8"),
         entries=entries,
         names=unique_names([entry.drawing.model for entry in entries]),
-        cards=_cards(comparison),
+        cards=_cards(comparison, shown),
+        shown=shown,
         bars=_bars(entries),
+        charts=_charts(entries),
+        frame=plot,
         heats=[_heat(entry) for entry in comparison.others],
         drawing=drawing,
         command=command,
@@ -74,58 +66,21 @@ def write(html: str, path: Path) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot write {path}: {reason}; choose a writable place for the report") from error
+    write_text(html, path, "report")
 
 
-def format_bytes(count: float) -> str:
-    """Bytes for a human, in decimal units: 23.8 GB, 9.6 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def short_name(model: str) -> str:
-    """The last part of a model's path or hub id."""
-    return model.rstrip("/").rpartition("/")[2] or model
-
-
-def unique_names(models: list[str]) -> list[str]:
-    """Short names, unless two models share one."""
-    short = [short_name(m) for m in models]
-    return short if len(set(short)) == len(short) else models
-
-
-def _data_uri(image: UInt8[Tensor, "3 h w"]) -> str:
-    picture = to_pil(image)
-    lossless = max(picture.size) <= _LOSSLESS_SIDE
-    buffer = io.BytesIO()
-    picture.save(buffer, **({"format": "PNG"} if lossless else {"format": "WEBP", "quality": 92}))
-    kind = "png" if lossless else "webp"
-    return f"url(data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()})"
-
-
-def _cards(comparison: Comparison) -> list[dict[str, Any]]:
+def _cards(comparison: Comparison, shown: Shown) -> list[dict[str, Any]]:
     verdicts = [_verdicts(comparison, entry) for entry in comparison.entries]
     drawing = comparison.reference.drawing
     cards: list[dict[str, Any]] = []
-    for index, prompt in enumerate(drawing.prompts):
+    for index, uris in enumerate(shown.uris):
         found = [entry.fidelity for entry in comparison.others if entry.fidelity]
         cards.append(
             {
-                "prompt": prompt,
-                "task": _TASK_NAMES[comparison.world[index].tag] if comparison.world else None,
+                "prompt": drawing.prompts[index],
+                "task": TASK_NAMES[comparison.world[index].tag] if comparison.world else None,
                 "seed": drawing.seed + index,
-                "pictures": [_data_uri(entry.drawing.images[index]) for entry in comparison.entries],
+                "pictures": uris,
                 "verdicts": [v[index] for v in verdicts],
                 "psnr": [f.psnr[index] for f in found],
                 "ssim": [f.ssim[index] for f in found],
@@ -146,8 +101,26 @@ def _bars(entries: list[Entry]) -> list[dict[str, Any]]:
     if len(scores) < len(entries):
         return []
     rows: list[tuple[str, list[Estimate]]] = [("overall", [s.overall for s in scores])]
-    rows += [(_TASK_NAMES[task], [s.tasks[task] for s in scores]) for task in scores[0].tasks]
+    rows += [(TASK_NAMES[task], [s.tasks[task] for s in scores]) for task in scores[0].tasks]
     return [{"name": name, "estimates": estimates} for name, estimates in rows]
+
+
+def _charts(entries: list[Entry]) -> list[Chart]:
+    """Size against PSNR, and against the score where pictures were judged."""
+    names = unique_names([entry.drawing.model for entry in entries])
+    sizes = [entry.drawing.inspection.file_bytes for entry in entries]
+    near = [
+        Value(names[index], index % 6, sizes[index], entry.fidelity.mean_psnr.mean, entry.fidelity.mean_psnr.stderr)
+        for index, entry in enumerate(entries)
+        if entry.fidelity
+    ]
+    right = [
+        Value(names[index], index % 6, sizes[index], entry.score.overall.mean, entry.score.overall.stderr)
+        for index, entry in enumerate(entries)
+        if entry.score
+    ]
+    charts = [plot.chart("PSNR to the reference, dB", near)] if near else []
+    return charts + ([plot.chart("Scenes score", right, floor=0.0, ceiling=1.0)] if right else [])
 
 
 @dataclass(frozen=True)

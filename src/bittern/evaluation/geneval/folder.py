@@ -1,0 +1,273 @@
+"""GenEval's folders: `00000/metadata.jsonl`, `00000/samples/0000.png`, and what makes a run that was killed go on.
+
+Pictures are drawn in batches whose members never change, because a picture's low bits may depend on its batch. A
+finished batch goes to `.drawn/` under a temporary name, is renamed, and only then dealt out: a kill leaves either the
+whole batch, which the next run deals out, or nothing of it. Verdicts are lines that are appended, a file a process; a
+torn last line is cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from bittern.errors import UserError
+from bittern.evaluation.generate import save_png
+from bittern.evaluation.geneval.metadata import Request, parse_line
+from bittern.outputs import disk_problem, existing_parent, write_text
+
+RESULTS = "results.jsonl"
+_RUN = "run.json"
+_DRAWN = ".drawn"
+_PICTURE = re.compile(r"(\d+)\.png")
+_IN_RESULTS = re.compile(r"(\d+)/samples/(\d+)\.png$")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample of one prompt, and its file."""
+
+    request: Request
+    sample: int
+    file: Path
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The prompt's number and the sample's."""
+        return self.request.index, self.sample
+
+    @property
+    def name(self) -> str:
+        """The file as the official layout calls it."""
+        return f"{self.request.index:05d}/samples/{self.sample:04d}.png"
+
+
+def pictures_of(out: Path, requests: Sequence[Request], per_prompt: int) -> list[Picture]:
+    """The pictures that a run draws, in their order."""
+    return [
+        Picture(request, sample, out / f"{request.index:05d}" / "samples" / f"{sample:04d}.png")
+        for request in requests
+        for sample in range(per_prompt)
+    ]
+
+
+def prepare(out: Path, run: Mapping[str, Any], *, force: bool) -> None:
+    """Make the folder of a run, or find it as the same run left it.
+
+    Args:
+        out: the folder.
+        run: what the run is about, as JSON values.
+        force: whether to throw away what another run left.
+
+    Raises:
+        UserError: if it holds another run and `force` is not given, holds something else, or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: expected a folder that is new, empty, or of the same run")
+    parent = existing_parent(out / "any")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {parent} is not writable; choose another place")
+    if out.is_dir() and any(out.iterdir()):
+        before = _read_run(out)
+        if before is None:
+            raise UserError(
+                f"--out {out} holds something else: --force replaces only evaluations; choose another folder"
+            )
+        if force:
+            shutil.rmtree(out)
+        else:
+            for key in dict.fromkeys([*run, *before]):
+                if run.get(key) != before.get(key):
+                    raise UserError(
+                        f"--out {out} holds a run with another {key} ({before.get(key)!r}, now {run.get(key)!r}): "
+                        "choose another folder, or replace it with --force"
+                    )
+    try:
+        if not (out / _RUN).exists():
+            write_text(json.dumps(run, indent=2) + "\n", out / _RUN, "evaluation")
+        _settle(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {disk_problem(error) or error}") from error
+
+
+def lay_out(out: Path, requests: Iterable[Request]) -> None:
+    """Put every prompt's metadata where the official scorer looks for it."""
+    for request in requests:
+        file = out / f"{request.index:05d}" / "metadata.jsonl"
+        if not file.exists():
+            write_text(request.line, file, "evaluation")
+
+
+def deliver(
+    out: Path,
+    number: int,
+    batch: Sequence[Picture],
+    images: UInt8[Tensor, "b 3 h w"],
+    metadata: Sequence[Mapping[str, object]],
+) -> None:
+    """Write a batch, as a whole or not at all; pictures that are there already stay.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    ready = out / _DRAWN / f"{number:06d}"
+    temporary = ready.with_suffix(".tmp")
+    for index, picture in enumerate(batch):
+        save_png(images[index], temporary / picture.name.replace("/", "-"), metadata[index])
+    temporary.rename(ready)
+    _deal_out(out, ready)
+
+
+def _settle(out: Path) -> None:
+    """Deal out the batches that a killed run had finished, and forget the one that it had not."""
+    for folder in sorted((out / _DRAWN).glob("*")):
+        if folder.suffix == ".tmp":
+            shutil.rmtree(folder)
+        else:
+            _deal_out(out, folder)
+
+
+def _deal_out(out: Path, ready: Path) -> None:
+    for file in sorted(ready.iterdir()):
+        place = out.joinpath(*file.name.split("-"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():
+            file.unlink()
+        else:
+            file.replace(place)
+    ready.rmdir()
+
+
+def _read_run(out: Path) -> dict[str, Any] | None:
+    try:
+        run = json.loads((out / _RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return run if isinstance(run, dict) and "suite" in run else None
+
+
+def read_pictures(images: Path, requests: Sequence[Request] | None, per_prompt: int | None) -> list[Picture]:
+    """The pictures in a folder of the official layout.
+
+    Args:
+        images: the folder.
+        requests: the prompts that it must hold; None for those it holds.
+        per_prompt: how many pictures each has; None for as many as the first.
+
+    Raises:
+        UserError: if prompts or pictures are missing, or their number differs.
+    """
+    if not images.is_dir():
+        raise UserError(f"--images {images}: expected a folder with 00000/samples/0000.png in it")
+    folders = {int(folder.name): folder for folder in images.iterdir() if folder.name.isdigit() and folder.is_dir()}
+    if not folders:
+        raise UserError(f"--images {images} holds no numbered folder: expected 00000/samples/0000.png and so on")
+    pictures: list[Picture] = []
+    for index in sorted(folders) if requests is None else [request.index for request in requests]:
+        if index not in folders:
+            raise UserError(f"--images {images} lacks the folder {index:05d}: draw it, or leave the prompt out")
+        request = _read_request(folders[index], index)
+        wanted = next((each for each in requests or () if each.index == index), request)
+        if request.prompt != wanted.prompt:
+            raise UserError(
+                f"{folders[index] / 'metadata.jsonl'} is about {request.prompt!r} and the metadata file about "
+                f"{wanted.prompt!r}: give the file that the pictures were drawn from"
+            )
+        samples = _samples(folders[index] / "samples")
+        per_prompt = per_prompt or len(samples)
+        if len(samples) != per_prompt:
+            raise UserError(
+                f"{folders[index] / 'samples'} holds {len(samples)} pictures: expected {per_prompt}, as many for every "
+                "prompt; draw what is missing or give --images-per-prompt"
+            )
+        pictures += [Picture(wanted, sample, file) for sample, file in samples]
+    return pictures
+
+
+def _read_request(folder: Path, index: int) -> Request:
+    file = folder / "metadata.jsonl"
+    try:
+        line = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: every numbered folder needs the metadata of its prompt") from error
+    return parse_line(line, str(file), index)
+
+
+def _samples(folder: Path) -> list[tuple[int, Path]]:
+    files = [(_PICTURE.fullmatch(file.name), file) for file in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(match[1]), file) for match, file in files if match)
+
+
+class Notes:
+    """What is known of pictures: a line a picture, appended as soon as it is known."""
+
+    def __init__(self, out: Path, rank: int) -> None:
+        self._file = out / f"verdicts.{rank}.jsonl"
+        if self._file.exists():
+            text = self._file.read_bytes()
+            with self._file.open("r+b") as handle:
+                handle.truncate(text.rfind(b"\n") + 1)
+        self._handle = self._file.open("a", encoding="utf-8")
+
+    def add(self, note: Mapping[str, Any]) -> None:
+        """Write a line; it is there when this returns."""
+        self._handle.write(json.dumps(note) + "\n")
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+def read_notes(out: Path) -> list[dict[str, Any]]:
+    """Every whole line that any process wrote; of several about one picture the last is the newest."""
+    lines = [
+        line
+        for file in sorted(out.glob("verdicts.*.jsonl"))
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1]
+    ]
+    return [json.loads(line) for line in lines]
+
+
+def picture_hash(file: Path) -> str:
+    """What tells a picture's file from another.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"picture {file} cannot be read ({error.strerror}): draw or fetch it again") from error
+
+
+def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, bool]]:
+    """Prompt and verdict of every picture, from a results file, ours or the official scorer's.
+
+    Raises:
+        UserError: for a line that is not in the official form.
+    """
+    found: dict[tuple[int, int], tuple[str, bool]] = {}
+    file = folder / RESULTS
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            index, sample = _IN_RESULTS.findall(value["filename"])[0]
+            found[int(index), int(sample)] = (str(value["prompt"]), bool(value["correct"]))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{file}:{number} is no line of GenEval's results: write the file again") from error
+    if not found:
+        raise UserError(f"{file} is empty: expected a line a picture; evaluate again")
+    return found

@@ -1,0 +1,54 @@
+"""Words and numbers that every form of the report shares."""
+
+from __future__ import annotations
+
+from bittern.evaluation.compare import Comparison
+
+TASK_NAMES = {
+    "single_object": "single object",
+    "two_object": "two objects",
+    "counting": "counting",
+    "colors": "colours",
+    "position": "position",
+    "color_attr": "colour attribution",
+}
+
+
+def headline(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The headline table's columns, and a row a model."""
+    names = unique_names([entry.drawing.model for entry in comparison.entries])
+    rows: list[tuple[str, ...]] = []
+    for name, entry in zip(names, comparison.entries, strict=True):
+        found, size = entry.fidelity, entry.drawing.inspection
+        rows.append(
+            (
+                name,
+                format_bytes(size.file_bytes),
+                f"{size.bits_per_weight:.2f}",
+                f"{found.mean_psnr.mean:.2f} ± {found.mean_psnr.stderr:.2f}" if found else "reference",
+                f"{found.mean_ssim.mean:.4f}" if found else "reference",
+                str(entry.score.overall) if entry.score else "not judged",
+                entry.drawing.path,
+            )
+        )
+    return ("model", "transformer on disk", "bits per weight", "PSNR, dB", "SSIM", "scenes score", "path"), rows
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for a human, in decimal units: 23.8 GB, 9.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def short_name(model: str) -> str:
+    """The last part of a model's path or hub id."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def unique_names(models: list[str]) -> list[str]:
+    """Short names, unless two models share one."""
+    short = [short_name(m) for m in models]
+    return short if len(set(short)) == len(short) else models
