@@ -124,12 +124,13 @@ def check_values(headers: Headers, config: CheckpointConfig) -> None:
         with safe_open(file, framework="pt") as handle:
             for path, leaf in leaves:
                 name = f"{path}.{leaf}"
-                problem = _problem(handle.get_tensor(name), leaf, path, config)
-                if problem:
-                    raise UserError(f"tensor {name!r} in {file.name}: {problem}")
+                found = problem(handle.get_tensor(name), leaf, path, config)
+                if found:
+                    raise UserError(f"tensor {name!r} in {file.name}: {found}")
 
 
-def _problem(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) -> str | None:
+def problem(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) -> str | None:
+    """What is wrong with the values of a target's tensor as it lies on disk; None if nothing is."""
     if leaf == "codes":
         try:
             packing = formats.get_packing(str(config.scheme(path).packing))
