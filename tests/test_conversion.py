@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nunchaku_files as files
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bittern
+import nunchaku_files as files
 from bittern.conversion import import_checkpoint
 from bittern.errors import UserError
 from bittern.layers import QuantLinear, quant_layers
@@ -265,7 +265,11 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("leaf", ["wscales", "smooth", "lora_up"])
 def test_numbers_that_are_not_finite(tmp_path: Path, leaf: str) -> None:
-    file = damaged(tmp_path, with_tensor(f"{QKV}.{leaf}", lambda t: t.flatten().index_fill(
-        0, torch.tensor([3]), torch.nan).reshape(t.shape)))
+    file = damaged(
+        tmp_path,
+        with_tensor(
+            f"{QKV}.{leaf}", lambda t: t.flatten().index_fill(0, torch.tensor([3]), torch.nan).reshape(t.shape)
+        ),
+    )
     with pytest.raises(UserError, match="NaN or infinite"):
         import_checkpoint(file, tmp_path / "out")

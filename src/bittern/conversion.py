@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bittern.checkpoints import CheckpointConfig, TensorSpec, read_headers, weight_files
+from bittern.checkpoints import CheckpointConfig, TensorSpec, check_headers, is_few_bit, read_headers, weight_files
 from bittern.checkpoints.files import STEM, opened, streamed_file
-from bittern.checkpoints.native import problem
+from bittern.checkpoints.native import Headers, check_value, is_leaf
 from bittern.checkpoints.nunchaku import (
+    MODEL_CLASSES,
+    NEWER,
+    OLDER,
     Incoming,
+    Lite,
+    Outgoing,
+    describe,
     flux_names,
     flux_units,
     incoming,
@@ -25,12 +33,15 @@ from bittern.checkpoints.nunchaku import (
     lite_groups,
     lite_units,
     original,
+    outgoing,
 )
-from bittern.errors import UserError
-from bittern.outputs import INDEX, check_out, existing_parent, new_folder
+from bittern.errors import UserError, did_you_mean
+from bittern.outputs import INDEX, check_file_out, check_out, disk_problem, existing_parent, new_folder
 from bittern.pipelines import denoiser_name, other_components, read_json, resolve
 from bittern.quantization import Progress, Report, inspect, model_on_meta
 from bittern.quantization.report import COMPONENTS
+
+Read = Callable[[str], Tensor]
 
 
 def import_checkpoint(
@@ -70,19 +81,13 @@ def import_checkpoint(
     with opened(headers) as read:
         found = load(headers, read)
         with _folder(out, base, name, found.specs(), force) as place:
-            done, total = 0, len(found.specs())
-            with streamed_file(place / f"{STEM}.safetensors", found.specs()) as put:
-                for tensor_name, tensor in found.tensors(read):
-                    _check(tensor_name, tensor, found.config)
-                    put(tensor_name, tensor)
-                    done += 1
-                    if progress:
-                        progress("converting", done, total)
+            tensors = _checked(found.tensors(read), found.config)
+            _write(place / f"{STEM}.safetensors", found.specs(), tensors, progress)
             write_config(place, config, found.config.dump())
     return inspect(Path(out).expanduser())
 
 
-Load = Callable[[Any, Callable[[str], Tensor]], Incoming]
+Load = Callable[[Headers, Read], Incoming]
 
 
 def _original(file: Path, base: Path | None) -> tuple[list[Path], dict[str, Any], Load]:
@@ -95,7 +100,7 @@ def _original(file: Path, base: Path | None) -> tuple[list[Path], dict[str, Any]
     config = _clean(config, said.class_name)
     model = model_on_meta(said.class_name, config, torch.bfloat16, f"config in {file}")
 
-    def load(headers: Any, read: Callable[[str], Tensor]) -> Incoming:
+    def load(headers: Headers, read: Read) -> Incoming:
         stored = "nvfp4" if any(spec.dtype == torch.float8_e4m3fn for _, spec in headers.values()) else "int4"
         if said.weight not in (None, stored):
             raise UserError(f"{file} says that its weights are {said.weight} and holds {stored}: fetch it again")
@@ -108,13 +113,13 @@ def _original(file: Path, base: Path | None) -> tuple[list[Path], dict[str, Any]
 def _lite(place: Path) -> tuple[list[Path], dict[str, Any], Load]:
     config = read_json(place / "config.json")
     if not is_lite(config):
-        raise UserError(f"{place} is not packed for Nunchaku Lite: expected quant_method 'nunchaku_lite' in config.json")
+        raise UserError(f"{place} is not packed for Nunchaku Lite: its config.json has no such quant_method")
     said = lite(config["quantization_config"], str(place / "config.json"))
     class_name = str(config.get("_class_name"))
     config = _clean(config, class_name)
     model = model_on_meta(class_name, config, torch.bfloat16, str(place / "config.json"))
 
-    def load(headers: Any, read: Callable[[str], Tensor]) -> Incoming:
+    def load(headers: Headers, read: Read) -> Incoming:
         units = lite_units(model, said.targets, said.awq)
         groups = lite_groups(model, units)
         return incoming(headers, units, shapes_of(model), read, groups=groups, rank=said.rank, name="nunchaku-lite")
@@ -122,10 +127,154 @@ def _lite(place: Path) -> tuple[list[Path], dict[str, Any], Load]:
     return weight_files(place), config, load
 
 
-def _check(name: str, tensor: Tensor, config: CheckpointConfig) -> None:
-    target, _, leaf = name.rpartition(".")
-    if target in config.targets and (wrong := problem(tensor, leaf, target, config)):
-        raise UserError(f"tensor {name!r}, as converted: {wrong}")
+@dataclass(frozen=True)
+class Exported:
+    """What was written for another engine.
+
+    Attributes:
+        layers: Targets.
+        rank: Of the branches.
+        bytes: Of the weight file.
+        notes: What a person should know of it.
+    """
+
+    layers: int
+    rank: int
+    bytes: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {**asdict(self), "notes": list(self.notes)}
+
+
+TARGETS = {"nunchaku-lite": "Nunchaku Lite", "nunchaku": "Nunchaku"}
+"""The formats that `export_checkpoint` writes, and what messages call them."""
+
+
+def export_checkpoint(
+    source: str | Path, out: str | Path, to: str, *, force: bool = False, progress: Progress | None = None
+) -> Exported:
+    """Writes a few-bit model of bittern's as Nunchaku packs it, without requantizing: all of it, or nothing.
+
+    Args:
+        source: A few-bit folder, of a model or of a whole pipeline.
+        out: The folder to write; for "nunchaku" the .safetensors file.
+        to: "nunchaku-lite", whose folder diffusers reads, or "nunchaku", one file of a FLUX model.
+        force: Whether to replace what is there: a model's folder, or the file.
+        progress: Called as tensors are written.
+
+    Raises:
+        UserError: with the reason, for a model that the format cannot hold; for a source that is no few-bit model.
+    """
+    if to not in TARGETS:
+        raise UserError(f"unknown format {to!r}: {did_you_mean(to, TARGETS)}")
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise UserError(f"no folder {str(source)!r}: expected a few-bit model of bittern's")
+    place, name = _place(path)
+    config = read_json(place / "config.json")
+    if not is_few_bit(config):
+        raise UserError(f"{place} is no few-bit model of bittern's: quantize or import it first")
+    checkpoint = CheckpointConfig.parse(config["quantization_config"], str(place / "config.json"))
+    class_name = str(config.get("_class_name"))
+    config = _clean(config, class_name)
+    model = model_on_meta(class_name, config, torch.bfloat16, str(place / "config.json"))
+    headers = read_headers(weight_files(place))
+    check_headers(
+        headers,
+        checkpoint,
+        {key: shape for key, shape in shapes_of(model).items() if not is_leaf(key, checkpoint)},
+    )
+    base = path if name else None
+    with opened(headers) as read:
+        if to == "nunchaku":
+            found = _to_original(model, class_name, checkpoint, headers, read)
+            said = describe(class_name, config, found.style.weight, found.rank)
+            with _new_file(out, force, path) as file:
+                _write(file, found.specs(), found.tensors(read), progress, said)
+            size = Path(out).expanduser().stat().st_size
+        else:
+            check_out(out, force=force, source=path)
+            found, quantization = _to_lite(model, checkpoint, headers, read)
+            with _folder(out, base, name, found.specs(), force) as folder:
+                _write(folder / f"{STEM}.safetensors", found.specs(), found.tensors(read), progress)
+                write_config(folder, config, quantization)
+                size = (folder / f"{STEM}.safetensors").stat().st_size
+    return Exported(len(checkpoint.targets), found.rank, size, found.notes)
+
+
+def _to_original(
+    model: nn.Module, class_name: str, checkpoint: CheckpointConfig, headers: Headers, read: Read
+) -> Outgoing:
+    if class_name not in MODEL_CLASSES.values():
+        raise UserError(f"{class_name} has no original Nunchaku file that we know: expected {', '.join(_originals())}")
+    weights = {checkpoint.scheme(path).weight for path in checkpoint.targets}
+    units = flux_units(model, shifted="nvfp4" not in weights)
+    surplus = set(checkpoint.targets) - {target for unit in units for target in unit.targets}
+    if surplus:
+        raise UserError(f"{min(surplus)} is few-bit: Nunchaku's files have it in 16 bits; keep it in the recipe")
+    return outgoing(checkpoint, headers, units, read, OLDER, TARGETS["nunchaku"], flux_names(model))
+
+
+def _originals() -> list[str]:
+    return sorted(set(MODEL_CLASSES.values()))
+
+
+def _to_lite(
+    model: nn.Module, checkpoint: CheckpointConfig, headers: Headers, read: Read
+) -> tuple[Outgoing, dict[str, Any]]:
+    convolution = next((path for path, target in checkpoint.targets.items() if target.kernel), None)
+    if convolution:
+        raise UserError(f"{convolution} is a few-bit convolution: Nunchaku Lite has linears only")
+    wide = [path for path in checkpoint.targets if checkpoint.scheme(path).activations == 16]
+    narrow = [path for path in checkpoint.targets if path not in set(wide)]
+    units = lite_units(model, narrow, wide)
+    found = outgoing(checkpoint, headers, units, read, NEWER, TARGETS["nunchaku-lite"])
+    said = Lite(found.style.weight, found.rank if narrow else None, tuple(narrow), tuple(wide))
+    return found, said.dump(str(found.style.dtype).removeprefix("torch."))
+
+
+def _write(
+    file: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Progress | None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    with streamed_file(file, specs, metadata) as put:
+        for done, (name, tensor) in enumerate(tensors, 1):
+            put(name, tensor)
+            if progress:
+                progress("converting", done, len(specs))
+
+
+@contextmanager
+def _new_file(out: str | Path, force: bool, source: Path) -> Iterator[Path]:
+    """A temporary file beside `out` that takes its place when the block ends well and vanishes when not."""
+    path = Path(out).expanduser().resolve()
+    if path.suffix != ".safetensors":
+        raise UserError(f"output {str(out)!r}: expected the name of a .safetensors file")
+    check_file_out(path, "--out")
+    if path.is_relative_to(source.resolve()):
+        raise UserError(f"output {str(out)!r} lies in the model it is made from: choose another place")
+    if path.exists() and not force:
+        raise UserError(f"output {str(out)!r} is there: choose another name, or replace it with --force")
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        fresh.replace(path)
+    except OSError as error:
+        raise UserError(f"output {str(out)!r} cannot be written: {disk_problem(error)}; nothing was left") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _checked(tensors: Iterable[tuple[str, Tensor]], config: CheckpointConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        check_value(name, tensor, config)
+        yield name, tensor
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A .safetensors file of Nunchaku's or a Nunchaku Lite folder; with --to a few-bit folder of bittern's.",
+            help="A .safetensors file of Nunchaku's or a Nunchaku Lite folder; with --to a few-bit folder.",
             show_default=False,
         ),
     ],

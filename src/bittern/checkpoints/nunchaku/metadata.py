@@ -63,8 +63,16 @@ def describe(class_name: str, config: Mapping[str, Any], weight: str, rank: int)
     dtype, group = next((dtype, group) for dtype, (known, group) in _WEIGHTS.items() if known == weight)
     quantization = {
         "method": _METHOD,
-        "weight": {"dtype": dtype, "scale_dtype": None if weight == "int4" else [None, "fp8_e4m3_nan"], "group_size": group},
-        "activation": {"dtype": dtype, "scale_dtype": None if weight == "int4" else "fp8_e4m3_nan", "group_size": group},
+        "weight": {
+            "dtype": dtype,
+            "scale_dtype": None if weight == "int4" else [None, "fp8_e4m3_nan"],
+            "group_size": group,
+        },
+        "activation": {
+            "dtype": dtype,
+            "scale_dtype": None if weight == "int4" else "fp8_e4m3_nan",
+            "group_size": group,
+        },
         "rank": rank,
     }
     return {
@@ -172,8 +180,10 @@ def lite(quantization: Mapping[str, Any], where: str) -> Lite:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise UserError(f"{where}: svdq_w4a4 has rank {rank!r}: expected a positive whole number")
     if awq and (awq.get("precision"), awq.get("group_size")) != ("int4", 64):
-        raise UserError(f"{where}: awq_w4a16 is {awq.get('precision')!r} in groups of {awq.get('group_size')!r}: "
-                        "expected 'int4' in groups of 64")
+        raise UserError(
+            f"{where}: awq_w4a16 is {awq.get('precision')!r} in groups of {awq.get('group_size')!r}: "
+            "expected 'int4' in groups of 64"
+        )
     return Lite(weight, rank, tuple(svdq.get("targets", ())), tuple(awq.get("targets", ())))
 
 

@@ -2,8 +2,8 @@
 
 A packed W4A4 layer computes what a bittern layer computes (the module docstring of `bittern.ops.reference`), with
 
-- `smooth`, `lora_down`, `lora_up` (in the newer generation of names `smooth_factor`, `proj_down`, `proj_up`) as `smooth`,
-  `down` and `up`;
+- `smooth`, `lora_down`, `lora_up` (in the newer generation of names `smooth_factor`, `proj_down`, `proj_up`) as
+  `smooth`, `down` and `up`;
 - of a layer behind a GELU in an int4 file, the bias with the shift's correction taken off already: the true bias is
   b = stored + h · sum_j What_ij / s_j;
 - of nvfp4, a scale for each row (`wcscales`) and one for all (`wtscale`), which multiply the scales of the groups.
@@ -148,9 +148,7 @@ def read_unit(unit: Unit, style: Style, scheme: Scheme, read: Read, has: Callabl
     return out
 
 
-def _read_svdq(
-    unit: Unit, style: Style, scheme: Scheme, read: Read, has: Callable[[str], bool]
-) -> dict[str, Tensor]:
+def _read_svdq(unit: Unit, style: Style, scheme: Scheme, read: Read, has: Callable[[str], bool]) -> dict[str, Tensor]:
     n, group = unit.n, style.group
     unpack_scales = layout.unpack_scales if style.weight == "int4" else layout.unpack_fp4_scales
     parts: dict[str, list[Tensor]] = {leaf: [] for leaf in ("codes", "scales", "smooth", "down", "up")}
@@ -236,7 +234,7 @@ def correction(
     segments: Sequence[int],
     scheme: Scheme,
 ) -> Shaped[Tensor, " n"]:
-    """h · sum_j What_ij / s_j, in float64: what unsigned activations take off the bias."""
+    """H · sum_j What_ij / s_j, in float64: what unsigned activations take off the bias."""
     lay = scheme.layout(segments)
     # What the sum over a group adds to the output for a scale of one.
     weights = torch.zeros(lay.padded_k)

@@ -145,7 +145,8 @@ def _alike(
             continue
         shared = [f".{style.names.smooth}", f".{style.names.down}"]
         if all(
-            headers[group[0] + leaf][1] == headers[path + leaf][1] and torch.equal(read(group[0] + leaf), read(path + leaf))
+            headers[group[0] + leaf][1] == headers[path + leaf][1]
+            and torch.equal(read(group[0] + leaf), read(path + leaf))
             for leaf in shared
             for path in group[1:]
         ):
@@ -239,5 +240,3 @@ def _check(
             raise UserError(f"tensor {name!r} in {file.name} has dtype {spec.dtype}: expected {expected[name].dtype}")
         if name in shapes and not spec.dtype.is_floating_point:
             raise UserError(f"tensor {name!r} in {file.name} has dtype {spec.dtype}: expected a float type; {MEND}")
-
-

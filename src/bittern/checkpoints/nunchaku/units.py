@@ -147,9 +147,7 @@ def lite_units(model: nn.Module, targets: Iterable[str], awq: Iterable[str]) -> 
         for path in paths:
             layer = _linear(model, path)
             segments = _segments(model, path, layer.in_features)
-            units.append(
-                Unit((path,), (path,), (layer.out_features,), segments, (0.0,) * len(segments), splits)
-            )
+            units.append(Unit((path,), (path,), (layer.out_features,), segments, (0.0,) * len(segments), splits))
     seen: set[str] = set()
     for unit in units:
         if unit.targets[0] in seen:
