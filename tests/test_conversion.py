@@ -115,6 +115,22 @@ def test_layers_compute_what_the_file_means(
     assert model.transformer_blocks[0].norm1.linear.scheme.rank == (0 if symmetric else config_width(config) // 64)
 
 
+@pytest.mark.parametrize("config", [files.SMALL, PADDED], ids=["whole tiles", "padded"])
+@pytest.mark.parametrize("without", [(), ("wcscales",), ("wtscale",), ("wcscales", "wtscale")], ids=str)
+def test_nvfp4_layers_compute_what_the_file_means(
+    tmp_path: Path, config: dict[str, Any], without: tuple[str, ...]
+) -> None:
+    tensors = files.flux_tensors(config, weight="nvfp4")
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in without}
+    save_file(tensors, tmp_path / "f.safetensors", files.metadata(config, weight="nvfp4"))
+    report = import_checkpoint(tmp_path / "f.safetensors", tmp_path / "out")
+    model = load(tmp_path / "out")
+    few_bit = quant_layers(model)["transformer_blocks.0.ff.net.2"]
+    assert few_bit.choice().path == "a8-int8" and few_bit.scheme.weight == "nvfp4" and not few_bit.scheme.shift
+    check_all(model, tensors, config, 0.0)
+    assert report.recipe == "nunchaku-nvfp4"
+
+
 def config_width(config: dict[str, Any]) -> int:
     return config["attention_head_dim"] * config["num_attention_heads"]
 

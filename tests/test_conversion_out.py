@@ -261,6 +261,34 @@ def test_ranks_are_filled_up_to_whole_tiles(tmp_path: Path) -> None:
     agree(own(x), files.meaning(files.of_layer(stored, path), own.out_features, own.in_features)(x))
 
 
+NVFP4 = {"weight": "nvfp4", "group_size": 16, "scale_dtype": "e4m3"}
+INT4 = {"weight": "int4", "group_size": 64, "scale_dtype": "bf16"}
+
+
+@pytest.mark.parametrize("to", ["nunchaku-lite", "nunchaku"])
+def test_nvfp4_goes_out_and_comes_back(tmp_path: Path, to: str) -> None:
+    source = quantized(tmp_path / "few-bit", svdquant(NVFP4, modulation=INT4))
+    out = tmp_path / ("f.safetensors" if to == "nunchaku" else "lite")
+    export_checkpoint(source, out, to)
+    import_checkpoint(out, tmp_path / "back")
+    before, after = load(source), load(tmp_path / "back")
+    x, wide = inputs(128), inputs(512)
+    for path in (f"{DOUBLE}.attn.to_k", f"{DOUBLE}.attn.to_add_out", f"{SINGLE}.proj_mlp"):
+        assert torch.equal(layer(after, path)(x), layer(before, path)(x)), path
+    assert torch.equal(layer(after, f"{DOUBLE}.ff.net.2")(wide), layer(before, f"{DOUBLE}.ff.net.2")(wide))
+    agree(layer(after, f"{SINGLE}.proj_out")([x, wide]), layer(before, f"{SINGLE}.proj_out")([x, wide]).double())
+    stored = load_file(out if to == "nunchaku" else out / WEIGHTS)
+    name = f"{DOUBLE}.mlp_fc2" if to == "nunchaku" else f"{DOUBLE}.ff.net.2"
+    agree(layer(before, f"{DOUBLE}.ff.net.2")(wide), files.meaning(files.of_layer(stored, name), 128, 512)(wide))
+
+
+def test_row_scales_of_more_than_16_bits(tmp_path: Path) -> None:
+    files.write_flux(tmp_path / "f.safetensors", weight="nvfp4")
+    import_checkpoint(tmp_path / "f.safetensors", tmp_path / "ours")
+    with pytest.raises(UserError, match="need more than 16 bits"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "again.safetensors", "nunchaku")
+
+
 def test_layers_that_fill_no_tile(tmp_path: Path) -> None:
     source = quantized(tmp_path / "few-bit", svdquant(), {**CONFIG, "num_attention_heads": 6})
     with pytest.raises(UserError, match="multiples of 128 only"):

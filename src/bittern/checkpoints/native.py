@@ -149,7 +149,7 @@ def _problem(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) -> 
         except UserError as error:
             return str(error)
         return None
-    bad = int((~torch.isfinite(tensor)).sum())
+    bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
     if bad:
         return f"{bad} of {tensor.numel()} values are NaN or infinite: {MEND}"
     if leaf == "smooth" and not bool((tensor > 0).all()):

@@ -51,7 +51,8 @@ def join_group(members: Sequence[QuantLinear]) -> Group:
         stacked = first._buffers[leaf]
         if stacked is not None and leaf not in SHARED_LEAVES:
             stacked = torch.cat([cast(Tensor, member._buffers[leaf]) for member in members])
-        first.register_buffer(f"group_{leaf}", stacked, persistent=False)
+        # Accelerate moves every buffer that is registered as not persistent, and falls over one that is None.
+        first.register_buffer(f"group_{leaf}", stacked, persistent=stacked is None)
         for member in members:
             member._buffers[leaf] = None
     group, start = Group(members), 0

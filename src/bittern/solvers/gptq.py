@@ -11,6 +11,7 @@ errors reach the columns behind the block in one product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -32,8 +33,9 @@ def gptq(
     rule: Rule,
     scale_dtype: torch.dtype,
     damping: float = 0.01,
+    on_grid: Callable[[Tensor], Tensor] = int4.on_grid,
 ) -> tuple[Int8[Tensor, "n {layout.padded_k}"], Float[Tensor, "n {layout.num_groups}"]]:
-    """int4 codes and scales of a float32 weight.
+    """Codes and scales of a float32 weight.
 
     Args:
         weight: [n, k], finite.
@@ -42,6 +44,7 @@ def gptq(
         rule: How each group gets its scale; the codes it would choose are not used.
         scale_dtype: Stored type of the scales.
         damping: Share of the mean diagonal of the Hessian that is added to it.
+        on_grid: Gives the code nearest to each number.
     """
     _, scales = encode(weight, layout, rule, scale_dtype)
     order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -56,7 +59,7 @@ def gptq(
         errors = torch.empty_like(rest[:, start:stop])
         for column in range(start, stop):
             value = rest[:, column]
-            code = (value * inverse[:, column]).round_().clamp_(int4.LOW, int4.HIGH)
+            code = on_grid(value * inverse[:, column])
             chosen[:, column] = code
             error = (value - code * steps[:, column]) / factor[column, column]
             rest[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)

@@ -14,7 +14,7 @@ from bittern.checkpoints.config import CheckpointConfig
 from bittern.checkpoints.files import TensorSpec
 from bittern.checkpoints.native import Headers, from_disk
 from bittern.checkpoints.nunchaku import layout, packed
-from bittern.checkpoints.nunchaku.layout import GROUP, PADDING, RANK_MULTIPLE, padded
+from bittern.checkpoints.nunchaku.layout import FP4_GROUP, GROUP, PADDING, RANK_MULTIPLE, padded
 from bittern.checkpoints.nunchaku.packed import NEWER, OLDER, Generation, Read, Style
 from bittern.checkpoints.nunchaku.units import Unit
 from bittern.errors import UserError
@@ -209,6 +209,8 @@ def _svdq(unit: Unit, style: Style, scheme: Scheme, rank: int, leaves: Mapping[s
         shifted = replace(scheme, shift=unit.shifts)
         bias = bias - packed.correction(leaves["codes"], leaves["scales"], smooth, unit.segments, shifted)
     out: dict[str, Tensor] = {}
+    if style.weight == "nvfp4" and len(unit.packed) < len(unit.segments):
+        leaves = {**leaves, **_one_row_scale(unit, leaves)}
     for place, name in enumerate(unit.packed):
         whole = len(unit.packed) == 1
         segment = list(lay)[place]
@@ -242,6 +244,17 @@ def _components(
         return down, up
     reads = down.any(dim=1)
     return down[reads], up[:, reads]
+
+
+def _one_row_scale(unit: Unit, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scales of several K-segments under one scale a row."""
+    lay = KLayout(unit.segments, FP4_GROUP)
+    whole = KLayout((unit.k,), FP4_GROUP)
+    combined = formats.nvfp4.combine(leaves["scales"], leaves["row_scales"], lay)
+    scales, rows = formats.nvfp4.split(combined, whole)
+    if not torch.equal(formats.nvfp4.combine(scales, rows, whole), combined):
+        raise UserError(f"the scales of {unit.packed[0]} do not fit under one scale a row, which is all its file has")
+    return {"scales": scales, "row_scales": rows}
 
 
 def _row_scales(name: str, scales: Float[Tensor, " n"], rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
