@@ -112,7 +112,7 @@ class QuantLinear(FewBitLayer, nn.Linear):
         """The layer's output for an input, or for one input per K-segment."""
         return self.linear_rows(x, *self.rows, self.bias)
 
-    def with_gelu(self, x: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch n"]:
+    def with_gelu(self, x: Float[Tensor, "*batch k"] | Sequence[Tensor]) -> Float[Tensor, "*batch n"]:
         """The output after a GELU in its tanh form."""
         if not self.is_plain:
             return nn.functional.gelu(self(x), approximate="tanh")
