@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import nunchaku_files as files
 import pytest
 
+import nunchaku_files as files
 from bittern.cli import main
 
 

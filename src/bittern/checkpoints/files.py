@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -150,7 +151,9 @@ def _header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> t
 def streamed_file(
     file: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[str, Tensor], None]]:
-    """A safetensors file whose tensors come one by one, in any order: memory holds one of them.
+    """A safetensors file whose tensors come one by one, in any order: memory holds two of them.
+
+    A thread writes one tensor while the next is made.
 
     Yields:
         What takes a tensor by its name.
@@ -160,17 +163,25 @@ def streamed_file(
     """
     header, starts = _header(tensors, metadata or {"format": "pt"})
     left = set(tensors)
-    with file.open("wb") as sink:
-        sink.write(header)
+    with file.open("wb", buffering=0) as sink, ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(sink.write, header)]
+
+        def write(start: int, values: Tensor) -> None:
+            sink.seek(start)
+            data = memoryview(values.numpy())
+            while data:
+                data = data[sink.write(data) :]
 
         def put(name: str, tensor: Tensor) -> None:
             if name not in left or TensorSpec(tuple(tensor.shape), tensor.dtype) != tensors[name]:
                 raise BitternError(f"{name} is {tensor.dtype} {list(tensor.shape)}: expected {tensors.get(name)}, once")
             left.remove(name)
-            sink.seek(starts[name])
-            sink.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            # Its error, if it had one.
+            waiting.pop().result()
+            waiting.append(pool.submit(write, starts[name], tensor.contiguous().view(-1).view(torch.uint8)))
 
         yield put
+        waiting.pop().result()
     if left:
         raise BitternError(f"{len(left)} tensors never came, {min(left)} among them")
 

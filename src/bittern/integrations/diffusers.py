@@ -48,6 +48,8 @@ HOOKS = (
     "supports_parallel_loading",
 )
 """What we override, and diffusers must therefore call."""
+LITE_HOOKS = ("maybe_update_loaded_keys", "maybe_update_state_dict", "update_torch_dtype")
+"""What Nunchaku Lite folders need; a diffusers without one of them reads ours all the same."""
 
 
 class Method(StrEnum):
@@ -417,7 +419,8 @@ def register() -> None:
         raise BitternError(f"{found} has moved {', '.join(missing)}: install a newer bittern or an older diffusers")
     auto.AUTO_QUANTIZER_MAPPING[Method.BITTERN.value] = BitternQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.BITTERN.value] = QuantizationConfig
-    nunchaku_lite.register()
+    if all(hasattr(DiffusersQuantizer, hook) for hook in LITE_HOOKS):
+        nunchaku_lite.register()
 
 
 register()

@@ -162,7 +162,11 @@ def _read_svdq(unit: Unit, style: Style, scheme: Scheme, read: Read, has: Callab
         parts["up"].append(layout.unpack_up(read(f"{name}.{style.names.up}"))[:n])
         if style.weight == "nvfp4":
             row_scales.append(_row_scales(name, n, read, has))
-    tensors = {leaf: torch.cat(found, dim=-1) for leaf, found in parts.items() if leaf != "down"}
+    tensors = {
+        leaf: found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        for leaf, found in parts.items()
+        if leaf != "down"
+    }
     tensors["down"] = _block_diagonal(parts["down"])
     if row_scales:
         # One packed layer may hold several segments.
