@@ -23,6 +23,7 @@ from bittern import recipes
 from bittern.conversion import export_checkpoint, import_checkpoint
 from bittern.errors import UserError
 from bittern.layers import QuantLinear
+from families import FAMILIES
 
 TOLERANCE = 1e-5
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -348,3 +349,41 @@ def test_lite_descriptions_that_do_not_fit(lite: Path, tmp_path: Path, change: A
         import_checkpoint(tmp_path / "lite", tmp_path / "out")
     with pytest.raises(UserError, match=message):
         load(tmp_path / "lite")
+
+
+@pytest.fixture(scope="module")
+def flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another family, whose linears have no biases."""
+    folder = tmp_path_factory.mktemp("flux2") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = diffusers.Flux2Transformer2DModel(**{**FAMILIES["flux2"].tiny, "num_attention_heads": 8})
+    bittern.quantize(model.to(torch.bfloat16).eval(), svdquant())
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_layers_without_biases_of_another_family(flux2: Path, tmp_path: Path) -> None:
+    export_checkpoint(flux2, tmp_path / "lite", "nunchaku-lite")
+    stored = load_file(tmp_path / "lite" / WEIGHTS)
+    assert not any(name.startswith(("transformer_blocks", "single_")) and name.endswith(".bias") for name in stored)
+    read = diffusers.Flux2Transformer2DModel.from_pretrained
+    models = [read(place, dtype=torch.float32) for place in (flux2, tmp_path / "lite")]
+    given = FAMILIES["flux2"].call()
+    with torch.no_grad():
+        images = [model(**given).sample for model in models]
+    assert torch.equal(*images)
+    with pytest.raises(UserError, match="Flux2Transformer2DModel has no original Nunchaku file"):
+        export_checkpoint(flux2, tmp_path / "f.safetensors", "nunchaku")
+
+
+def test_a_bias_that_was_added(flux2: Path, tmp_path: Path) -> None:
+    path = f"{DOUBLE}.attn.to_out.0"
+    config = json.loads((flux2 / "config.json").read_text())
+    config["quantization_config"]["targets"][path]["bias"] = True
+    tensors = {**load_file(flux2 / WEIGHTS), f"{path}.bias": torch.ones(128, dtype=torch.bfloat16)}
+    (tmp_path / "few-bit").mkdir()
+    (tmp_path / "few-bit" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "few-bit" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{path}.bias was added by the solver: in Nunchaku Lite"):
+        export_checkpoint(tmp_path / "few-bit", tmp_path / "lite", "nunchaku-lite")

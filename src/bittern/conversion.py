@@ -181,11 +181,12 @@ def export_checkpoint(
     config = _clean(config, class_name)
     model = model_on_meta(class_name, config, torch.bfloat16, str(place / "config.json"))
     headers = read_headers(weight_files(place))
-    check_headers(
-        headers,
-        checkpoint,
-        {key: shape for key, shape in shapes_of(model).items() if not is_leaf(key, checkpoint)},
-    )
+    others = {key: shape for key, shape in shapes_of(model).items() if not is_leaf(key, checkpoint)}
+    added = {f"{path}.bias": target.shape[:1] for path, target in checkpoint.targets.items() if target.bias}
+    check_headers(headers, checkpoint, {**others, **added})
+    surplus = next((key for key in added if key not in others), None)
+    if surplus:
+        raise UserError(f"{surplus} was added by the solver: in {TARGETS[to]} this layer has no bias")
     base = path if name else None
     with opened(headers) as read:
         if to == "nunchaku":

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bittern.formats import KLayout, decode, dtype_of, encode
+from bittern.formats import KLayout, decode, encode
 from bittern.precision import exact_products
 from bittern.scheme import Scheme
 from bittern.solvers.inputs import rounded, smoothed
