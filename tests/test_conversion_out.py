@@ -317,6 +317,8 @@ def test_other_mistakes(few_bit: Path, lite: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there"):
         export_checkpoint(few_bit, tmp_path / "f.safetensors", "nunchaku")
     assert (tmp_path / "f.safetensors").read_text() == "mine"
+    with pytest.raises(UserError, match="is packed for Nunchaku Lite: bittern convert"):
+        bittern.inspect(lite)
     with pytest.raises(UserError, match="is not packed for Nunchaku Lite"):
         import_checkpoint(few_bit, tmp_path / "out")
 
