@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from bittern import recipes
 from bittern.errors import UserError
 from bittern.layers import QuantLinear, quant_layers, set_path
 from bittern.scheme import Scheme
-from bittern.solvers import SolverOptions, solve
+from bittern.solvers import SolverOptions, relative_error, solve
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -50,15 +51,19 @@ def test_all_paths_compute_the_layer(segments: tuple[int, ...]) -> None:
     assert reached["a16"] < 0.09 and reached["a8-int8"] < 0.1 and reached["a8-fp8"] < 0.11
 
 
-def test_it_is_nearer_than_int4_of_its_size() -> None:
-    """4.5 bits a weight with their scales, beside int4 in groups of 32: 4.5, too."""
-    errors = []
-    for numbers in ({**NVFP4}, {"weight": "int4", "group_size": 32}):
-        linear, layer = solved(256, (512,), Scheme(**numbers))
-        missed = layer.weight.dequantize() - linear.weight
-        errors.append(float((missed.norm() / linear.weight.norm()).detach()))
-    # Weights that are equally likely everywhere are int4's best case; those of trained models are not.
-    assert errors[0] < 0.11 and errors[1] < 0.11
+@pytest.mark.parametrize(("tails", "least", "most"), [("flat", -3, -2), ("gaussian", -0.5, 0.5), ("heavy", 2, 3)])
+def test_beside_int4_of_its_size(tails: str, least: float, most: float) -> None:
+    """Decibels more than int4 in groups of 32, 4.5 bits a weight as well: the heavier the tails, the more."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 2048, generator=generator)
+    if tails == "flat":
+        weight = torch.rand(64, 2048, generator=generator) - 0.5
+    elif tails == "heavy":
+        # Student's t with four degrees of freedom.
+        weight /= (torch.randn(4, 64, 2048, generator=generator).square().sum(dim=0) / 4).sqrt()
+    schemes = (Scheme(**NVFP4), Scheme(group_size=32))
+    errors = [relative_error(weight, *solve([weight], scheme, SolverOptions(), (2048,), 0)) for scheme in schemes]
+    assert least < 20 * math.log10(errors[1] / errors[0]) < most
 
 
 @pytest.mark.parametrize("recipe", ["svdquant-fast", "svdquant"])
