@@ -94,7 +94,7 @@ def load(
 def _load_with(model: str | Path, parts: Mapping[str, Any], dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """A pipeline on the CPU with some components given, or left out as None."""
     folder = resolve(model)
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     import diffusers
 
     class_name = index.get("_class_name")
@@ -160,7 +160,7 @@ def quantize_folder(
     with _one_line(model):
         stored_dtype(place)  # a damaged file is told as such, before anything is made of its config
         blank, _ = skeleton(place)
-    others = [source / INDEX, *_other_components(source, place.name)]
+    others = [source / INDEX, *other_components(source, place.name)]
     work = workspace_of(out)
     if recipe.distillation is not None:
         if fit is not None:
@@ -365,16 +365,16 @@ def _download(name: str) -> Path:
 
 def denoiser_name(folder: Path) -> str:
     """The name of the component that denoises."""
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     name = next((name for name in COMPONENTS if name in index), None)
     if name is None or not (folder / name / "config.json").is_file():
         raise UserError(f"{folder} has no {' or '.join(COMPONENTS)}: expected a whole pipeline; fetch it again")
     return name
 
 
-def _other_components(folder: Path, denoiser: str) -> list[Path]:
+def other_components(folder: Path, denoiser: str) -> list[Path]:
     """The folders of the components that stay as they are, and the licence, which must travel with them."""
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     # A component is [library, class]; [null, null] is one that the pipeline does without.
     listed = [name for name, value in index.items() if isinstance(value, list) and any(value) and name != denoiser]
     for name in listed:
@@ -399,7 +399,7 @@ def load_denoiser(model: str | Path, folder: Path, dtype: torch.dtype | None = N
     """
     import diffusers
 
-    class_name = str(_read_json(folder / "config.json").get("_class_name"))
+    class_name = str(read_json(folder / "config.json").get("_class_name"))
     if not hasattr(diffusers, class_name):
         raise UserError(f"{folder / 'config.json'} names the class {class_name!r}, which diffusers does not have")
     stored = _stored_dtype(folder)
@@ -410,7 +410,7 @@ def load_denoiser(model: str | Path, folder: Path, dtype: torch.dtype | None = N
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The float type of most bytes of a model's files, few-bit layers aside."""
     file = folder / "config.json"
-    config = _read_json(file)
+    config = read_json(file)
     targets: Collection[str] = ()
     if is_few_bit(config):
         targets = CheckpointConfig.parse(config["quantization_config"], str(file)).targets
@@ -433,7 +433,12 @@ def _bytes_of(place: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of a model.
+
+    Raises:
+        UserError: for a file that cannot be read, or holds anything else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

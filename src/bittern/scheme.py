@@ -14,8 +14,8 @@ from bittern import formats
 from bittern.errors import UserError, did_you_mean
 from bittern.formats import DtypeName, Format, KLayout
 
-WeightFormat = Literal["int4", "ternary"]
-PackingName = Literal["nibbles", "crumbs", "trits"]
+WeightFormat = Literal["int4", "nvfp4", "ternary"]
+PackingName = Literal["nibbles", "e2m1", "crumbs", "trits"]
 
 ACTIVATION_BITS = (4, 8, 16)
 ACTIVATION_GROUP = 64
@@ -54,6 +54,15 @@ class Scheme:
         KLayout((1,), self.group_size)
         formats.dtype_of(self.scale_dtype)
         formats.dtype_of(self.branch_dtype)
+        if self.branch_dtype == "e4m3":
+            raise UserError("branch_dtype 'e4m3': expected 16 or 32 bits, bf16, fp16 or fp32")
+        if fmt.scale_dtype != (self.scale_dtype if self.scale_dtype == "e4m3" else None):
+            raise UserError(
+                f"scale_dtype {self.scale_dtype!r} does not fit {self.weight}: expected "
+                + (f"{fmt.scale_dtype!r}" if fmt.scale_dtype else "bf16, fp16 or fp32")
+            )
+        if fmt.group_size is not None and self.group_size != fmt.group_size:
+            raise UserError(f"group_size {self.group_size} does not fit {self.weight}: expected {fmt.group_size}")
         if self.activations not in ACTIVATION_BITS:
             raise UserError(f"activations {self.activations!r}: expected 4, 8 or 16 bits")
         if self.rank < 0:
@@ -94,6 +103,11 @@ class Scheme:
         """The grid of the weight codes."""
         return formats.get(self.weight)
 
+    @property
+    def solved_scale_dtype(self) -> torch.dtype:
+        """The type in which rules give scales: the stored one, or float32 where those are of two levels."""
+        return torch.float32 if self.format.has_row_scales else formats.dtype_of(self.scale_dtype)
+
     def layout(self, segments: Sequence[int]) -> KLayout:
         """Segments, groups and padding of K for this scheme.
 
@@ -124,6 +138,8 @@ class Scheme:
             "codes": ((n, pack.bytes_per_row(layout.padded_k)), torch.uint8),
             "scales": ((n, layout.num_groups), formats.dtype_of(self.scale_dtype)),
         }
+        if self.format.has_row_scales:
+            shapes["row_scales"] = ((n, len(segments)), torch.float32)
         if self.smooth:
             shapes["smooth"] = ((layout.k // taps,), branch)
         if self.rank:

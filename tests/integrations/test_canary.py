@@ -19,7 +19,8 @@ from diffusers.quantizers.base import DiffusersQuantizer
 import bittern
 from bittern.errors import BitternError
 from bittern.integrations import diffusers as integration
-from bittern.integrations.diffusers import HOOKS, BitternQuantizer, Method, QuantizationConfig
+from bittern.integrations import nunchaku_lite
+from bittern.integrations.diffusers import HOOKS, LITE_HOOKS, BitternQuantizer, Method, QuantizationConfig
 
 
 def test_the_registry_is_where_it_was() -> None:
@@ -31,6 +32,12 @@ def test_the_registry_is_where_it_was() -> None:
     assert isinstance(DiffusersAutoQuantizer.from_config(config, pre_quantized=False), BitternQuantizer)
 
 
+def test_lite_folders_go_through_the_registry() -> None:
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[nunchaku_lite.METHOD] is nunchaku_lite.LiteConfig
+    # It is theirs that decides whether it can, and it says so before anything is loaded.
+    assert "validate_environment" in vars(auto.AUTO_QUANTIZER_MAPPING[nunchaku_lite.METHOD])
+
+
 def test_every_override_overrides_something() -> None:
     # What is our own, and what diffusers calls.
     own = {"attach", "quantization_config", "use_keep_in_fp32_modules"}
@@ -39,7 +46,7 @@ def test_every_override_overrides_something() -> None:
     public = {name for name in vars(BitternQuantizer) if not name.startswith("_")}
     for name in public - own:
         assert hasattr(DiffusersQuantizer, name), f"diffusers no longer has the hook {name}"
-    assert public - own == set(HOOKS) - {"preprocess_model", "postprocess_model"}
+    assert public - own == (set(HOOKS) | set(LITE_HOOKS)) - {"preprocess_model", "postprocess_model"}
     abstract = {"_process_model_before_weight_loading", "_process_model_after_weight_loading"}
     assert abstract <= DiffusersQuantizer.__abstractmethods__
     parameters = list(inspect.signature(DiffusersQuantizer.get_state_dict_and_metadata).parameters)

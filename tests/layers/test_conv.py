@@ -117,7 +117,7 @@ def test_smoothing_is_per_channel_and_the_branch_reads_the_raw_input() -> None:
     target = weight * smooth.float().repeat(9)
     (plain,) = solve([target], Scheme(group_size=12), SolverOptions(), (12,) * 9, 0)
     down, up = randn(4, 108, seed=1).to(torch.bfloat16), randn(10, 4, seed=2).to(torch.bfloat16)
-    solution = SimpleNamespace(codes=plain.codes, scales=plain.scales, smooth=smooth, down=down, up=up)
+    solution = SimpleNamespace(codes=plain.codes, scales=plain.scales, smooth=smooth, down=down, up=up, bias=None)
     layer = QuantConv2d.from_solution(module, scheme, (12,) * 9, solution)
     assert layer.tensors()["smooth"].shape == (12,)
     x = randn(2, 12, 5, 5)

@@ -70,6 +70,19 @@ def test_together_is_the_same_as_one_by_one(path: str, bias: bool, scheme: Schem
                 assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("gelus", [0, 1, 2, 4])
+def test_gelus_follow_the_last_layers_wherever_these_run(gelus: int) -> None:
+    """Three of a group, one by itself as in files of other engines, and one that is not few-bit."""
+    model, (alone,), x = group(), few_bit((12,), 96), torch.randn(3, 96)
+    members = [*model, alone, nn.Linear(96, 4)]
+    found = group_linear(members, x, gelus=gelus)
+    for place, (member, y) in enumerate(zip(members, found, strict=True)):
+        expected = member(x)
+        if place >= len(members) - gelus:
+            expected = nn.functional.gelu(expected, approximate="tanh")
+        assert torch.allclose(y, expected, atol=1e-5)
+
+
 def test_what_can_run_together_runs_as_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     run = QuantLinear.linear_rows
@@ -90,7 +103,7 @@ def test_what_can_run_together_runs_as_one_operation(monkeypatch: pytest.MonkeyP
     assert rows([a, b, c]) == [(0, 61)] and rows([b, c]) == [(20, 61)]
     apart = [(0, 20), (20, 28), (28, 61)]
     assert rows([a, c]) == [apart[0], apart[2]] and rows([b, a]) == [apart[1], apart[0]]
-    assert rows([a, b, nn.Linear(96, 4)]) == apart[:2]
+    assert rows([a, b, nn.Linear(96, 4)]) == [(0, 28)]
     hook = b.register_forward_hook(lambda *_: None)
     assert rows([a, b, c]) == apart
     hook.remove()

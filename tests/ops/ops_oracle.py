@@ -62,6 +62,8 @@ def random_layer(
     g = torch.Generator().manual_seed(seed)
     fmt, layout = formats.get(weight), KLayout(segments, group_size)
     codes = torch.randint(fmt.code_min, fmt.code_max + 1, (n, layout.padded_k), dtype=torch.int8, generator=g)
+    if weight == "nvfp4":
+        codes = formats.nvfp4.on_grid(codes.float()).to(torch.int8)
     # Padding carries codes, too: whatever is there must be ignored.
     scales = torch.rand(n, layout.num_groups, generator=g) * 0.02 + 0.001
     scales = scales * torch.where(torch.rand(scales.shape, generator=g) < 0.2, -1.0, 1.0)

@@ -17,6 +17,7 @@ from bittern.ops import reference
 KINDS = ["gaussian", "zeros", "zero rows", "outlier", "denormal", "positive", "equal"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [("int4", 64), ("int4", 32), ("int4", None), ("ternary", 64), ("ternary", 128), ("ternary", None)]
+FORMATS.append(("nvfp4", 16))
 
 
 @settings(max_examples=300, deadline=None)

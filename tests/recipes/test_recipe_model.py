@@ -50,7 +50,7 @@ def test_impossible_rank_is_refused(rank: object) -> None:
         ({"default": {"rnk": 1}}, r"unknown key 'default\.rnk': did you mean 'rank'\?"),
         ({"modulation": {"rnak": 1}}, r"modulation: unknown key 'rnak': did you mean 'rank'\?"),
         ({"overrides": {"*.to_q": {"activation": 4}}}, r"overrides\['\*\.to_q'\]: .* mean 'activations'\?"),
-        ({"default": {"weight": "int5"}}, r"default\.weight 'int5': expected 'int4' or 'ternary'"),
+        ({"default": {"weight": "int5"}}, r"default\.weight 'int5': expected 'int4', 'nvfp4' or 'ternary'"),
         ({"default": {"activations": 5}}, r"default\.activations 5: expected 4, 8 or 16"),
         ({"default": {"group_size": 6}}, r"group_size 6: expected a positive multiple of 4"),
         ({"default": {"group_size": "64"}}, r"default\.group_size '64': expected a valid integer"),

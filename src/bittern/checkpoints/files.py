@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bittern.errors import UserError
+from bittern.errors import BitternError, UserError
 
 STEM = "diffusion_pytorch_model"
 MEND = "the file is damaged or incomplete: fetch or write it again"
@@ -125,12 +127,96 @@ def read_tensor(headers: Mapping[str, tuple[Path, TensorSpec]], name: str) -> Te
 
 def file_bytes(tensors: Mapping[str, TensorSpec]) -> int:
     """Size of a safetensors file that diffusers would write with these tensors."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header, _ = _header(tensors, {"format": "pt"})
+    return len(header) + sum(spec.nbytes for spec in tensors.values())
+
+
+def _header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, its length included, and where in the file each tensor begins."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
+    starts: dict[str, int] = {}
     order = {dtype: place for place, dtype in enumerate(_DTYPES.values())}
     for name, spec in sorted(tensors.items(), key=lambda item: (-order[item[1].dtype], item[0])):
-        start, end = end, end + spec.nbytes
-        entry = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        starts[name], end = end, end + spec.nbytes
+        entry = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [starts[name], end]}
         header[name] = entry
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: begin + start for name, start in starts.items()}
+
+
+@contextmanager
+def streamed_file(
+    file: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """A safetensors file whose tensors come one by one, in any order: memory holds two of them.
+
+    A thread writes one tensor while the next is made.
+
+    Yields:
+        What takes a tensor by its name.
+
+    Raises:
+        BitternError: at the end, if a tensor never came; at once, if one was not announced like that.
+    """
+    header, starts = _header(tensors, metadata or {"format": "pt"})
+    left = set(tensors)
+    with file.open("wb", buffering=0) as sink, ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(sink.write, header)]
+
+        def write(start: int, values: Tensor) -> None:
+            sink.seek(start)
+            data = memoryview(values.numpy())
+            while data:
+                data = data[sink.write(data) :]
+
+        def put(name: str, tensor: Tensor) -> None:
+            if name not in left or TensorSpec(tuple(tensor.shape), tensor.dtype) != tensors[name]:
+                raise BitternError(f"{name} is {tensor.dtype} {list(tensor.shape)}: expected {tensors.get(name)}, once")
+            left.remove(name)
+            # Its error, if it had one.
+            waiting.pop().result()
+            waiting.append(pool.submit(write, starts[name], tensor.contiguous().view(-1).view(torch.uint8)))
+
+        yield put
+        waiting.pop().result()
+    if left:
+        raise BitternError(f"{len(left)} tensors never came, {min(left)} among them")
+
+
+@contextmanager
+def opened(headers: Mapping[str, tuple[Path, TensorSpec]]) -> Iterator[Callable[[str], Tensor]]:
+    """Gives tensors by name, on the CPU, from files that are opened once.
+
+    Raises:
+        UserError: as `read_tensor`.
+    """
+    with ExitStack() as stack:
+        data = {
+            file: stack.enter_context(file.open("rb", buffering=0))
+            for file in dict.fromkeys(file for file, _ in headers.values())
+        }
+        begins = {file: int.from_bytes(stream.read(8), "little") for file, stream in data.items()}
+        offsets = {
+            file: {
+                name: 8 + length + entry["data_offsets"][0]
+                for name, entry in json.loads(data[file].read(length)).items()
+                if name != "__metadata__"
+            }
+            for file, length in begins.items()
+        }
+
+        def read(name: str) -> Tensor:
+            if name not in headers:
+                raise UserError(f"tensor {name!r} is missing from the checkpoint: {MEND}")
+            file, spec = headers[name]
+            # Mapped memory would count as ours until the file is closed.
+            values = torch.empty(spec.nbytes, dtype=torch.uint8)
+            data[file].seek(offsets[file][name])
+            if spec.nbytes and data[file].readinto(values.numpy().data) != spec.nbytes:
+                raise UserError(f"{file} ends within tensor {name!r}: {MEND}")
+            return values.view(spec.dtype).reshape(spec.shape)
+
+        yield read

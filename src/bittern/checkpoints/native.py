@@ -34,7 +34,7 @@ def on_disk(state: Mapping[str, TensorSpec], config: CheckpointConfig) -> dict[s
     specs = {
         f"{path}.{leaf}": TensorSpec(*spec) for path in config.targets for leaf, spec in config.leaves(path).items()
     }
-    kept = {name: spec for name, spec in state.items() if not _is_leaf(name, config)}
+    kept = {name: spec for name, spec in state.items() if not is_leaf(name, config)}
     gained = {
         f"{path}.bias": TensorSpec(target.shape[:1], state[f"{path}.weight"].dtype)
         for path, target in config.targets.items()
@@ -52,7 +52,7 @@ def to_disk(state: Mapping[str, Tensor], config: CheckpointConfig) -> dict[str, 
     Raises:
         UserError: if a quantized layer wears an adapter, which moves its tensors to other names.
     """
-    kept = {name: tensor for name, tensor in state.items() if not _is_leaf(name, config)}
+    kept = {name: tensor for name, tensor in state.items() if not is_leaf(name, config)}
     for path in config.targets:
         if f"{path}.codes" not in state:
             raise UserError(f"{path} wears an adapter: unload it before saving, and save the adapter by itself")
@@ -124,9 +124,21 @@ def check_values(headers: Headers, config: CheckpointConfig) -> None:
         with safe_open(file, framework="pt") as handle:
             for path, leaf in leaves:
                 name = f"{path}.{leaf}"
-                problem = _problem(handle.get_tensor(name), leaf, path, config)
-                if problem:
-                    raise UserError(f"tensor {name!r} in {file.name}: {problem}")
+                found = _problem(handle.get_tensor(name), leaf, path, config)
+                if found:
+                    raise UserError(f"tensor {name!r} in {file.name}: {found}")
+
+
+def check_value(name: str, tensor: Tensor, config: CheckpointConfig) -> None:
+    """Refuses values that a target's tensor, made of another file, cannot have.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    path, _, leaf = name.rpartition(".")
+    wrong = _problem(tensor, leaf, path, config) if path in config.targets else None
+    if wrong:
+        raise UserError(f"tensor {name!r}, as converted: {wrong}")
 
 
 def _problem(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) -> str | None:
@@ -137,7 +149,7 @@ def _problem(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) -> 
         except UserError as error:
             return str(error)
         return None
-    bad = int((~torch.isfinite(tensor)).sum())
+    bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
     if bad:
         return f"{bad} of {tensor.numel()} values are NaN or infinite: {MEND}"
     if leaf == "smooth" and not bool((tensor > 0).all()):
@@ -145,7 +157,8 @@ def _problem(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) -> 
     return None
 
 
-def _is_leaf(name: str, config: CheckpointConfig) -> bool:
+def is_leaf(name: str, config: CheckpointConfig) -> bool:
+    """Whether a tensor is a target's, its bias aside."""
     path, _, leaf = name.rpartition(".")
     return path in config.targets and leaf != "bias"
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from bittern.cli import benchmark, compare, demo, doctor, evaluate, generate, inspect, quantize, recipes
+from bittern.cli import benchmark, compare, convert, demo, doctor, evaluate, generate, inspect, quantize, recipes
 from bittern.errors import BitternError, UserError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for module in (demo, quantize, generate, compare, evaluate, benchmark, inspect, recipes, doctor):
+for module in (demo, quantize, generate, compare, evaluate, benchmark, inspect, convert, recipes, doctor):
     name = module.__name__.rpartition(".")[2]
     app.command(name)(getattr(module, name))
 

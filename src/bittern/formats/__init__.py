@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bittern.formats import nvfp4
 from bittern.formats.coding import Rule, decode, encode
 from bittern.formats.dtypes import DTYPES, DtypeName, dtype_of, round_to
 from bittern.formats.layout import KLayout, Segment
@@ -23,5 +24,6 @@ __all__ = [
     "encode",
     "get",
     "get_packing",
+    "nvfp4",
     "round_to",
 ]

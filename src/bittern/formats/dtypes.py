@@ -10,16 +10,21 @@ from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
 
-DtypeName = Literal["bf16", "fp16", "fp32"]
+DtypeName = Literal["bf16", "fp16", "fp32", "e4m3"]
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "e4m3": torch.float8_e4m3fn,
+}
 
 
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of a stored type's short name.
 
     Raises:
-        UserError: if the name is not one of "bf16", "fp16", "fp32".
+        UserError: if the name is not one of "bf16", "fp16", "fp32", "e4m3".
     """
     if name not in DTYPES:
         raise UserError(f"unknown stored type {name!r}: {did_you_mean(name, DTYPES)}")

@@ -24,6 +24,11 @@ _LONG_SPANS = tuple(7 * _SPAN_STEP**i for i in range(32))
 _LONG_GROUP = 256
 
 
+def on_grid(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The code nearest to each value, as a float."""
+    return values.round().clamp_(LOW, HIGH)
+
+
 def absmax(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:
     """Scale amax / 7, rounded to the stored type, and the nearest codes: the usual baseline."""
     scales = round_to(blocks.abs().amax(dim=-1) / HIGH, dtype)

@@ -70,6 +70,32 @@ def unpack_trits(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor, "
     return torch.stack(digits, dim=-1).flatten(-2)[..., :k].contiguous()
 
 
+def pack_e2m1(codes: Int8[Tensor, "*rows k"]) -> UInt8[Tensor, "*rows bytes"]:
+    """Codes of nvfp4 as nibbles, even k low: the lower three bits are exponent and mantissa, the highest the sign.
+
+    Raises:
+        UserError: for a code between those of the grid.
+    """
+    sizes = codes.abs()
+    # 0 to 4 are their own bits; 6, 8 and 12 follow.
+    bits = torch.where(sizes <= 4, sizes, 5 + (sizes > 6).to(torch.int8) + (sizes > 8).to(torch.int8))
+    if not bool(torch.isin(codes, torch.tensor(_E2M1, dtype=torch.int8, device=codes.device)).all()):
+        raise UserError(f"nvfp4 codes are not all on the grid: expected {', '.join(map(str, sorted(set(_E2M1))))}")
+    return pack_nibbles(torch.where(codes < 0, bits - 8, bits))
+
+
+def unpack_e2m1(packed: UInt8[Tensor, "*rows bytes"], k: int) -> Int8[Tensor, "*rows k"]:
+    """The inverse of `pack_e2m1` for rows of k codes; both zeros read as 0."""
+    signed = unpack_nibbles(packed, k)
+    bits = signed & 7
+    sizes = bits + (bits - 4).clamp_(min=0) + 2 * (bits - 6).clamp_(min=0)
+    return torch.where(signed < 0, -sizes, sizes)
+
+
+# Twice what the sixteen patterns stand for.
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
 @dataclass(frozen=True)
 class Packing:
     """One way to lay codes into bytes."""
@@ -115,6 +141,7 @@ PACKINGS: dict[str, Packing] = {
     packing.name: packing
     for packing in (
         Packing("nibbles", 2, None, pack_nibbles, unpack_nibbles),
+        Packing("e2m1", 2, None, pack_e2m1, unpack_e2m1),
         Packing("crumbs", 4, lambda packed: (packed & (packed >> 1) & 0x55) != 0, pack_crumbs, unpack_crumbs),
         Packing("trits", 5, lambda packed: packed > 242, pack_trits, unpack_trits),
     )
@@ -122,7 +149,7 @@ PACKINGS: dict[str, Packing] = {
 
 
 def get_packing(name: str) -> Packing:
-    """The packing of that name: "nibbles", "crumbs" or "trits".
+    """The packing of that name: "nibbles", "e2m1", "crumbs" or "trits".
 
     Raises:
         UserError: for any other name.

@@ -9,7 +9,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
-from bittern.formats import coding
+from bittern.formats import coding, nvfp4
+from bittern.formats.dtypes import DtypeName
 from bittern.formats.layout import KLayout
 from bittern.formats.packing import PACKINGS, Bytes, Codes, Packing
 
@@ -19,11 +20,13 @@ class Format:
     """A grid `scale * {code_min .. code_max}` and its packing in memory.
 
     Attributes:
-        name: "int4" or "ternary".
+        name: "int4", "nvfp4" or "ternary".
         code_min: Smallest code.
         code_max: Largest code.
         packing: The packing in memory.
         disk_packings: Names of the packings that a file may use.
+        group_size: The group that it has; None for any.
+        scale_dtype: Stored type of the scales that it has; None for any of 16 or 32 bits.
     """
 
     name: str
@@ -31,6 +34,13 @@ class Format:
     code_max: int
     packing: Packing
     disk_packings: tuple[str, ...]
+    group_size: int | None = None
+    scale_dtype: DtypeName | None = None
+
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether scales are of two levels, the second one a row and K-segment."""
+        return self.scale_dtype == "e4m3"
 
     @property
     def codes_per_byte(self) -> int:
@@ -71,7 +81,7 @@ class Format:
 
         Args:
             codes: int8 codes [n, padded_k], or their packed bytes (uint8) in the memory packing.
-            scales: One scale per row and group, in any float type.
+            scales: One scale per row and group, in any float type; of nvfp4 the combined ones.
             layout: Segments and groups of K.
         """
         unpacked = self.unpack(codes, layout.padded_k) if codes.dtype == torch.uint8 else codes
@@ -80,12 +90,13 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "int4": Format("int4", -8, 7, PACKINGS["nibbles"], ("nibbles",)),
+    "nvfp4": Format("nvfp4", nvfp4.LOW, nvfp4.HIGH, PACKINGS["e2m1"], ("e2m1",), nvfp4.GROUP, "e4m3"),
     "ternary": Format("ternary", -1, 1, PACKINGS["crumbs"], ("crumbs", "trits")),
 }
 
 
 def get(name: str) -> Format:
-    """The format of that name: "int4" or "ternary".
+    """The format of that name: "int4", "nvfp4" or "ternary".
 
     Raises:
         UserError: for any other name.

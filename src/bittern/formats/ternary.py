@@ -8,11 +8,18 @@ cumulative sum try every k. No search over the 3^n codes finds better (docs/math
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from bittern.formats.coding import Blocks, Coded, GroupLengths, nearest
 from bittern.formats.dtypes import round_to
 
 LOW, HIGH = -1, 1
+
+
+def on_grid(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The code nearest to each value, as a float."""
+    return values.round().clamp_(LOW, HIGH)
 
 
 def absmean(blocks: Blocks, lengths: GroupLengths, dtype: torch.dtype) -> Coded:

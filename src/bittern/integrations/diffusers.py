@@ -23,11 +23,13 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from bittern.errors import BitternError, UserError
+from bittern.integrations import nunchaku_lite
 
 # Everything of our own that is heavy is imported where it is used: registering must cost nothing.
 if TYPE_CHECKING:
     from bittern.architectures import Job, Plan
     from bittern.checkpoints import CheckpointConfig, Target
+    from bittern.checkpoints.nunchaku import Incoming
     from bittern.recipes import Recipe
 
 OLDEST_DIFFUSERS = (0, 40)
@@ -46,6 +48,8 @@ HOOKS = (
     "supports_parallel_loading",
 )
 """What we override, and diffusers must therefore call."""
+LITE_HOOKS = ("maybe_update_loaded_keys", "maybe_update_state_dict", "update_torch_dtype")
+"""What Nunchaku Lite folders need; a diffusers without one of them reads ours all the same."""
 
 
 class Method(StrEnum):
@@ -73,6 +77,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         self.quant_method = Method.BITTERN
         self.seed = seed
         self.checkpoint: CheckpointConfig | None = None
+        self.lite: Mapping[str, Any] | None = None
         if isinstance(recipe, Mapping):
             self.recipe = recipes.validated(recipes.Recipe, recipe, "quantization_config.recipe")
         else:
@@ -83,7 +88,22 @@ class QuantizationConfig(QuantizationConfigMixin):
         """The config of a model that is quantized."""
         config = cls.__new__(cls)
         config.quant_method, config.seed, config.checkpoint = Method.BITTERN, checkpoint.seed, checkpoint
-        config.recipe = checkpoint.recipe
+        config.recipe, config.lite = checkpoint.recipe, None
+        return config
+
+    @classmethod
+    def of_lite(cls, quantization: Mapping[str, Any]) -> QuantizationConfig:
+        """The config of a Nunchaku Lite folder: its own, until the model is there.
+
+        Raises:
+            UserError: for a description that contradicts itself.
+        """
+        from bittern.checkpoints.nunchaku import lite
+
+        lite(quantization, "config.json")
+        config = cls.__new__(cls)
+        config.quant_method, config.seed, config.checkpoint = Method.BITTERN, 0, None
+        config.recipe, config.lite = {"name": "nunchaku-lite"}, dict(quantization)
         return config
 
     @classmethod
@@ -103,6 +123,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         """JSON values; of a quantized model everything `config.json` needs."""
         if self.checkpoint is not None:
             return self.checkpoint.dump()
+        if self.lite is not None:
+            return dict(self.lite)
         return {"quant_method": Method.BITTERN.value, "recipe": self.recipe.dump(), "seed": self.seed}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -110,6 +132,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
+        if self.lite is not None:
+            return "QuantizationConfig(a Nunchaku Lite folder)"
         if self.checkpoint is None:
             return f"QuantizationConfig(recipe={self.recipe.name!r}, seed={self.seed})"
         return f"QuantizationConfig({self.recipe.get('name')!r}, {len(self.checkpoint.targets)} targets)"
@@ -126,6 +150,9 @@ class BitternQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
+        self._keys: list[str] = []
+        self._incoming: Incoming | None = None
+        self._unread: Incoming | None = None
         self._plan: Plan | None = None
         self._waiting: dict[str, Job] = {}
         self._magnitudes: dict[str, Tensor] = {}
@@ -154,8 +181,21 @@ class BitternQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Called before any module is touched: remembers the files, to validate them."""
-        self._files = [Path(file) for file in checkpoint_files]
+        self._files, self._keys = [Path(file) for file in checkpoint_files], loaded_keys
         return loaded_keys
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """What the model is loaded in; a Nunchaku Lite folder says it if the user does not."""
+        if torch_dtype is None and self.quantization_config.lite is not None:
+            return nunchaku_lite.compute_dtype(self.quantization_config.lite)
+        return torch_dtype
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Called for every file: that of a Nunchaku Lite folder is converted, all at once with the first."""
+        if self._incoming is None:
+            return state_dict
+        found, self._unread = self._unread, None
+        return nunchaku_lite.tensors(found) if found is not None else {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         from bittern import architectures
@@ -173,6 +213,12 @@ class BitternQuantizer(DiffusersQuantizer):
         from bittern.layers import LEAVES, swap
         from bittern.quantization import empty_layers
 
+        if self.quantization_config.lite is not None:
+            found = nunchaku_lite.prepare(model, self.quantization_config.lite, self._files)
+            self.quantization_config = QuantizationConfig.of_checkpoint(found.config)
+            self._incoming = self._unread = found
+            # Diffusers looks for the names that the files have.
+            self._keys[:] = found.specs()
         config = self._checkpoint()
         for path, target in config.targets.items():
             _layer_at(model, path, target)
@@ -191,6 +237,8 @@ class BitternQuantizer(DiffusersQuantizer):
         model.get_buffer = expected.__getitem__
         leaves = {f"{path}.{leaf}" for path in config.targets for leaf in LEAVES}
         others = {name: tuple(tensor.shape) for name, tensor in expected.items() if name not in leaves}
+        if self._incoming is not None:
+            return
         headers = read_headers(self._files)
         check_headers(headers, config, others)
         check_values(headers, config)
@@ -371,6 +419,8 @@ def register() -> None:
         raise BitternError(f"{found} has moved {', '.join(missing)}: install a newer bittern or an older diffusers")
     auto.AUTO_QUANTIZER_MAPPING[Method.BITTERN.value] = BitternQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.BITTERN.value] = QuantizationConfig
+    if all(hasattr(DiffusersQuantizer, hook) for hook in LITE_HOOKS):
+        nunchaku_lite.register()
 
 
 register()

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from bittern import ops
 from bittern.errors import UserError, did_you_mean
 from bittern.layers.facade import Parts
-from bittern.layers.few_bit import LEAVES, FewBitLayer, Solved
+from bittern.layers.few_bit import FewBitLayer, Solved
 from bittern.scheme import Scheme
 
 BLOCK = {"cpu": 2**20}
@@ -116,7 +116,7 @@ class QuantConv2d(FewBitLayer, nn.Conv2d):
 
     def _as_linear(self, x: Tensor) -> Tensor:
         x = patches(self, x)
-        tensors, scheme = map(self._held, LEAVES), self.scheme
+        tensors, scheme = self.parts().operands, self.scheme
         y = ops.few_bit_linear(
             [x], *tensors, self.bias, scheme.weight, scheme.group_size, self.choice(x.device).path, scheme.shift
         )

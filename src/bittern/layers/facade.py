@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from bittern import ops
+from bittern import formats, ops
 from bittern.errors import UserError
 from bittern.scheme import Scheme
 
@@ -37,6 +37,7 @@ class Parts:
     smooth: Tensor | None
     down: Tensor | None
     up: Tensor | None
+    row_scales: Tensor | None = None
     kernel: tuple[int, int] | None = None
 
     @property
@@ -47,8 +48,20 @@ class Parts:
 
     def rows(self, start: int, stop: int) -> Parts:
         """The same for these rows alone."""
-        up = None if self.up is None else self.up[start:stop]
-        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], up=up)
+        own = {
+            leaf: tensor[start:stop]
+            for leaf in ("codes", "scales", "up", "row_scales")
+            if (tensor := getattr(self, leaf)) is not None
+        }
+        return replace(self, **own)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What the operations take: codes, scales, smooth, down, up."""
+        scales = self.scales
+        if self.row_scales is not None:
+            scales = formats.nvfp4.combine(scales, self.row_scales, self.scheme.layout(self.segments))
+        return self.codes, scales, self.smooth, self.down, self.up
 
     def to(self, device: torch.device) -> Parts:
         """The same on another device."""
@@ -56,16 +69,17 @@ class Parts:
 
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "n *_"]:
         """The weight that the layer applies: What / s + U · D."""
-        smooth, kernel = self.smooth, self.kernel
+        codes, scales, smooth, down, up = self.operands
+        kernel = self.kernel
         if smooth is not None and kernel is not None:
             # Smoothing is per channel, and every tap reads all channels.
             smooth = smooth.repeat(len(self.segments))
         weight = ops.dequantize(
-            self.codes,
-            self.scales,
+            codes,
+            scales,
             smooth,
-            self.down,
-            self.up,
+            down,
+            up,
             self.scheme.weight,
             self.scheme.group_size,
             self.segments,

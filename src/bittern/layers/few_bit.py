@@ -8,12 +8,12 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from bittern import ops
+from bittern import formats, ops
 from bittern.errors import UserError, did_you_mean
 from bittern.layers.facade import FewBitWeight, Parts, refuse_writing
 from bittern.scheme import Scheme
 
-LEAVES = ("codes", "scales", "smooth", "down", "up")
+LEAVES = ("codes", "scales", "smooth", "down", "up", "row_scales")
 SHARED_LEAVES = ("smooth", "down")
 """What the members of a group have in common."""
 
@@ -41,9 +41,9 @@ class Solved(Protocol):
 class FewBitLayer(nn.Module):
     """The tensors of a few-bit layer, and what `nn.Module` and other libraries may do with them.
 
-    The tensors are buffers `codes`, `scales`, `smooth`, `down`, `up` (None where the scheme has none). `.to(dtype)`
-    never casts them: it sets `compute_dtype`, and casts the bias. `weight` is a `FewBitWeight`; a state dict holds
-    it, too, and loading one ignores it.
+    The tensors are buffers `codes`, `scales`, `smooth`, `down`, `up`, `row_scales` (None where the scheme has none).
+    `.to(dtype)` never casts them: it sets `compute_dtype`, and casts the bias. `weight` is a `FewBitWeight`; a state
+    dict holds it, too, and loading one ignores it.
 
     Attributes:
         scheme: The numbers of the layer.
@@ -73,8 +73,12 @@ class FewBitLayer(nn.Module):
 
     def _take(self, module: nn.Linear | nn.Conv2d, solution: Solved) -> Self:
         """Fills a layer on meta from a solution; the mode and, but for what is added, the bias are the module's."""
+        tensors = {leaf: getattr(solution, leaf) for leaf in LEAVES if leaf != "row_scales"}
+        if self.scheme.format.has_row_scales:
+            layout = self.scheme.layout(self.segments)
+            tensors["scales"], tensors["row_scales"] = formats.nvfp4.split(solution.scales, layout)
         for leaf in self.tensors():
-            tensor = getattr(solution, leaf)
+            tensor = tensors[leaf]
             self.load(leaf, (self.scheme.format.pack(tensor) if leaf == "codes" else tensor).to(module.weight.device))
         self.bias = module.bias
         if solution.bias is not None:
@@ -87,7 +91,7 @@ class FewBitLayer(nn.Module):
         """Fills one tensor.
 
         Args:
-            leaf: "codes" (in the memory packing), "scales", "smooth", "down", "up" or "bias".
+            leaf: "codes" (in the memory packing), "scales", "smooth", "down", "up", "row_scales" or "bias".
             tensor: Of the shape and dtype that the scheme says; a bias of any float dtype. On meta the layer
                 takes it over, with its device, otherwise it copies it.
 

@@ -51,7 +51,8 @@ def join_group(members: Sequence[QuantLinear]) -> Group:
         stacked = first._buffers[leaf]
         if stacked is not None and leaf not in SHARED_LEAVES:
             stacked = torch.cat([cast(Tensor, member._buffers[leaf]) for member in members])
-        first.register_buffer(f"group_{leaf}", stacked, persistent=False)
+        # Accelerate moves every buffer that is registered as not persistent, and falls over one that is None.
+        first.register_buffer(f"group_{leaf}", stacked, persistent=stacked is None)
         for member in members:
             member._buffers[leaf] = None
     group, start = Group(members), 0
@@ -73,30 +74,53 @@ def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor], *, 
         x: Their input, or one input per K-segment.
         gelus: How many of the last are followed by a GELU, in its tanh form.
     """
-    plain = len(members) - gelus
-    if not _run_as_one(members):
-        outputs = [member(x) for member in members]
-        return outputs[:plain] + [nn.functional.gelu(y, approximate="tanh") for y in outputs[plain:]]
-    layers = cast("Sequence[QuantLinear]", members)
+    outputs: list[Tensor] = []
+    for run in _runs(members):
+        # Of what is left, `gelus` layers at the end have one.
+        plain = min(len(run), max(0, len(members) - len(outputs) - gelus))
+        outputs += _as_one(run, x, plain) if len(run) > 1 else [_by_itself(run[0], x, gelu=not plain)]
+    return outputs
+
+
+def _as_one(run: Sequence[nn.Module], x: Tensor | Sequence[Tensor], plain: int) -> list[Tensor]:
+    layers = cast("Sequence[QuantLinear]", run)
     start = layers[0].rows[0]
-    gelu_from = layers[plain].rows[0] - start if gelus else None
+    gelu_from = layers[plain].rows[0] - start if plain < len(layers) else None
     y = layers[0].linear_rows(x, start, layers[-1].rows[1], _biases(layers), gelu_from)
     return list(y.split([layer.out_features for layer in layers], dim=-1))
 
 
-def _run_as_one(members: Sequence[nn.Module]) -> bool:
-    previous: QuantLinear | None = None
+def _by_itself(member: nn.Module, x: Tensor | Sequence[Tensor], *, gelu: bool) -> Tensor:
+    if not gelu:
+        return member(x)
+    if isinstance(member, QuantLinear):
+        return member.with_gelu(x)
+    return nn.functional.gelu(member(x), approximate="tanh")
+
+
+def _runs(members: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """The layers in order, those together that may run as one."""
+    runs: list[list[nn.Module]] = []
     for member in members:
-        if not isinstance(member, QuantLinear) or member.group is None:
-            return False
-        if not member.is_plain:
-            return False
-        if previous is not None and (
-            member.group is not previous.group or member.rows[0] != previous.rows[1] or member.path != previous.path
-        ):
-            return False
-        previous = member
-    return previous is not None
+        if runs and _follows(runs[-1][-1], member):
+            runs[-1].append(member)
+        else:
+            runs.append([member])
+    return runs
+
+
+def _follows(previous: nn.Module, member: nn.Module) -> bool:
+    """Whether a layer's rows lie behind those of another in one buffer, and both compute the same way."""
+    return (
+        isinstance(previous, QuantLinear)
+        and isinstance(member, QuantLinear)
+        and member.group is not None
+        and member.group is previous.group
+        and member.rows[0] == previous.rows[1]
+        and member.path == previous.path
+        and member.is_plain
+        and previous.is_plain
+    )
 
 
 def _biases(layers: Sequence[QuantLinear]) -> Tensor | None:

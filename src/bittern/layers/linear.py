@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bittern import ops
+from bittern import formats, ops
 from bittern.errors import UserError
 from bittern.layers.facade import Parts
 from bittern.layers.few_bit import LEAVES, FewBitLayer, Solved
@@ -98,12 +98,13 @@ class QuantLinear(FewBitLayer, nn.Linear):
         """All tensors that make up the weight, a group's shared ones included."""
         return Parts(self.scheme, self.segments, *self._stacked(*self.rows))
 
-    def _stacked(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The holder's tensors, of these rows."""
-        codes, scales, smooth, down, up = map(self._held, LEAVES)
+    def _stacked(self, start: int, stop: int) -> tuple[Any, ...]:
+        """The holder's tensors, of these rows, in the order of `LEAVES`."""
+        codes, scales, smooth, down, up, row_scales = map(self._held, LEAVES)
         if stop - start < codes.shape[0]:
             codes, scales, up = codes[start:stop], scales[start:stop], None if up is None else up[start:stop]
-        return codes, scales, smooth, down, up
+            row_scales = None if row_scales is None else row_scales[start:stop]
+        return codes, scales, smooth, down, up, row_scales
 
     # ---- computing
 
@@ -111,7 +112,7 @@ class QuantLinear(FewBitLayer, nn.Linear):
         """The layer's output for an input, or for one input per K-segment."""
         return self.linear_rows(x, *self.rows, self.bias)
 
-    def with_gelu(self, x: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch n"]:
+    def with_gelu(self, x: Float[Tensor, "*batch k"] | Sequence[Tensor]) -> Float[Tensor, "*batch n"]:
         """The output after a GELU in its tanh form."""
         if not self.is_plain:
             return nn.functional.gelu(self(x), approximate="tanh")
@@ -143,9 +144,16 @@ class QuantLinear(FewBitLayer, nn.Linear):
             inputs = list(x)
         else:
             inputs = [x] if len(self.segments) == 1 else list(x.split(self.segments, dim=-1))
+        codes, scales, smooth, down, up, row_scales = self._stacked(start, stop)
+        if row_scales is not None:
+            scales = formats.nvfp4.combine(scales, row_scales, self.scheme.layout(self.segments))
         return ops.few_bit_linear(
             inputs,
-            *self._stacked(start, stop),
+            codes,
+            scales,
+            smooth,
+            down,
+            up,
             bias,
             self.scheme.weight,
             self.scheme.group_size,

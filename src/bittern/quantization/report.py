@@ -14,6 +14,7 @@ from bittern import recipes
 from bittern.architectures import Plan, known, plan
 from bittern.checkpoints import CheckpointConfig, TensorSpec, is_few_bit, on_disk, read_headers, weight_files
 from bittern.checkpoints.files import file_bytes
+from bittern.checkpoints.nunchaku import is_lite
 from bittern.errors import UserError
 from bittern.quantization.jobs import checkpoint_config
 from bittern.recipes import Recipe
@@ -209,6 +210,8 @@ def _inspect_folder(folder: Path) -> Report:
             few_bit = is_few_bit(config)
         except (ValueError, AttributeError) as error:
             raise UserError(f"{file} is not a model's config: {error}") from None
+        if is_lite(config):
+            raise UserError(f"{str(place)!r} is packed for Nunchaku Lite: bittern convert makes a few-bit model of it")
         specs = {name: spec for name, (_, spec) in read_headers(weight_files(place)).items()}
         checkpoint = CheckpointConfig.parse(config["quantization_config"], str(file)) if few_bit else None
         if checkpoint:

@@ -39,6 +39,7 @@ SOLVER_FIELDS = (
 CONVOLUTION: dict[str, Any] = {
     "weight": "int4",
     "group_size": 64,
+    "scale_dtype": "bf16",
     "activations": 16,
     "rank": 0,
     "smoothing": "none",
@@ -63,6 +64,7 @@ def needs_data(solver: Mapping[str, Any]) -> bool:
 
 
 StoredType = Literal["bf16", "fp16", "fp32"]
+ScaleType = Literal["bf16", "fp16", "fp32", "e4m3"]
 
 
 def _check_rank(rank: object) -> object:
@@ -99,21 +101,21 @@ def resolve_rank(rank: int | float | str, n: int, k: int) -> int:
 class LayerSpec(BaseModel):
     """What one layer becomes (see `Scheme`) and how it is solved (see `SolverOptions`).
 
-    `scales` is for int4 alone, `codes` and `sweeps` for ternary alone, so that a patch may change `weight` by itself.
-    `shift` reaches only inputs that come out of a GELU: with it added nothing is negative, and 4-bit activations
+    `scales` is for int4 and nvfp4, `codes` and `sweeps` are for ternary alone, so that a patch may change `weight` by
+    itself. `shift` reaches only inputs that come out of a GELU: with it added nothing is negative, and 4-bit activations
     have all 16 codes for what is positive (SVDQuant, arXiv:2411.05007).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    weight: Literal["int4", "ternary"]
+    weight: Literal["int4", "nvfp4", "ternary"]
     group_size: int | None = 64
-    scale_dtype: StoredType = "bf16"
+    scale_dtype: ScaleType = "bf16"
     activations: Literal[4, 8, 16] = 16
     rank: Rank = 0
     branch_dtype: StoredType = "bf16"
     shift: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    packing: Literal["nibbles", "crumbs", "trits"] | None = None
+    packing: Literal["nibbles", "e2m1", "crumbs", "trits"] | None = None
 
     scales: Literal["absmax", "search"] = "search"
     codes: Literal["absmean", "least-squares"] = "least-squares"

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from bittern.errors import UserError
-from bittern.formats import KLayout, Rule, decode, dtype_of, encode, int4
+from bittern.formats import KLayout, Rule, decode, dtype_of, encode, int4, nvfp4
 from bittern.precision import exact_products
 from bittern.scheme import Scheme
 from bittern.solvers.bias import mean_error
@@ -81,7 +81,7 @@ def solve_calibrated(
     Args:
         weights: [n_i, k] each, any float type, finite and at most 1e30.
         statistics: Of the input.
-        scheme: Formats, group, rank, activations and stored types; int4.
+        scheme: Formats, group, rank, activations and stored types; int4 or nvfp4.
         options: Which stages, and how.
         segments: Lengths of the K-segments; their sum is k.
         seed: The same seed gives the same result, whatever torch's global random state.
@@ -93,13 +93,13 @@ def solve_calibrated(
 
     Raises:
         UserError: for weights that are not finite, not float or of the wrong shape, for options that do not fit the
-            scheme, and for a format other than int4.
+            scheme, and for ternary.
     """
     names = names or [f"weights[{i}]" for i in range(len(weights))]
     layout = scheme.layout(segments)
     check_weights(weights, layout, names)
-    if scheme.weight != "int4":
-        raise UserError(f"{names[0]}: calibrated stages are for int4, not {scheme.weight}; leave them out")
+    if scheme.weight == "ternary":
+        raise UserError(f"{names[0]}: calibrated stages are for int4 and nvfp4, not ternary; leave them out")
     with one_thread(sum(weight.numel() for weight in weights) <= SMALL), exact_products():
         problem = _Problem(weights, statistics, scheme, options, layout, seed, sensitivity)
         draft, stages = problem.solve()
@@ -132,7 +132,9 @@ class _Problem:
         self.weight = torch.cat([weight.float() for weight in weights])
         self.sizes = [len(weight) for weight in weights]
         self.metric = Metric(sensitivity) if sensitivity is not None else None
-        self.rule, self.scale_dtype = options.rule(scheme.weight), dtype_of(scheme.scale_dtype)
+        self.rule, self.scale_dtype = options.rule(scheme.weight), scheme.solved_scale_dtype
+        self.on_grid = nvfp4.on_grid if scheme.weight == "nvfp4" else int4.on_grid
+        self.plain_rule = replace(options, scales="absmax").rule(scheme.weight)
         self.branch_dtype = dtype_of(scheme.branch_dtype)
         columns = min(scheme.rank + options.svd_oversample, *self.weight.shape)
         self.start = random_start(layout.k, columns, seed, self.weight.device)
@@ -191,7 +193,7 @@ class _Problem:
 
         def error(smooth: Float[Tensor, " k"]) -> float:
             # Candidates differ by more than the search of scales gives, and it takes most of the time.
-            return math.hypot(*self.errors(self.nearest(self.plain_branch(smooth), int4.absmax), rows))
+            return math.hypot(*self.errors(self.nearest(self.plain_branch(smooth), self.plain_rule), rows))
 
         spans = self.weight.abs().amax(dim=0)
         return best_smoothing(inputs, spans, self.layout, self.branch_dtype, error)[0]
@@ -249,7 +251,7 @@ class _Problem:
     def by_gptq(self, draft: _Draft, hessian: Float[Tensor, "k k"]) -> _Draft:
         """GPTQ's codes of the residual."""
         codes, scales = gptq(
-            self.residual(draft), hessian, self.layout, self.rule, self.scale_dtype, self.options.damping
+            self.residual(draft), hessian, self.layout, self.rule, self.scale_dtype, self.options.damping, self.on_grid
         )
         return replace(draft, codes=codes, scales=scales)
 

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bittern.formats import KLayout, decode, dtype_of, encode
+from bittern.formats import KLayout, decode, encode
 from bittern.precision import exact_products
 from bittern.scheme import Scheme
 from bittern.solvers.inputs import rounded, smoothed
@@ -74,7 +74,7 @@ def foresee(
         rows = _gaussian(layout, scheme, magnitudes, seed).to(target.device)
         u, ut = smoothed(rows, smooth), rounded(rows, smooth, layout, scheme)
         power = ut.square().mean(dim=0)
-        codes, scales = encode(target, layout, options.rule(scheme.weight), dtype_of(scheme.scale_dtype))
+        codes, scales = encode(target, layout, options.rule(scheme.weight), scheme.solved_scale_dtype)
         given = float((target.square() @ power).sum())
         missed = float(((target - decode(codes, scales, layout)).square() @ power).sum())
         weight = (u - ut).square().mean(dim=0) + (missed / given if given else 0.0) * power

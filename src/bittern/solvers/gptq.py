@@ -11,6 +11,7 @@ errors reach the columns behind the block in one product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -32,8 +33,9 @@ def gptq(
     rule: Rule,
     scale_dtype: torch.dtype,
     damping: float = 0.01,
+    on_grid: Callable[[Tensor], Tensor] = int4.on_grid,
 ) -> tuple[Int8[Tensor, "n {layout.padded_k}"], Float[Tensor, "n {layout.num_groups}"]]:
-    """int4 codes and scales of a float32 weight.
+    """Codes and scales of a float32 weight.
 
     Args:
         weight: [n, k], finite.
@@ -42,11 +44,12 @@ def gptq(
         rule: How each group gets its scale; the codes it would choose are not used.
         scale_dtype: Stored type of the scales.
         damping: Share of the mean diagonal of the Hessian that is added to it.
+        on_grid: Gives the code nearest to each number.
     """
     _, scales = encode(weight, layout, rule, scale_dtype)
     order, factor = ordered_factor(hessian, damping)
     steps = layout.unpad(layout.expand_scales(scales.float()))
-    return layout.pad(compensated(weight, steps, order, factor, (int4.LOW, int4.HIGH)).to(torch.int8)), scales
+    return layout.pad(compensated(weight, steps, order, factor, on_grid).to(torch.int8)), scales
 
 
 def ordered_factor(hessian: Float[Tensor, "k k"], damping: float) -> tuple[Int64[Tensor, " k"], Float[Tensor, "k k"]]:
@@ -60,7 +63,7 @@ def compensated(
     steps: Float[Tensor, "n k"],
     order: Int64[Tensor, " k"],
     factor: Float[Tensor, "k k"],
-    grid: tuple[int, int],
+    on_grid: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "n k"]:
     """The codes of GPTQ for scales that are given.
 
@@ -69,9 +72,9 @@ def compensated(
         steps: The scale of each weight.
         order: Of the columns: `ordered_factor`'s.
         factor: Of the inverse Hessian: `ordered_factor`'s.
-        grid: The smallest and the largest code.
+        on_grid: Gives the code nearest to each number.
     """
-    k, (low, high) = weight.shape[1], grid
+    k = weight.shape[1]
     steps = steps[:, order]
     # A group of zeros has scale 0, and code 0.
     inverse = torch.where(steps == 0, 0.0, steps.reciprocal())
@@ -82,7 +85,7 @@ def compensated(
         errors = torch.empty_like(rest[:, start:stop])
         for column in range(start, stop):
             value = rest[:, column]
-            code = (value * inverse[:, column]).round_().clamp_(low, high)
+            code = on_grid(value * inverse[:, column])
             chosen[:, column] = code
             error = (value - code * steps[:, column]) / factor[column, column]
             rest[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)

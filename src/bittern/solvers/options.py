@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bittern.errors import UserError, did_you_mean
-from bittern.formats import Rule, int4, ternary
+from bittern.formats import Rule, int4, nvfp4, ternary
 from bittern.scheme import WeightFormat
 
 ScaleRule = Literal["absmax", "search"]
@@ -16,6 +16,7 @@ Branch = Literal["weights", "outputs"]
 Rounding = Literal["nearest", "gptq"]
 
 _INT4_RULES: dict[str, Rule] = {"absmax": int4.absmax, "search": int4.search}
+_NVFP4_RULES: dict[str, Rule] = {"absmax": nvfp4.absmax, "search": nvfp4.search}
 _TERNARY_RULES: dict[str, Rule] = {"absmean": ternary.absmean, "least-squares": ternary.least_squares}
 
 
@@ -24,7 +25,7 @@ class SolverOptions:
     """Choices of the solvers.
 
     Attributes:
-        scales: For int4: "absmax" (amax / 7) or "search" (least squared error).
+        scales: For int4 and nvfp4: "absmax" (amax / 7 or / 6) or "search" (least squared error).
         codes: For ternary: "absmean" (scale mean |w|, as in BitNet b1.58) or "least-squares" (exact, with its
             scale).
         smoothing: "none"; "span": from the span of each input's weights; "modulation": from that and from the
@@ -84,4 +85,6 @@ class SolverOptions:
 
     def rule(self, weight: WeightFormat) -> Rule:
         """The function that gives each group of a weight its codes and scale."""
-        return _INT4_RULES[self.scales] if weight == "int4" else _TERNARY_RULES[self.codes]
+        if weight == "ternary":
+            return _TERNARY_RULES[self.codes]
+        return (_INT4_RULES if weight == "int4" else _NVFP4_RULES)[self.scales]

@@ -94,7 +94,7 @@ def _alternate(
     seed: int,
 ) -> _Round:
     """The best of at most 1 + options.rounds rounds; target is the smoothed weight."""
-    rule, scale_dtype = options.rule(scheme.weight), dtype_of(scheme.scale_dtype)
+    rule, scale_dtype = options.rule(scheme.weight), scheme.solved_scale_dtype
     if not scheme.rank:
         return _Round(0.0, *encode(target, layout, rule, scale_dtype), None, None)
 

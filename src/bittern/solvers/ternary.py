@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bittern.errors import UserError
-from bittern.formats import KLayout, dtype_of, encode, round_to
+from bittern.formats import KLayout, dtype_of, encode, round_to, ternary
 from bittern.precision import exact_products
 from bittern.scheme import Scheme
 from bittern.solvers.bias import mean_error
@@ -33,7 +33,7 @@ from bittern.solvers.lowrank import random_start
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.solution import Solution, Stages
 from bittern.solvers.solve import SMALL, check_weights
-from bittern.solvers.trits import GRID, columns, descended, fitted, output_errors, steps_of
+from bittern.solvers.trits import columns, descended, fitted, output_errors, steps_of
 from bittern.solvers.weighted import stored, weighted_low_rank
 from bittern.threads import one_thread
 from bittern.trajectories import Statistics
@@ -180,7 +180,7 @@ class _Problem:
 
     def by_gptq(self, draft: _Draft, factor: tuple[Tensor, Tensor], fit: bool) -> _Draft:
         """Codes by GPTQ for the draft's scales, and perhaps scales for these codes."""
-        codes = compensated(self.target(draft), steps_of(draft.scales, self.layout), *factor, GRID)
+        codes = compensated(self.target(draft), steps_of(draft.scales, self.layout), *factor, ternary.on_grid)
         found = replace(draft, codes=codes)
         return self.with_scales(found) if fit else found
 

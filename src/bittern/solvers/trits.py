@@ -29,8 +29,6 @@ from torch import Tensor
 
 from bittern.formats import KLayout, round_to, ternary
 
-GRID = (ternary.LOW, ternary.HIGH)
-
 BLOCK = 128
 """Columns whose changes reach the others in one product."""
 
@@ -123,7 +121,7 @@ def descended(
         reach = inverse[:, block] / near.diagonal()
         changes = torch.zeros_like(local)
         for j in range(len(block)):
-            code = (old[:, j] + local[:, j] * reach[:, j]).round_().clamp_(*GRID)
+            code = ternary.on_grid(old[:, j] + local[:, j] * reach[:, j])
             change = (code - old[:, j]) * step[:, j]
             codes[:, block[j]] = code
             changes[:, j] = change

@@ -90,6 +90,8 @@ def _few_bit_tensor(leaf: str, like: Tensor, weight: str, draw: Draw) -> Tensor:
         codes = draw(like, 0)
         # Two bits 11 are no ternary code.
         return codes & ~((codes & (codes >> 1) & 0x55) * 2) if weight == "ternary" else codes
-    if leaf == "scales":
+    if leaf in ("scales", "row_scales"):
+        if like.dtype == torch.float8_e4m3fn:
+            return draw(like.float(), 10).abs_().add_(20).to(like.dtype)
         return draw(like, 0.001).abs_().add_(0.002)
     return draw(like, 0.1).abs_().add_(1) if leaf == "smooth" else draw(like, 0.02)

@@ -28,6 +28,7 @@ def kernels() -> tuple[Kernel, ...]:
         "backend": "triton",
         "devices": ("cuda",),
         "dtypes": _DTYPES,
+        "weights": ("int4", "ternary"),
         "groups": _GROUPS,
         # Asked once: a compiler cannot trace the search.
         "lacks": None if importlib.util.find_spec("triton") else "triton",
