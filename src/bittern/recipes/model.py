@@ -102,8 +102,8 @@ class LayerSpec(BaseModel):
     """What one layer becomes (see `Scheme`) and how it is solved (see `SolverOptions`).
 
     `scales` is for int4 and nvfp4, `codes` and `sweeps` are for ternary alone, so that a patch may change `weight` by
-    itself. `shift` reaches only inputs that come out of a GELU: with it added nothing is negative, and 4-bit activations
-    have all 16 codes for what is positive (SVDQuant, arXiv:2411.05007).
+    itself. `shift` reaches only inputs that come out of a GELU: with it added nothing is negative, and 4-bit
+    activations have all 16 codes for what is positive (SVDQuant, arXiv:2411.05007).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
