@@ -40,6 +40,7 @@ from bittern.outputs import INDEX, check_file_out, check_out, disk_problem, exis
 from bittern.pipelines import denoiser_name, other_components, read_json, resolve
 from bittern.quantization import Progress, Report, inspect, model_on_meta
 from bittern.quantization.report import COMPONENTS
+from bittern.threads import one_thread
 
 Read = Callable[[str], Tensor]
 
@@ -243,7 +244,8 @@ def _write(
     progress: Progress | None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    with streamed_file(file, specs, metadata) as put:
+    # The work is moving bytes, and a second thread writes them: more would wait for one another.
+    with one_thread(True), streamed_file(file, specs, metadata) as put:
         for done, (name, tensor) in enumerate(tensors, 1):
             put(name, tensor)
             if progress:

@@ -57,7 +57,10 @@ def test_impossible_rank_is_refused(rank: object) -> None:
         ({"default": {"packing": "trits"}}, r"packing 'trits' does not fit int4"),
         ({"default": {"smoothing_exponent": 2.0}}, r"smoothing_exponent 2\.0: expected less than or equal to 1"),
         ({"default": {"smoothing": "columns"}}, r"smoothing 'columns' is for ternary weights"),
-        ({"overrides": {"a": {"weight": "ternary", "smoothing": "grid"}}}, r"smoothing 'grid' is for int4 weights"),
+        (
+            {"overrides": {"a": {"weight": "ternary", "smoothing": "grid"}}},
+            r"smoothing 'grid' is not for ternary weights",
+        ),
         ({"overrides": {"a": {"weight": "ternary", "branch": "outputs"}}}, r"with data: expected rounding 'gptq'"),
         (
             {"overrides": {"a": {"weight": "ternary", "rounding": "gptq", "smoothing": "span"}}},
@@ -65,7 +68,7 @@ def test_impossible_rank_is_refused(rank: object) -> None:
         ),
         (
             {"overrides": {"a": {"weight": "ternary", "rounding": "gptq", "sensitivity": True}}},
-            r"sensitivity is for int4 weights: expected false",
+            r"sensitivity is not for ternary weights: expected false",
         ),
         ({"default": {"sweeps": -1}}, r"default\.sweeps -1: expected greater than or equal to 0"),
         ({"default": 3}, r"default 3: expected"),

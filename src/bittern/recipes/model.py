@@ -135,20 +135,18 @@ class LayerSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> LayerSpec:
-        if self.weight == "int4":
+        if self.weight != "ternary":
             if self.smoothing == "columns":
-                raise UserError("smoothing 'columns' is for ternary weights: expected another for int4")
+                raise UserError("smoothing 'columns' is for ternary weights: expected another")
         elif self.smoothing in ("grid", "descent"):
-            raise UserError(
-                f"smoothing {self.smoothing!r} is for int4 weights: expected 'columns' for ternary, or none"
-            )
+            raise UserError(f"smoothing {self.smoothing!r} is not for ternary weights: expected 'columns', or none")
         elif solves_with_data(self.solver()):
             if self.rounding != "gptq" or self.smoothing in ("span", "modulation"):
                 raise UserError(
                     "ternary weights solved with data: expected rounding 'gptq', and smoothing 'columns' or none"
                 )
             if self.sensitivity:
-                raise UserError("sensitivity is for int4 weights: expected false for ternary")
+                raise UserError("sensitivity is not for ternary weights: expected false")
         return self
 
     def scheme(self, n: int, k: int) -> Scheme:
