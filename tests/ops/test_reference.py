@@ -257,7 +257,7 @@ def test_activation_codes_are_the_nearest(
     assert (scales != 0 if format == "int4" else scales > 0).all()
     if format == "fp8":
         # Half a step of e4m3: 2^-4 of a normal number, 2^-10 of a code below 2^-6.
-        step = torch.maximum(numbers.abs() / 16 * 1.0001, torch.full_like(numbers, 2**-10))
+        step = 1.0001 * torch.maximum(numbers.abs() / 16, torch.full_like(numbers, 2**-10))
     else:
         # Half a code, and the float32 rounding of a quotient of up to 127.
         step = torch.full_like(numbers, 0.5 + 127 * 2**-22)
