@@ -36,6 +36,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright -p .ci/names.json --level error --pythonpath $(VENV)/bin/python
 	$(BIN)/lint-imports
 
 format: setup

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import bittern
-from bittern import pipelines, recipes
+from bittern import folders, recipes
 from bittern.architectures import plan
 from bittern.quantization import Limits, passes
 from bittern.quantization.jobs import blocks_of
@@ -241,7 +241,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     host, phases = HostPeak(), Phases()
     host.start()
     began = time.perf_counter()
-    report = pipelines.quantize_folder(
+    report = folders.quantize_folder(
         source, part, out, device=device(), force=True, restart=True, limits=limits, progress=phases
     )
     seconds = time.perf_counter() - began

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import bittern
-from bittern import pipelines, recipes
+from bittern import folders, pipelines, recipes
 from bittern.errors import UserError
 from bittern.layers import quant_layers, set_path
 from bittern.quantization import Calibration, component, conductor, inspect, predict, predict_size
@@ -83,7 +83,7 @@ def test_it_is_saved_loaded_and_counted(folder: str, request: pytest.FixtureRequ
     assert file.stat().st_size == size == predicted.file_bytes
     assert inspect(tmp_path / "memory").bytes == report.bytes == predicted.bytes
     assert inspect(tmp_path / "memory").parameters == predicted.parameters
-    pipelines.quantize_folder(source, recipe, tmp_path / "out", prompts=PROMPTS)
+    folders.quantize_folder(source, recipe, tmp_path / "out", prompts=PROMPTS)
     name = pipelines.denoiser_name(source)
     assert (tmp_path / "out" / name / file.name).read_bytes() == file.read_bytes()
     again.save_pretrained(tmp_path / "again")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bittern
-from bittern import pipelines, recipes
+from bittern import folders, pipelines, recipes
 from bittern.cli import main
 from bittern.errors import UserError
 from bittern.layers import quant_layers, set_path
@@ -75,8 +75,8 @@ def test_ternary_from_disk_and_in_memory_gives_the_same_bytes(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pipelines.quantize_folder(tiny_random_folder, recipe, streamed, prompts=PROMPTS, seed=3, progress=stop)
-    report = pipelines.quantize_folder(tiny_random_folder, recipe, streamed, prompts=PROMPTS, seed=3)
+        folders.quantize_folder(tiny_random_folder, recipe, streamed, prompts=PROMPTS, seed=3, progress=stop)
+    report = folders.quantize_folder(tiny_random_folder, recipe, streamed, prompts=PROMPTS, seed=3)
     pipe = pipelines.load(tiny_random_folder)
     assert bittern.quantize(pipe, recipe, prompts=PROMPTS, seed=3) == report
     file = "diffusion_pytorch_model.safetensors"

@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from torch import nn
 
 import bittern
-from bittern import pipelines, recipes, threads
+from bittern import folders, pipelines, recipes, threads
 from bittern.architectures import Job, plan
 from bittern.errors import UserError
 from bittern.quantization import Limits, calibration, calibration_bytes, stored, stream
@@ -76,14 +76,14 @@ def test_little_memory_gives_the_same_bytes(
     bittern.quantize(pipe, recipe, prompts=PROMPTS, limits=PLENTY)
     name = pipelines.denoiser_name(folder)
     getattr(pipe, name).save_pretrained(tmp_path / "memory")
-    pipelines.quantize_folder(folder, recipe, tmp_path / "plenty", prompts=PROMPTS, limits=PLENTY)
+    folders.quantize_folder(folder, recipe, tmp_path / "plenty", prompts=PROMPTS, limits=PLENTY)
     waiting: list[int] = []
     monkeypatch.setattr(stored, "place", lambda *given: waiting.append(place(*given)) or waiting[-1])
     said: list[str] = []
     # Not small any more: blocks run again in the backward pass.
     monkeypatch.setattr(threads, "SMALL_MODEL", 0)
     with threads.one_thread(True):
-        pipelines.quantize_folder(
+        folders.quantize_folder(
             folder,
             recipe,
             tmp_path / "tight",
@@ -122,7 +122,7 @@ def test_texts_are_encoded_once_and_the_encoders_are_gone_when_the_denoiser_runs
     recipe = recipe.override(samples=9)
     limits = Tight.around(folder, recipe)
     with pytest.raises(KeyboardInterrupt):
-        pipelines.quantize_folder(folder, recipe, tmp_path / "out", prompts=PROMPTS[:2], limits=limits)
+        folders.quantize_folder(folder, recipe, tmp_path / "out", prompts=PROMPTS[:2], limits=limits)
     assert sorted(encoded) == sorted(PROMPTS[:2])
     assert drew == [True]
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_repeats_the_pass_in_hand_at_most(
     )
     tight = Tight.around(unet_folder, recipe)
     limits = replace(tight, records=2 * tight.records)
-    pipelines.quantize_folder(unet_folder, recipe, whole, prompts=PROMPTS, limits=limits)
+    folders.quantize_folder(unet_folder, recipe, whole, prompts=PROMPTS, limits=limits)
     jobs, wanted = sorted(solved), sum(map(len, recorded))
     largest = max(map(len, recorded))
     assert len(recorded) > 2
@@ -154,11 +154,11 @@ def test_an_interrupted_run_repeats_the_pass_in_hand_at_most(
     solved.clear()
     recorded.clear()
     with pytest.raises(KeyboardInterrupt):
-        pipelines.quantize_folder(unet_folder, recipe, out, prompts=PROMPTS, limits=limits, progress=progress)
-    work = pipelines.workspace_of(out)
+        folders.quantize_folder(unet_folder, recipe, out, prompts=PROMPTS, limits=limits, progress=progress)
+    work = folders.workspace_of(out)
     assert len(list(work.glob("*.safetensors"))) == 3 + 1
     monkeypatch.setattr(stored, "sample", None)
-    pipelines.quantize_folder(unet_folder, recipe, out, prompts=PROMPTS, limits=limits)
+    folders.quantize_folder(unet_folder, recipe, out, prompts=PROMPTS, limits=limits)
     assert sorted(solved) == jobs
     assert wanted <= sum(map(len, recorded)) <= wanted + largest
     assert weights(out) == weights(whole)
@@ -178,14 +178,14 @@ def test_a_mistake_in_the_middle_leaves_finished_blocks(
 
     monkeypatch.setattr(stream, "solve_job", solve)
     with pytest.raises(UserError, match=r"out of memory \(CUDA out of memory\): allow .*; 1 finished blocks are kept"):
-        pipelines.quantize_folder(tiny_random_folder, "int4", out)
+        folders.quantize_folder(tiny_random_folder, "int4", out)
     with pytest.raises(UserError, match="a layer is odd"):
-        pipelines.quantize_folder(tiny_random_folder, "int4", out)
-    assert [file.name for file in pipelines.workspace_of(out).glob("*.safetensors")] == [
+        folders.quantize_folder(tiny_random_folder, "int4", out)
+    assert [file.name for file in folders.workspace_of(out).glob("*.safetensors")] == [
         "0000.transformer_blocks.0.safetensors"
     ]
-    pipelines.quantize_folder(tiny_random_folder, "int4", out)
-    assert not pipelines.workspace_of(out).exists()
+    folders.quantize_folder(tiny_random_folder, "int4", out)
+    assert not folders.workspace_of(out).exists()
 
 
 def test_limits_that_are_too_narrow_are_refused_before_anything_is_drawn(
@@ -200,7 +200,7 @@ def test_limits_that_are_too_narrow_are_refused_before_anything_is_drawn(
         (Limits(1000, 2**40), r"sums over the inputs and outputs of 0000\.transformer_blocks\.0 take .* device memory"),
     ):
         with pytest.raises(UserError, match=message):
-            pipelines.quantize_folder(tiny_random_folder, recipe, tmp_path / "out", prompts=PROMPTS, limits=limits)
+            folders.quantize_folder(tiny_random_folder, recipe, tmp_path / "out", prompts=PROMPTS, limits=limits)
     with pytest.raises(UserError, match="record memory 0: expected more than 0 bytes"):
         Limits.of("cpu", records=0)
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ import yaml
 from diffusers import DiffusionPipeline, FluxPipeline
 
 import bittern
-from bittern import pipelines
+from bittern import folders, outputs, pipelines
 from bittern.errors import UserError
 from bittern.layers import quant_layers
 
@@ -61,7 +61,7 @@ def test_a_few_bit_folder_keeps_its_dtype(new_tiny_random_pipeline: Callable[[],
     pipe.transformer.to(torch.float16)
     pipe.save_pretrained(tmp_path / "model")
     # Scales and branches, in bf16, outweigh the fp16 layers that are kept.
-    pipelines.quantize_folder(tmp_path / "model", "svdquant-fast", tmp_path / "out")
+    folders.quantize_folder(tmp_path / "model", "svdquant-fast", tmp_path / "out")
     loaded = pipelines.load(tmp_path / "out")
     assert loaded.transformer.dtype == torch.float16
     assert len(quant_layers(loaded.transformer)) == 20
@@ -125,7 +125,7 @@ def test_damaged_folders(model: Path, damage: Callable[[Path], object], message:
 
 
 def test_a_truncated_few_bit_file_is_reported_before_loading(model: Path) -> None:
-    pipelines.quantize_folder(model, "int4", model.parent / "out")
+    folders.quantize_folder(model, "int4", model.parent / "out")
     file = weight_file(model.parent / "out")
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(UserError, match=r"transformer/diffusion_pytorch_model\.safetensors cannot be read .* again"):
@@ -171,7 +171,7 @@ def test_quantize_folder_writes_what_diffusers_loads(model: Path, tmp_path: Path
     (model / "LICENSE.md").write_text("free")
     (model / "README.md").write_text("about another model")
     out = tmp_path / "deep" / "er" / "out"
-    report = pipelines.quantize_folder(model, "svdquant-fast", out)
+    report = folders.quantize_folder(model, "svdquant-fast", out)
     assert bittern.inspect(out) == report
     assert weight_file(out).stat().st_size == report.file_bytes
     source, written = contents(model), contents(out)
@@ -196,7 +196,7 @@ def test_quantize_folder_writes_what_diffusers_loads(model: Path, tmp_path: Path
 
 def test_the_card_says_what_was_done_and_keeps_the_licence(model: Path, tmp_path: Path) -> None:
     (model / "README.md").write_text("---\nlicense: cc0-1.0\ndatasets: mine\n---\n# The original\n")
-    report = pipelines.quantize_folder(model, "svdquant-fast", tmp_path / "out", seed=3)
+    report = folders.quantize_folder(model, "svdquant-fast", tmp_path / "out", seed=3)
     card = (tmp_path / "out" / "README.md").read_text()
     head = yaml.safe_load(card.split("---\n")[1])
     assert head == {
@@ -214,14 +214,14 @@ def test_the_card_says_what_was_done_and_keeps_the_licence(model: Path, tmp_path
 @pytest.mark.parametrize("card", ["", "# no head\n", "---\n: [\n---\n", "---\n- a list\n---\n"])
 def test_a_card_that_says_nothing_of_use(model: Path, tmp_path: Path, card: str) -> None:
     (model / "README.md").write_text(card)
-    pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    folders.quantize_folder(model, "int4", tmp_path / "out")
     assert "license" not in yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
 
 
 def test_files_have_the_modes_of_ordinary_files(model: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+        folders.quantize_folder(model, "int4", tmp_path / "out")
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").rglob("*") if file.is_file()} == {0o640}
@@ -229,8 +229,8 @@ def test_files_have_the_modes_of_ordinary_files(model: Path, tmp_path: Path) -> 
 
 def test_where_it_came_from_is_not_written(model: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(model, tmp_path / "elsewhere" / model.name))
-    pipelines.quantize_folder(model, "int4", tmp_path / "one")
-    pipelines.quantize_folder(other, "int4", tmp_path / "two")
+    folders.quantize_folder(model, "int4", tmp_path / "one")
+    folders.quantize_folder(other, "int4", tmp_path / "two")
     one = contents(tmp_path / "one")
     assert one == contents(tmp_path / "two")
     assert not any(str(tmp_path).encode() in data for data in one.values())
@@ -238,13 +238,13 @@ def test_where_it_came_from_is_not_written(model: Path, tmp_path: Path) -> None:
 
 def test_an_output_folder_that_is_not_empty(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pipelines.quantize_folder(model, "int4", out)
+    folders.quantize_folder(model, "int4", out)
     (out / "mine.txt").write_text("kept until replaced")
     before = contents(out)
     with pytest.raises(UserError, match="is not empty: choose another, or replace it with --force"):
-        pipelines.quantize_folder(model, "int4", out)
+        folders.quantize_folder(model, "int4", out)
     assert contents(out) == before
-    pipelines.quantize_folder(model, "ternary-fast", out, force=True)
+    folders.quantize_folder(model, "ternary-fast", out, force=True)
     assert not (out / "mine.txt").exists()
     assert bittern.inspect(out).recipe == "ternary-fast"
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
@@ -255,31 +255,31 @@ def test_force_replaces_models_only(model: Path, tmp_path: Path) -> None:
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds no model: --force replaces only models; empty it first"):
-        pipelines.quantize_folder(model, "int4", home, force=True)
+        folders.quantize_folder(model, "int4", home, force=True)
     (home / "config.json").write_text('{"eslint": 1}')
     with pytest.raises(UserError, match="holds no model"):
-        pipelines.quantize_folder(model, "int4", home, force=True)
+        folders.quantize_folder(model, "int4", home, force=True)
     for out in (model, tmp_path, model / "vae", model / "new"):
         with pytest.raises(UserError, match="would replace the model it is made from"):
-            pipelines.quantize_folder(model, "int4", out, force=True)
+            folders.quantize_folder(model, "int4", out, force=True)
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="is a file: expected a folder that is new or empty"):
-        pipelines.quantize_folder(model, "int4", file, force=True)
+        folders.quantize_folder(model, "int4", file, force=True)
     with pytest.raises(UserError, match="is not writable"):
-        pipelines.quantize_folder(model, "int4", file / "below")
+        folders.quantize_folder(model, "int4", file / "below")
     assert (home / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_mount_point_is_refused_beforehand(model: Path) -> None:
     with pytest.raises(UserError, match="is a mount point, which cannot be replaced: choose a folder in it"):
-        pipelines.quantize_folder(model, "int4", "/proc", force=True)
+        folders.quantize_folder(model, "int4", "/proc", force=True)
 
 
 def test_a_pipeline_with_a_component_missing(model: Path, tmp_path: Path) -> None:
     shutil.rmtree(model / "vae")
     with pytest.raises(UserError, match=r"model_index.json lists 'vae', which is not there"):
-        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+        folders.quantize_folder(model, "int4", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -289,13 +289,13 @@ def test_components_are_names_and_no_paths(model: Path, tmp_path: Path, name: st
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "AutoencoderKL"]}))
     with pytest.raises(UserError, match="which is no name of a component"):
-        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+        folders.quantize_folder(model, "int4", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder_is_fine(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    pipelines.quantize_folder(model, "int4", tmp_path / "out")
+    folders.quantize_folder(model, "int4", tmp_path / "out")
     assert bittern.inspect(tmp_path / "out").recipe == "int4"
 
 
@@ -308,7 +308,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, force: bool) -> N
     before = contents(tmp_path), listing(tmp_path)
 
     def fill(error: BaseException) -> None:
-        with pipelines.new_folder(out, force=force) as folder:
+        with outputs.new_folder(out, force=force) as folder:
             (folder / "half").write_text("written")
             raise error
 
@@ -335,7 +335,7 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "rename", rename)
     with (
         pytest.raises(UserError, match="cannot be written: Permission denied"),
-        pipelines.new_folder(out, force=True) as folder,
+        outputs.new_folder(out, force=True) as folder,
     ):
         (folder / "config.json").write_text("new")
     assert contents(tmp_path) == {"out/config.json": b'{"_class_name": "Old"}'}
@@ -345,13 +345,13 @@ def test_a_disk_that_is_full_midway(model: Path, tmp_path: Path) -> None:
     """The real thing: the kernel refuses the bytes beyond a limit, once in a copy, once in a safetensors file."""
     code = """
 import resource, signal, sys
-from bittern import pipelines
+from bittern import folders
 from bittern.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (60_000, 190_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        pipelines.quantize_folder(sys.argv[1], "int4", sys.argv[2])
+        folders.quantize_folder(sys.argv[1], "int4", sys.argv[2])
     except UserError as error:
         print(error)
 """
@@ -364,8 +364,8 @@ for limit in (60_000, 190_000):
     assert "cannot be written: the disk is full; nothing is left behind" in first
     assert "cannot be written: the disk is full; 2 finished blocks are kept, run the same command again" in second
     assert not out.exists()
-    pipelines.quantize_folder(model, "int4", out)
-    pipelines.quantize_folder(model, "int4", tmp_path / "other" / "out")
+    folders.quantize_folder(model, "int4", out)
+    folders.quantize_folder(model, "int4", tmp_path / "other" / "out")
     assert contents(out) == contents(tmp_path / "other" / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "other", "out"]
 
@@ -376,13 +376,13 @@ def test_a_disk_that_is_too_small_is_told_beforehand(
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0\.\d MB and the disk has 0\.1 MB free: make room"):
-        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+        folders.quantize_folder(model, "int4", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_place_that_takes_no_folder() -> None:
     with (
         pytest.raises(UserError, match=r"'/proc/out' (cannot be written|is not writable)"),
-        pipelines.new_folder("/proc/out"),
+        outputs.new_folder("/proc/out"),
     ):
         pass

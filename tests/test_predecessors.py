@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bittern
-from bittern import pipelines, recipes
+from bittern import folders, pipelines, recipes
 from bittern.architectures import Job
 from bittern.errors import UserError
 from bittern.layers import quant_layers, swap
@@ -48,7 +48,7 @@ def test_every_way_gives_the_same_bytes(folder: Path, recipe: Recipe, tmp_path: 
     assert {layer.path for layer in quant_layers(component(pipe)).values()} == {"auto"}
     said: list[str] = []
     tight = Tight.around(folder, recipe)
-    pipelines.quantize_folder(
+    folders.quantize_folder(
         folder, recipe, tmp_path / "tight", prompts=PROMPTS, limits=tight, progress=lambda what, *_: said.append(what)
     )
     assert weights(tmp_path / "tight") == expected
@@ -64,8 +64,8 @@ def test_every_way_gives_the_same_bytes(folder: Path, recipe: Recipe, tmp_path: 
     said.clear()
     given: Any = {"prompts": PROMPTS, "limits": PLENTY}
     with pytest.raises(KeyboardInterrupt):
-        pipelines.quantize_folder(folder, recipe, tmp_path / "out", **given, progress=interrupt)
-    pipelines.quantize_folder(folder, recipe, tmp_path / "out", **given, progress=lambda what, *_: said.append(what))
+        folders.quantize_folder(folder, recipe, tmp_path / "out", **given, progress=interrupt)
+    folders.quantize_folder(folder, recipe, tmp_path / "out", **given, progress=lambda what, *_: said.append(what))
     assert weights(tmp_path / "out") == expected
     assert not any("all of them run" in what for what in said)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bittern
-from bittern import pipelines, quantization
+from bittern import folders, pipelines, quantization
 from bittern.cli import main
 from bittern.errors import UserError
 from families import FAMILIES
@@ -86,7 +86,7 @@ def test_sizes_follow_the_dtype_of_the_files_and_no_weight_is_read(tiny_random_f
 
 
 def test_a_few_bit_folder_is_refused(tiny_random_folder: Path, tmp_path: Path) -> None:
-    pipelines.quantize_folder(tiny_random_folder, "int4", tmp_path / "few")
+    folders.quantize_folder(tiny_random_folder, "int4", tmp_path / "few")
     with pytest.raises(UserError, match=r"few' is already quantized \(bittern\): give the original"):
         quantization.preview(tmp_path / "few", "int4")
 

@@ -17,7 +17,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import bittern
-from bittern import pipelines, recipes
+from bittern import folders, recipes
 from bittern.architectures import plan
 from bittern.errors import UserError
 from bittern.quantization import stream
@@ -59,7 +59,7 @@ def test_equals_quantizing_in_memory(
     pipe = new_tiny_random_pipeline()
     pipe.transformer.to(dtype)
     pipe.save_pretrained(tmp_path / "model")
-    report = pipelines.quantize_folder(tmp_path / "model", recipe, tmp_path / "out", seed=5)
+    report = folders.quantize_folder(tmp_path / "model", recipe, tmp_path / "out", seed=5)
     assert report == bittern.quantize(pipe, recipe, seed=5)
     pipe.transformer.save_pretrained(tmp_path / "memory")
     assert contents(tmp_path / "out" / "transformer") == contents(tmp_path / "memory")
@@ -75,7 +75,7 @@ def test_shards_and_mixed_dtypes(new_tiny_random_pipeline: NewPipeline, tmp_path
     assert len(shards) > 2
     odd = load_file(shards[0])
     save_file({name: t.float() for name, t in odd.items()}, shards[0], {"format": "pt"})
-    pipelines.quantize_folder(tmp_path / "model", "svdquant-fast", tmp_path / "out")
+    folders.quantize_folder(tmp_path / "model", "svdquant-fast", tmp_path / "out")
     pipe.transformer = FluxTransformer2DModel.from_pretrained(place, dtype=torch.bfloat16)
     bittern.quantize(pipe, "svdquant-fast")
     pipe.transformer.save_pretrained(tmp_path / "memory")
@@ -131,16 +131,16 @@ def test_files_under_other_names_go_through_diffusers(model: Path, tmp_path: Pat
 def test_an_interrupted_run_goes_on(blocks: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, solved = tmp_path / "out", list[tuple[str, ...]]()
     with pytest.raises(KeyboardInterrupt):
-        pipelines.quantize_folder(model, "svdquant-fast", out, progress=interrupt_after(blocks))
-    work = pipelines.workspace_of(out)
+        folders.quantize_folder(model, "svdquant-fast", out, progress=interrupt_after(blocks))
+    work = folders.workspace_of(out)
     assert work.exists() == (blocks > 0) and not out.exists()
     real = stream.solve_job
     monkeypatch.setattr(stream, "solve_job", lambda job, *rest: solved.append(job.paths) or real(job, *rest))
-    pipelines.quantize_folder(model, "svdquant-fast", out)
+    folders.quantize_folder(model, "svdquant-fast", out)
     jobs = plan(skeleton(model / "transformer")[0], recipes.load("svdquant-fast")).jobs
     second = [job.paths for job in jobs if not job.paths[0].startswith("transformer_blocks.0.")]
     assert solved == {0: [job.paths for job in jobs], 1: second, 2: []}[blocks]
-    pipelines.quantize_folder(model, "svdquant-fast", tmp_path / "undisturbed")
+    folders.quantize_folder(model, "svdquant-fast", tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert not work.exists()
 
@@ -165,31 +165,31 @@ def test_sigkill_at_random_moments(recipe: str, model: Path, tmp_path: Path) -> 
     code = """
 import os, random, signal, sys, time
 import torch
-from bittern import pipelines
+from bittern import folders
 from bittern.quantization import Limits
 model, recipe, out = sys.argv[1:]
 torch.set_num_threads(1)
 # The records of the two blocks need 0.43 and 0.19 MB: each is a pass of its own.
 options = {"limits": Limits(None, 500_000)}
-pipelines.quantize_folder(model, recipe, out + "-undisturbed", **options)  # imports everything before the fork
+folders.quantize_folder(model, recipe, out + "-undisturbed", **options)  # imports everything before the fork
 began = time.monotonic()
-pipelines.quantize_folder(model, recipe, out + "-undisturbed", force=True, **options)
+folders.quantize_folder(model, recipe, out + "-undisturbed", force=True, **options)
 whole = time.monotonic() - began
 choose, killed, kept = random.Random(0), 0, set()
 # On a busy machine the first two dozen may all come too early or too late.
 while killed < 24 or (len(kept) < 2 and killed < 200):
     child = os.fork()
     if not child:
-        pipelines.quantize_folder(model, recipe, out, force=True, **options)
+        folders.quantize_folder(model, recipe, out, force=True, **options)
         os._exit(0)
     time.sleep(whole * choose.random())
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     killed += os.WIFSIGNALED(status)
     assert os.WIFSIGNALED(status) or not status
-    work = pipelines.workspace_of(out)
+    work = folders.workspace_of(out)
     kept.add(len(list(work.glob("*.safetensors"))) if work.exists() else 0)
-pipelines.quantize_folder(model, recipe, out, force=True, **options)
+folders.quantize_folder(model, recipe, out, force=True, **options)
 print(sorted(kept))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -201,7 +201,7 @@ print(sorted(kept))
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout.splitlines()[-1])) >= 2, "every kill came before or after the work"
     assert contents(out) == contents(tmp_path / "out-undisturbed")
-    assert not pipelines.workspace_of(out).exists()
+    assert not folders.workspace_of(out).exists()
 
 
 # ---- another run
@@ -210,19 +210,19 @@ print(sorted(kept))
 def test_another_run_is_refused_until_restart(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        pipelines.quantize_folder(model, "int4", out, progress=interrupt_after(1))
-    left = contents(pipelines.workspace_of(out))
+        folders.quantize_folder(model, "int4", out, progress=interrupt_after(1))
+    left = contents(folders.workspace_of(out))
     for changed, what in (({"recipe": "ternary-fast"}, "recipe"), ({"recipe": "int4", "seed": 1}, "seed")):
         with pytest.raises(UserError, match=f"unfinished run with another {what}: run that command again, or begin"):
-            pipelines.quantize_folder(model, out=out, **changed)
+            folders.quantize_folder(model, out=out, **changed)
     file = model / "transformer" / f"{STEM}.safetensors"
     data = bytearray(file.read_bytes())
     data[-1000] ^= 1
     file.write_bytes(bytes(data))
     with pytest.raises(UserError, match="unfinished run with another model"):
-        pipelines.quantize_folder(model, "int4", out)
-    assert contents(pipelines.workspace_of(out)) == left
-    pipelines.quantize_folder(model, "ternary-fast", out, restart=True)
+        folders.quantize_folder(model, "int4", out)
+    assert contents(folders.workspace_of(out)) == left
+    folders.quantize_folder(model, "ternary-fast", out, restart=True)
     assert bittern.inspect(out).recipe == "ternary-fast"
 
 
@@ -236,11 +236,11 @@ def test_two_runs_do_not_meet(tmp_path: Path) -> None:
 def test_a_damaged_block_is_solved_again(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        pipelines.quantize_folder(model, "int4", out, progress=interrupt_after(1))
-    (block,) = pipelines.workspace_of(out).glob("*.safetensors")
+        folders.quantize_folder(model, "int4", out, progress=interrupt_after(1))
+    (block,) = folders.workspace_of(out).glob("*.safetensors")
     block.write_bytes(block.read_bytes()[:-10])
-    pipelines.quantize_folder(model, "int4", out)
-    pipelines.quantize_folder(model, "int4", tmp_path / "undisturbed")
+    folders.quantize_folder(model, "int4", out)
+    folders.quantize_folder(model, "int4", tmp_path / "undisturbed")
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite_leave_nothing(model: Path, tmp_path: Path) 
     tensors["single_transformer_blocks.0.proj_mlp.weight"][3, 4] = float("nan")
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights of single_transformer_blocks\.0\.proj_mlp are NaN or infinite"):
-        pipelines.quantize_folder(model, "int4", tmp_path / "out")
+        folders.quantize_folder(model, "int4", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 import bittern
-from bittern import pipelines, quantization, recipes
+from bittern import folders, pipelines, quantization, recipes
 from bittern.cli import main
 from bittern.errors import UserError
 from bittern.layers import QuantConv2d, quant_layers
@@ -26,7 +26,7 @@ def folder(unet_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def few(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unet") / "few"
-    pipelines.quantize_folder(folder, "int4", out)
+    folders.quantize_folder(folder, "int4", out)
     return out
 
 
@@ -111,7 +111,7 @@ def test_ternary_with_data_solves_linears_and_if_told_convolutions(folder: Path,
     recipe = recipes.load("ternary").override(
         name="t", samples=2, rows=64, default=fewer, convolution={"weight": "ternary"}, keep=["up_blocks.*"]
     )
-    report = pipelines.quantize_folder(folder, recipe, tmp_path / "out", prompts=["a star", "two red squares"])
+    report = folders.quantize_folder(folder, recipe, tmp_path / "out", prompts=["a star", "two red squares"])
     assert report.file_bytes == quantization.predict_size(pipelines.load(folder).unet, recipe)
     assert report.bytes == quantization.inspect(tmp_path / "out" / "unet").bytes
     assert {row.format for row in report.rows} == {"ternary"}

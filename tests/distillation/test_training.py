@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import bittern
-from bittern import pipelines, recipes, scene_prompts
+from bittern import folders, pipelines, recipes, scene_prompts
 from bittern.distillation import distill, latents, memory
 from bittern.distillation.bank import draw_bank, pattern_of
 from bittern.distillation.run import rate_at
@@ -75,7 +75,7 @@ def test_a_folder_is_written_read_and_the_same_after_a_kill(
         "steps": 4, "validate_every": 2, "trajectories": 2, "validation": 1, "save_minutes": 1e-9, "student_share": 1.0,
     }  # fmt: skip
     out, again = tmp_path / "out", tmp_path / "again"
-    pipelines.quantize_folder(tiny_random_folder, recipe_of(**settings), out, prompts=TEXTS)
+    folders.quantize_folder(tiny_random_folder, recipe_of(**settings), out, prompts=TEXTS)
 
     class Killed(BaseException):
         pass
@@ -90,14 +90,14 @@ def test_a_folder_is_written_read_and_the_same_after_a_kill(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "advance", dies)
         with pytest.raises(Killed):
-            pipelines.quantize_folder(tiny_random_folder, recipe_of(**settings), again, prompts=TEXTS)
+            folders.quantize_folder(tiny_random_folder, recipe_of(**settings), again, prompts=TEXTS)
     assert not again.exists()
     begun: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "advance", lambda trainer, rate: (begun.append(trainer.steps), steps(trainer, rate)))
-        pipelines.quantize_folder(tiny_random_folder, recipe_of(**settings), again, prompts=TEXTS)
+        folders.quantize_folder(tiny_random_folder, recipe_of(**settings), again, prompts=TEXTS)
     assert begun == [3]
-    assert not pipelines.workspace_of(again).exists()
+    assert not folders.workspace_of(again).exists()
     files = [folder / "transformer" / "diffusion_pytorch_model.safetensors" for folder in (out, again)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -118,9 +118,9 @@ def test_a_mistake_leaves_nothing_behind(tiny_random_folder: Path, tmp_path: Pat
     held_out = [prompt.prompt for prompt in scene_prompts.held_out(6)]
     out = tmp_path / "out"
     with pytest.raises(UserError, match="is held out for evaluation"):
-        pipelines.quantize_folder(tiny_random_folder, recipe_of(), out, prompts=held_out)
+        folders.quantize_folder(tiny_random_folder, recipe_of(), out, prompts=held_out)
     with pytest.raises(UserError, match="trains a model of one size"):
-        pipelines.quantize_folder(tiny_random_folder, recipe_of(), out, prompts=TEXTS, fit="1MB")
+        folders.quantize_folder(tiny_random_folder, recipe_of(), out, prompts=TEXTS, fit="1MB")
     assert list(tmp_path.iterdir()) == []
 
 

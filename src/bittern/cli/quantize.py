@@ -156,7 +156,7 @@ def run(
     device: str = "auto",
 ) -> Quantized:
     """Quantize `model` into `out`, with progress."""
-    from bittern import pipelines, recipes
+    from bittern import folders, pipelines, recipes
     from bittern.checkpoints import weight_files
     from bittern.quantization import Limits
 
@@ -175,7 +175,7 @@ def run(
             output.step(line)
 
     try:
-        report = pipelines.quantize_folder(
+        report = folders.quantize_folder(
             model,
             recipe,
             out,
@@ -192,7 +192,7 @@ def run(
             say=output.step,
         )
     except KeyboardInterrupt:
-        if pipelines.workspace_of(out).exists():
+        if folders.workspace_of(out).exists():
             output.step("what is finished is kept: the same command goes on from there")
         raise
     name = pipelines.denoiser_name(source)

@@ -99,7 +99,7 @@ def test_inputs_have_the_size_and_the_batch_that_were_asked_for(batch: int) -> N
 
 
 def test_a_few_bit_folder_is_measured_beside_sixteen_bits(tiny_random_folder: Path, tmp_path: Path) -> None:
-    from bittern.pipelines import quantize_folder
+    from bittern.folders import quantize_folder
 
     quantize_folder(tiny_random_folder, "ternary-fast", tmp_path / "few")
     found = benchmark(str(tmp_path / "few"), None, How(steps=1, runs=2, size=32))
