@@ -15,11 +15,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import bittern
-from bittern import pipelines, tiny_flux
+from bittern import pipelines, recipes, tiny_flux, tiny_flux_ternary
 from bittern.evaluation import scenes
 from bittern.evaluation.generate import generate, to_pil
 
-RECIPES = (None, "svdquant-fast", "ternary-fast")
+ROWS = ("16 bits", "svdquant-fast", tiny_flux_ternary.NAME)
 SEED = 0
 CELL, GAP, LABELS, LINE = 128, 8, 142, 17
 INK, FAINT, PAPER = (30, 30, 30), (105, 105, 105), (255, 255, 255)
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/images/tiny-flux.png")
     args = parser.parse_args()
     prompts = [prompt.prompt for prompt in scenes.held_out(len(scenes.TASKS))]
-    rows = [(*label(recipe, pipe), pictures(pipe, prompts)) for recipe, pipe in models()]
+    rows = [(*label(name, pipe), pictures(pipe, prompts)) for name, pipe in models()]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     # Median cut, the default, gives small shapes the colour of larger ones.
     palette = grid(rows, prompts).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=5, dither=Image.Dither.NONE)
@@ -39,16 +39,17 @@ def main() -> None:
 
 
 def models():
-    for recipe in RECIPES:
-        pipe = pipelines.load(tiny_flux.NAME)
-        if recipe is not None:
-            bittern.quantize(pipe, recipe)
-        yield recipe, pipe
+    for name in ROWS:
+        pipe = pipelines.load(name if name == tiny_flux_ternary.NAME else tiny_flux.NAME)
+        if name in recipes.names():
+            bittern.quantize(pipe, name)
+        yield name, pipe
 
 
-def label(recipe: str | None, pipe) -> tuple[str, tuple[str, str]]:
+def label(name: str, pipe) -> tuple[str, tuple[str, str]]:
     report = bittern.inspect(pipe)
-    return recipe or "16 bits", (f"{report.bits_per_weight:.3g} bits a weight", f"{report.file_bytes / 1e6:.1f} MB")
+    said = name.removeprefix("tiny-flux-")
+    return said, (f"{report.bits_per_weight:.3g} bits a weight", f"{report.file_bytes / 1e6:.1f} MB")
 
 
 def pictures(pipe, prompts: list[str]) -> list[Image.Image]:
