@@ -17,10 +17,9 @@ import bittern
 import nunchaku_files as files
 from bittern.conversion import import_checkpoint
 from bittern.errors import UserError
-from bittern.layers import QuantLinear, quant_layers
+from bittern.layers import quant_layers
+from converted import agree, inputs, layer, load
 
-TOLERANCE = 1e-5
-"""Of the output's size. Sums over K in float32 are what is left."""
 PADDED = {**files.SMALL, "num_attention_heads": 6, "num_single_layers": 1}
 """192 wide: no multiple of 128."""
 
@@ -34,25 +33,6 @@ DOUBLE = {
     "mlp_context_fc1": ("ff_context.net.0.proj",),
     "mlp_context_fc2": ("ff_context.net.2",),
 }
-
-
-def layer(model: torch.nn.Module, path: str) -> QuantLinear:
-    found: Any = model.get_submodule(path)
-    assert isinstance(found, QuantLinear)
-    found.path = "a16"
-    return found
-
-
-def inputs(k: int) -> Tensor:
-    return torch.randn(5, k, generator=torch.Generator().manual_seed(k)) * 3
-
-
-def agree(y: Tensor, expected: Tensor) -> None:
-    assert float((y.detach().double() - expected).norm() / expected.norm()) < TOLERANCE
-
-
-def load(folder: Path) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel.from_pretrained(folder, dtype=torch.float32)
 
 
 def check_all(model: FluxTransformer2DModel, tensors: dict[str, Tensor], config: dict[str, Any], shift: float) -> None:

@@ -22,10 +22,9 @@ import nunchaku_files as files
 from bittern import recipes
 from bittern.conversion import export_checkpoint, import_checkpoint
 from bittern.errors import UserError
-from bittern.layers import QuantLinear
+from converted import agree, inputs, layer, load
 from families import FAMILIES
 
-TOLERANCE = 1e-5
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = {**files.SMALL, "num_single_layers": 1}
 SINGLE, DOUBLE = "single_transformer_blocks.0", "transformer_blocks.0"
@@ -51,25 +50,6 @@ def lite(few_bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lite") / "model"
     export_checkpoint(few_bit, folder, "nunchaku-lite")
     return folder
-
-
-def load(folder: Path) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel.from_pretrained(folder, dtype=torch.float32)
-
-
-def layer(model: torch.nn.Module, path: str) -> QuantLinear:
-    found: Any = model.get_submodule(path)
-    assert isinstance(found, QuantLinear)
-    found.path = "a16"
-    return found
-
-
-def inputs(k: int) -> Tensor:
-    return torch.randn(5, k, generator=torch.Generator().manual_seed(k)) * 3
-
-
-def agree(y: Tensor, expected: Tensor) -> None:
-    assert float((y.detach().double() - expected).norm() / expected.norm()) < TOLERANCE
 
 
 def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
