@@ -269,3 +269,15 @@ def test_numbers_that_are_not_finite(tmp_path: Path, leaf: str) -> None:
     )
     with pytest.raises(UserError, match="NaN or infinite"):
         import_checkpoint(file, tmp_path / "out")
+
+
+def test_a_pipeline_of_another_kind_is_refused(tmp_path: Path) -> None:
+    files.write_flux(tmp_path / "flux.safetensors")
+    with pytest.raises(UserError, match="has a UNet2DConditionModel as its unet: expected a pipeline with a Flux"):
+        import_checkpoint(tmp_path / "flux.safetensors", tmp_path / "out", pipeline="tiny-unet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_ours_asks_for_the_format(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="few-bit model of bittern's: expected --to"):
+        import_checkpoint("tiny-flux-ternary", tmp_path / "out")

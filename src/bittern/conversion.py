@@ -37,7 +37,7 @@ from bittern.checkpoints.nunchaku import (
 )
 from bittern.errors import UserError, did_you_mean
 from bittern.outputs import INDEX, check_file_out, check_out, disk_problem, existing_parent, new_folder
-from bittern.pipelines import denoiser_name, other_components, read_json, resolve
+from bittern.pipelines import BUILT_IN, denoiser_name, other_components, read_json, resolve
 from bittern.quantization import Progress, Report, inspect, model_on_meta
 from bittern.quantization.report import COMPONENTS
 from bittern.threads import one_thread
@@ -66,7 +66,7 @@ def import_checkpoint(
         UserError: for a file that is damaged or not Nunchaku's, that does not fit its own description, or for an
             output that cannot be written.
     """
-    path = Path(source).expanduser()
+    path = _found(source)
     if not path.exists():
         raise UserError(f"no file or folder {str(source)!r}: expected a .safetensors file or a Nunchaku Lite folder")
     base = None if pipeline is None else resolve(pipeline)
@@ -77,7 +77,9 @@ def import_checkpoint(
     else:
         place, name = _place(path)
         files, config, load = _lite(place)
-        base = base or (path if name else None)
+        base, name = base or (path if name else None), denoiser_name(base) if base else name
+    if base is not None:
+        _check_family(base, str(name), str(config["_class_name"]))
     headers = read_headers(files)
     with opened(headers) as read:
         found = load(headers, read)
@@ -86,6 +88,19 @@ def import_checkpoint(
             _write(place / f"{STEM}.safetensors", found.specs(), tensors, progress)
             write_config(place, config, found.config.dump())
     return inspect(Path(out).expanduser())
+
+
+def _found(source: str | Path) -> Path:
+    """A file or folder, or that of an embedded model."""
+    path = Path(source).expanduser()
+    return resolve(source) if not path.exists() and str(source) in BUILT_IN else path
+
+
+def _check_family(pipeline: Path, name: str, class_name: str) -> None:
+    """Refuses a pipeline around another kind of model: it would be written and could not be loaded."""
+    own = read_json(pipeline / name / "config.json").get("_class_name")
+    if own != class_name:
+        raise UserError(f"{pipeline} has a {own} as its {name}: expected a pipeline with a {class_name}")
 
 
 Load = Callable[[Headers, Read], Incoming]
@@ -113,6 +128,8 @@ def _original(file: Path, base: Path | None) -> tuple[list[Path], dict[str, Any]
 
 def _lite(place: Path) -> tuple[list[Path], dict[str, Any], Load]:
     config = read_json(place / "config.json")
+    if is_few_bit(config):
+        raise UserError(f"{place} is a few-bit model of bittern's: expected --to with the format to convert it to")
     if not is_lite(config):
         raise UserError(f"{place} is not packed for Nunchaku Lite: its config.json has no such quant_method")
     said = lite(config["quantization_config"], str(place / "config.json"))
@@ -170,7 +187,7 @@ def export_checkpoint(
     """
     if to not in TARGETS:
         raise UserError(f"unknown format {to!r}: {did_you_mean(to, TARGETS)}")
-    path = Path(source).expanduser()
+    path = _found(source)
     if not path.is_dir():
         raise UserError(f"no folder {str(source)!r}: expected a few-bit model of bittern's")
     place, name = _place(path)

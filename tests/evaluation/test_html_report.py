@@ -208,6 +208,8 @@ def test_only_reports_are_replaced_without_force(
     monkeypatch.setattr("bittern.evaluation.compare.compare", lambda *_, **__: comparison(scenes.held_out(6), models=1))
     page, card = tmp_path / "r.html", tmp_path / "README.md"
     words = ["compare", "a", "b", "--report", str(page), "--markdown", str(card)]
+    assert main.run([*words[:-1], str(page)]) == 2
+    assert f"--markdown {page} is the report's own file" in capsys.readouterr().err
     for _ in range(2):
         assert main.run(words) == 0
         assert f"report: {page}" in capsys.readouterr().out

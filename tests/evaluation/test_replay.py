@@ -104,3 +104,21 @@ def test_what_is_no_picture_of_ours(tmp_path: Path, capsys: Capture) -> None:
     assert "has a prompt of its own: leave out 'a prompt'" in capsys.readouterr().err
     assert main.run(["generate"]) == 2
     assert "no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", "3"], "has a seed and steps of its own: leave out --seed 3"),
+        (["--steps", "2"], "leave out --steps 2"),
+        (["--out", "PICTURE"], "is the picture itself: expected another file"),
+    ],
+)
+def test_a_replay_takes_no_other_seed_and_spares_the_picture(
+    drawn: list[Path], more: list[str], message: str, capsys: Capture
+) -> None:
+    before = drawn[0].read_bytes()
+    words = [str(drawn[0]) if word == "PICTURE" else word for word in more]
+    out = [] if "--out" in words else ["--out", str(drawn[0].parent / "other.png")]
+    assert main.run(["generate", "--replay", str(drawn[0]), *words, *out]) == 2
+    assert message in capsys.readouterr().err and drawn[0].read_bytes() == before

@@ -46,6 +46,7 @@ def compare(
     """
     with Output(json) as out:
         hush()
+        from bittern.errors import UserError
         from bittern.evaluation import report as html
         from bittern.evaluation.compare import compare as run
         from bittern.evaluation.report import markdown as card
@@ -54,6 +55,8 @@ def compare(
 
         report, markdown = report.expanduser(), markdown and markdown.expanduser()
         check_replaces(report, "--report", html.MARK, force=force)
+        if markdown and markdown.resolve() == report.resolve():
+            raise UserError(f"--markdown {markdown} is the report's own file: expected another")
         if markdown:
             check_replaces(markdown, "--markdown", card.MARK, force=force)
         comparison = run(

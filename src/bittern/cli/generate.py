@@ -42,6 +42,9 @@ def generate(
     with Output(json) as output:
         hush()
         if replay is not None:
+            if seed or steps:
+                given = f"--seed {seed}" if seed else f"--steps {steps}"
+                raise UserError(f"--replay {replay} has a seed and steps of its own: leave out {given}")
             chosen = options.settings(seed, steps, batch_size, path, device, dtype, attention)
             _again(output, replay.expanduser(), model, [*(prompt or []), *([prompts] if prompts else [])], out, chosen)
             return
@@ -96,6 +99,8 @@ def _again(
     file = _files(out.expanduser(), ["one"])[0]
     if file.suffix and out.suffix.lower() != ".png":
         file = file.with_name(f"{picture.stem}-replay.png")
+    if file.resolve() == picture.resolve():
+        raise UserError(f"--out {out} is the picture itself: expected another file")
     check_file_out(file, "--out")
     found = replay(picture, model=model, settings=settings, progress=output.progress)
     drawing = found.drawing

@@ -19,7 +19,7 @@ from bittern.errors import BitternError, UserError
 
 app = typer.Typer(
     name="bittern",
-    help="Few-bit diffusion models: quantize, draw, measure. MODEL is a folder, a hub id, tiny-flux, or tiny-unet.",
+    help="Few-bit diffusion models: quantize, draw, measure. MODEL is a folder, a hub id, or an embedded one.",
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

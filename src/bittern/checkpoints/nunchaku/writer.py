@@ -141,7 +141,10 @@ def _check(target: str, unit: Unit, config: CheckpointConfig, style: Style, what
     group = GROUP if unit.is_awq else style.group
     wanted = "int4" if unit.is_awq else style.weight
     if scheme.weight != wanted:
-        raise UserError(f"{target} is {scheme.weight}: expected {wanted}, as {what} has it there")
+        raise UserError(
+            f"{target} is {scheme.weight} with {scheme.activations}-bit activations: "
+            f"expected {wanted}, as {what} has it there"
+        )
     if scheme.group_size != group:
         said = "whole rows" if scheme.group_size is None else f"groups of {scheme.group_size}"
         raise UserError(f"{target} has one scale for {said}: {what} has groups of {group}; quantize with these")

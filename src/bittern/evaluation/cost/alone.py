@@ -8,6 +8,7 @@ memory is the process's resident set, above what it was before the model came; o
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def measure(model: str, settings: Settings, runs: int) -> Cost:
         return Cost(
             model=model,
             disk_bytes=quantization.inspect(folder).file_bytes,
-            pipeline_bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+            pipeline_bytes=_bytes_of(folder),
             weight_bytes=weight_bytes(denoiser),
             resident_bytes=None if before is None or resident is None else resident - before,
             peak_bytes=None if before is None or peak is None else peak - before,
@@ -172,6 +173,13 @@ def measure(model: str, settings: Settings, runs: int) -> Cost:
             attention=drawing.attention,
             device=drawing.device,
         )
+
+
+def _bytes_of(folder: Path) -> int:
+    """Bytes of all files, those behind links included: an embedded pipeline may be put together of links."""
+    return sum(
+        (Path(place) / file).stat().st_size for place, _, files in os.walk(folder, followlinks=True) for file in files
+    )
 
 
 def _import_components(folder: Path) -> None:
