@@ -16,7 +16,7 @@ from bittern.architectures import Plan
 from bittern.checkpoints import weight_files
 from bittern.distillation import card_section, distill, training_report
 from bittern.errors import UnusableModel, UserError
-from bittern.outputs import INDEX, check_out, disk_problem, existing_parent, new_folder
+from bittern.outputs import INDEX, bytes_of, check_out, disk_problem, existing_parent, new_folder
 from bittern.pipelines import (
     check_device,
     denoiser_name,
@@ -111,7 +111,7 @@ def quantize_folder(
         size, solved = foreseen.file_bytes, sum(row.bytes for row in foreseen.rows)
     else:
         size = solved = wanted.size
-    needed = size + solved + sum(_bytes_of(other) for other in others) - (_bytes_of(work) if work.exists() else 0)
+    needed = size + solved + sum(bytes_of(other) for other in others) - (bytes_of(work) if work.exists() else 0)
     free = shutil.disk_usage(existing_parent(work)).free
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB free: make room")
@@ -261,8 +261,3 @@ def _kept_if_worth_it(workspace: Workspace, out: str | Path) -> Iterator[None]:
         if isinstance(error, UserError) and finished:
             raise UserError(f"{error}; {finished} finished blocks are kept for the same command") from error
         raise
-
-
-def _bytes_of(place: Path) -> int:
-    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)

@@ -157,6 +157,13 @@ def write_text(text: str, file: Path, what: str) -> None:
         raise UserError(f"cannot write {file}: {reason}; choose a writable place for the {what}") from error
 
 
+def bytes_of(place: Path) -> int:
+    """Bytes of a file, or of all files in a folder; those behind links count, since a pipeline may be made of links."""
+    if place.is_file():
+        return place.stat().st_size
+    return sum((Path(at) / file).stat().st_size for at, _, files in os.walk(place, followlinks=True) for file in files)
+
+
 def existing_parent(path: Path) -> Path:
     """The nearest folder above a path that is there."""
     return next(parent for parent in path.resolve().parents if parent.exists())

@@ -8,7 +8,7 @@ are stored once, under its first member. Everything else in the files belongs to
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,13 @@ def from_disk(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) ->
     return _repack(tensor, config, path, to_disk=False) if leaf == "codes" else tensor
 
 
+def surplus(name: str, file: Path, known: Iterable[str]) -> UserError:
+    """What is wrong with a tensor of no layer."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "remove it"
+    return UserError(f"tensor {name!r} in {file.name} belongs to no layer: {hint}")
+
+
 def check_headers(headers: Headers, config: CheckpointConfig, others: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a checkpoint whose tensors are not exactly the expected ones; reads no values.
 
@@ -90,9 +97,7 @@ def check_headers(headers: Headers, config: CheckpointConfig, others: Mapping[st
             raise UserError(f"tensor {name!r} is missing from the checkpoint: {MEND}")
     for name, (file, spec) in headers.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            raise UserError(f"tensor {name!r} in {file.name} belongs to no layer: {hint}")
+            raise surplus(name, file, names)
         shape = expected[name].shape if name in expected else others[name]
         if spec.shape != shape:
             raise UserError(

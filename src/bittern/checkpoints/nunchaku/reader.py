@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bittern.checkpoints.config import CheckpointConfig, Target
 from bittern.checkpoints.files import MEND, TensorSpec
-from bittern.checkpoints.native import Headers
+from bittern.checkpoints.native import Headers, surplus
 from bittern.checkpoints.nunchaku import packed
 from bittern.checkpoints.nunchaku.layout import GROUP, RANK_MULTIPLE
 from bittern.checkpoints.nunchaku.packed import NEWER, OLDER, Read, Style
@@ -226,10 +225,7 @@ def _check(
         if leaf == style.names.smooth_orig and f"{path}.{style.names.smooth}" in expected:
             continue
         if name not in expected and name not in shapes:
-            known = [*expected, *shapes]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            raise UserError(f"tensor {name!r} in {file.name} belongs to no layer: {hint}")
+            raise surplus(name, file, [*expected, *shapes])
         shape = expected[name].shape if name in expected else shapes[name]
         if spec.shape != shape:
             raise UserError(

@@ -8,7 +8,6 @@ memory is the process's resident set, above what it was before the model came; o
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from bittern.errors import BitternError, UserError
 from bittern.evaluation.cost.benchmark import weight_bytes
 from bittern.evaluation.cost.timing import Timing
 from bittern.evaluation.drawing import DTYPE_NAMES, Settings, artist, versions
-from bittern.outputs import INDEX
+from bittern.outputs import INDEX, bytes_of
 from bittern.quantization import component
 
 PROMPT = "a photo of a red circle"
@@ -159,7 +158,7 @@ def measure(model: str, settings: Settings, runs: int) -> Cost:
         return Cost(
             model=model,
             disk_bytes=quantization.inspect(folder).file_bytes,
-            pipeline_bytes=_bytes_of(folder),
+            pipeline_bytes=bytes_of(folder),
             weight_bytes=weight_bytes(denoiser),
             resident_bytes=None if before is None or resident is None else resident - before,
             peak_bytes=None if before is None or peak is None else peak - before,
@@ -173,13 +172,6 @@ def measure(model: str, settings: Settings, runs: int) -> Cost:
             attention=drawing.attention,
             device=drawing.device,
         )
-
-
-def _bytes_of(folder: Path) -> int:
-    """Bytes of all files, those behind links included: an embedded pipeline may be put together of links."""
-    return sum(
-        (Path(place) / file).stat().st_size for place, _, files in os.walk(folder, followlinks=True) for file in files
-    )
 
 
 def _import_components(folder: Path) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bittern.ops.triton.config import GemmConfig, padded_rank
 from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, launch, multiprocessors
-from bittern.ops.triton.numerics import gelu, product, rounded
+from bittern.ops.triton.numerics import floored, gelu, product, rounded
 
 
 def gemm(
@@ -131,17 +131,6 @@ def factors(low, up, a_rows, b_rows, rank, stride_up, RANK: tl.constexpr):
 
 
 @triton.jit
-def _floored(last, first):
-    """The scale `last`, but not nearer to 0 than 2^-40 of `first`, with the ratio of the two.
-
-    What is below that would be lost beside the other segment's sum in any case, and the ratio stays finite.
-    """
-    least = tl.abs(first) * 9.094947017729282e-13
-    floored = tl.where(tl.abs(last) < least, least, last)
-    return floored, tl.where(floored == 0.0, 0.0, first / floored)
-
-
-@triton.jit
 def gemm_kernel(
     a,
     b,
@@ -211,8 +200,8 @@ def gemm_kernel(
                 y += sums.to(tl.float32) * last_row_scale[:, None] * last_column_scale[None, :]
             else:
                 # The sums change to the scales of the last segment: a second set would not fit the registers.
-                row_scale, row_ratio = _floored(last_row_scale, row_scale)
-                column_scale, column_ratio = _floored(last_column_scale, column_scale)
+                row_scale, row_ratio = floored(last_row_scale, row_scale)
+                column_scale, column_ratio = floored(last_column_scale, column_scale)
                 sums = sums * row_ratio[:, None] * column_ratio[None, :]
                 sums = _add_products(
                     sums, a, b, first_segment, k, k, row_start, column_start, a_rows, b_rows, BLOCK_K, DESCRIPTORS,

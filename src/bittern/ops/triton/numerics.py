@@ -120,6 +120,17 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def floored(last, first):
+    """The scale `last`, but not nearer to 0 than 2^-40 of `first`, with the ratio of the two.
+
+    What is below that would be lost beside the other segment's sum in any case, and the ratio stays finite.
+    """
+    least = tl.abs(first) * 9.094947017729282e-13
+    nearest = tl.where(tl.abs(last) < least, least, last)
+    return nearest, tl.where(nearest == 0.0, 0.0, first / nearest)
+
+
+@triton.jit
 def gelu(x):
     """The GELU in its tanh form: x / (1 + exp(-2 z)), z = sqrt(2 / pi) · (x + 0.044715 · x^3).
 

@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from bittern.ops.triton.config import SpecializedConfig, padded_rank
 from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, launch, multiprocessors
-from bittern.ops.triton.numerics import gelu
+from bittern.ops.triton.numerics import floored, gelu
 
 HALF = gl.constexpr(64)
 """Tokens of a warp group."""
@@ -179,14 +179,6 @@ def _halved(x):
 
 
 @gluon.jit
-def _floored(last, first):
-    """As in `gemm`: the scale `last`, but not nearer to 0 than 2^-40 of `first`, with the ratio of the two."""
-    least = gl.abs(first) * 9.094947017729282e-13
-    floored = gl.where(gl.abs(last) < least, least, last)
-    return floored, gl.where(floored == 0.0, 0.0, first / floored)
-
-
-@gluon.jit
 def _finish(
     acc, row_scale, scale_tile, low, up_tile, bias_tile, out, out_tiles, row, column, gelu_from, FIRST: gl.constexpr,
     GROUP: gl.constexpr, SEGMENTS: gl.constexpr, RANK: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
@@ -209,7 +201,7 @@ def _finish(
         column_scale = scale_tile.slice(FIRST, CHUNK, dim=1).slice(0, 1, dim=0).load(layout)
         if SEGMENTS == 2:
             last = scale_tile.slice(FIRST, CHUNK, dim=1).slice(1, 1, dim=0).load(layout)
-            column_scale, _ = _floored(last, column_scale)
+            column_scale, _ = floored(last, column_scale)
         y = sums * row_scale[:, None] * column_scale
         if RANK > 0:
             y = warpgroup_mma(low, up_tile.slice(FIRST, CHUNK, dim=0).permute((1, 0)), y)
@@ -261,9 +253,9 @@ def _multiply(
         )  # fmt: skip
         mbarrier.wait(end_full, end_phase)
         if SEGMENTS == 2:
-            row_scale, row_ratio = _floored(gl.load(row_scales + m + rows), row_scale)
+            row_scale, row_ratio = floored(gl.load(row_scales + m + rows), row_scale)
             first, last = scale_tile.slice(0, 1, dim=0).load(layout), scale_tile.slice(1, 1, dim=0).load(layout)
-            _, column_ratio = _floored(last, first)
+            _, column_ratio = floored(last, first)
             acc = acc * gl.convert_layout(row_ratio, gl.SliceLayout(1, layout))[:, None] * column_ratio
             acc, stage, phase = _products(
                 acc, a_tiles, b_tiles, full, empty, stage, phase, first_segment, k, GROUP, BLOCK_K, STAGES,
