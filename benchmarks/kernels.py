@@ -102,7 +102,7 @@ UNPACKS: list[tuple[str, int | None, int, int, float]] = [
 UNPACK_CONFIGS = [
     UnpackConfig(*c)
     for c in [(4, 1024, 4, 1), (4, 1024, 4, 3), (8, 1024, 4, 1), (2, 1024, 2, 1), (2, 1024, 2, 3), (8, 1024, 8, 3),
-              (4, 2048, 8, 1), (2, 2048, 4, 1)]
+              (4, 2048, 8, 1), (2, 2048, 4, 1), (4, 512, 2, 1), (1, 1024, 1, 1), (1, 2048, 2, 1), (2, 1024, 1, 1)]
 ]  # fmt: skip
 # Weight, group, M, N, K; predicted us.
 SKINNIES: list[tuple[str, int | None, int, int, int, int]] = [

@@ -113,7 +113,7 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
     block = (formats.get(layer.weight).unpack(layer.codes, layer.layout.padded_k).float(), layer.scales.float())
     there = moved(layer)
     for segment in layer.layout:
-        want = reference.fold((block[0].clone(), block[1]), segment, format)
+        want = reference.fold((block[0].clone(), block[1]), segment, format, formats.get(layer.weight).largest)
         width = want.values.shape[1] + 40
         out = torch.full((N, width), 77, device=DEVICE).to(linear.CODES[format])
         scales = torch.full((N,), float("nan"), device=DEVICE)

@@ -139,8 +139,10 @@ def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ..
             if scales.shape[1] == 1:
                 c, qw = scales, codes[:, segment.padded][:, : raw.shape[1]]
             else:
-                c = maximum_over(what, limit)
-                qw = eight_bits(what * (F32(1) / c), path)
+                fmt = formats.get(layer.weight)
+                c = maximum_over(scales * F32(max(-fmt.code_min, fmt.code_max)), limit)
+                ratios = np.repeat(scales * (F32(1) / c), segment.size, axis=1)
+                qw = eight_bits((codes[:, segment.padded] * ratios)[:, : raw.shape[1]], path)
             part = dot(qa, qw) * a.astype(np.float64) * c.T.astype(np.float64)
             magnitude = dot(abs(qa), abs(qw)) * a.astype(np.float64) * abs(c.T.astype(np.float64))
         total, size = total + part, size + magnitude

@@ -43,6 +43,11 @@ class Format:
         return self.scale_dtype == "e4m3"
 
     @property
+    def largest(self) -> int:
+        """The largest magnitude of a code."""
+        return max(-self.code_min, self.code_max)
+
+    @property
     def codes_per_byte(self) -> int:
         """Codes in a byte of memory."""
         return self.packing.codes_per_byte

@@ -19,9 +19,10 @@ Rules that make the numbers definite
   divide. "amax / 127" below is amax · f32(1 / 127).
 - a16 multiplies x / s with What as they are.
 - a8-int8 and a8-fp8 have one activation scale per token and segment, amax / 127 or amax / 448, and fold the
-  group scales of What into 8 bits: per output row and segment c = amax / 127 or amax / 448, and the folded
-  codes are What / c, rounded to integers or to e4m3. Where a row has a single scale the codes themselves fit
-  into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
+  group scales of What into 8 bits: per output row and segment c = amax / 127 or amax / 448, where amax is the
+  largest magnitude that the row's scales allow, max |scale| times the format's largest |code|; the folded codes
+  are codes · (scale · (1 / c)), rounded to integers or to e4m3. Where a row has a single scale the codes
+  themselves fit into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
   A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
 - a4 has one activation scale per token and 64 inputs: amax / 8.25, with the sign that takes the largest to -8, and
   codes -8..7; or max / 15 with codes 0..15 where the segment has a shift h > 0. Groups start at each segment, whose
@@ -131,7 +132,7 @@ def few_bit_linear(
     for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
         total: Tensor | None = None
         for operand, segment, offset in zip(operands, layout, offsets, strict=True):
-            folded = fold(block, segment, arithmetic.weights)
+            folded = fold(block, segment, arithmetic.weights, formats.get(weight).largest)
             part = _product(operand, folded, exact=arithmetic.weights == "int8")
             if offset:
                 ones = folded.values.new_ones(folded.values.shape[1])
@@ -275,17 +276,25 @@ def _activations(smoothed: Tensor, format: str | None, offset: float) -> _Operan
     return _Operand(values[:, : smoothed.shape[1]])
 
 
-def fold(block: tuple[Tensor, Tensor], segment: Segment, format: str | None) -> _Operand:
-    """The weights of one block and segment: folded to 8 bits, or as they are."""
+def fold(block: tuple[Tensor, Tensor], segment: Segment, format: str | None, largest: int) -> _Operand:
+    """The weights of one block and segment: folded to 8 bits, or as they are; they take the place of the codes.
+
+    Args:
+        block: Codes [rows, padded_k] and scales [rows, groups], both float32.
+        segment: Where the segment lies in both.
+        format: "int8" or "fp8"; None for the weights as they are.
+        largest: The format's largest magnitude of a code. Scales alone then give c, before any code is read; a row
+            whose largest scale has no such code loses a fraction of a step.
+    """
     codes, scales = block
     if format is None:
         return _Operand(_unfolded(block, segment))
     groups = scales[:, segment.groups]
     if groups.shape[1] == 1:
         return _Operand(codes[:, segment.unpadded], groups)
-    values = _unfolded(block, segment)
-    scale = (_amax(values) * RECIPROCALS[format]).clamp_min_(TINY)
-    return _Operand(_rounded(values.mul_(scale.reciprocal()), format), scale)
+    scale = (_amax(groups) * largest * RECIPROCALS[format]).clamp_min_(TINY)
+    values = _unfolded((codes, scales * scale.reciprocal()), segment)
+    return _Operand(_rounded(values, format), scale)
 
 
 def _unfolded(block: tuple[Tensor, Tensor], segment: Segment) -> Tensor:

@@ -119,7 +119,7 @@ def dequantize_kernel(
     codes_rows = codes + wide[:, None] * stride_codes + first_byte
     scale_rows = scales + wide[:, None] * stride_scales + first_group
     w = load_weights(
-        codes_rows, scale_rows, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN=False
+        codes_rows, scale_rows, 1.0, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN=False
     )
     if GROUP == 0:
         w *= tl.load(scale_rows).to(tl.float32)

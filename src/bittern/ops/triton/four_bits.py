@@ -242,7 +242,7 @@ def correction_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):
         w = load_weights(
-            codes_rows, scale_rows, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN=False
+            codes_rows, scale_rows, 1.0, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN=False
         )
         if SMOOTH:
             columns = start + tl.arange(0, BLOCK_K)

@@ -2,19 +2,19 @@
 
 The maths, for one row and K-segment (the reference's folding):
 
-    what_k = codes_k · scales_group          c = max(amax_k |what|, tiny) · (1 / limit)
-    q_k = round(what_k · (1 / c))            for one group a row: q = codes, c = scales, exactly
+    c = max(amax |scales| · largest, tiny) · (1 / limit)          largest: |code|, 8 of int4 and 1 of ternary
+    q_k = round(codes_k · (scales_group · (1 / c)))               for one group a row: q = codes, c = scales
 
 Layout: packed bytes [N, bytes], two codes a byte (int4, two's complement nibbles, even k low) or four
 (ternary, code + 1, k ascending from the low bits); scales [N, groups]. The result has rows of codes [N, width]:
 each segment starts at a multiple of 128 and is filled with 0, as its activations are, and c is [segments, N].
-A program owns BLOCK_N rows and walks them twice, backwards the second time: a row of packed codes is 1 to 8 KB
-and stays in the L1 cache in between. So c costs arithmetic and no bytes, and nothing has to be kept for it
-beside the layer's tensors. What the codes of a segment are not (padding) is taken for 0.
+A program owns BLOCK_N rows: it reads their scales, which say c, and walks their codes once. So c costs a second
+look at the scales, and nothing has to be kept for it beside the layer's tensors. What the codes of a segment are
+not (padding) is taken for 0.
 
 Floor, for b bits a weight and group G: N·K·(b/8 + 1 + 2/G) bytes; int4 g64 3072 x 3072 14.5 MB or 4.8 us at
-3 TB/s, 21504 x 3072 101 MB or 33.7 us. About 14 operations a weight on the general ALUs, 4.5 us and 31 us,
-which overlap with the bytes as far as occupancy allows.
+3 TB/s, 21504 x 3072 101 MB or 33.7 us. About 6 operations a weight on the general ALUs, 2 us and 14 us, which
+overlap with the bytes as far as occupancy allows.
 """
 
 # A type checker knows neither launch options nor the language inside kernels.
@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bittern import formats
 from bittern.formats import Segment
 from bittern.ops.triton.config import UnpackConfig
 from bittern.ops.triton.launch import Launch, cdiv, launch
@@ -58,8 +59,10 @@ def unpack_segment(
         fold: Whether to apply the groups' scales; otherwise codes stay as they are.
         launch: What launches.
     """
-    n, per_byte = codes.shape[0], {"int4": 2, "ternary": 4}[weight]
-    grouped = fold and segment.groups.stop - segment.groups.start > 1
+    fmt = formats.get(weight)
+    n, per_byte = codes.shape[0], fmt.codes_per_byte
+    groups = segment.groups.stop - segment.groups.start
+    grouped = fold and groups > 1
     block_k = max(config.block_k, segment.size) if grouped else config.block_k
     k = segment.unpadded.stop - segment.unpadded.start
     launch(
@@ -81,6 +84,8 @@ def unpack_segment(
         GROUP=segment.size if grouped else 0,
         FP8=out.dtype == torch.float8_e4m3fn,
         EVEN=k % block_k == 0 and out.shape[1] == k,
+        LARGEST=fmt.largest,
+        GROUPS=min(256, triton.next_power_of_2(groups)),
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
         STAGES=config.stages,
@@ -110,10 +115,13 @@ def numbers(packed, PER_BYTE: tl.constexpr):
 
 @triton.jit
 def load_weights(
-    codes_rows, scale_rows, start, k, width, inside, PER_BYTE: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    codes_rows, scale_rows, factor, start, k, width, inside, PER_BYTE: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Codes of inputs `start` and on, as What [BLOCK_N, BLOCK_K] or, in whole rows, as they are; 0 beyond k."""
+    """Codes of inputs `start` and on [BLOCK_N, BLOCK_K], times group scales times `factor`; 0 beyond k.
+
+    Rows with one scale have GROUP 0, and their codes stay as they are.
+    """
     places = start // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
     mask = inside if EVEN else inside & (places < width)[None, :]
     packed = tl.load(codes_rows + places[None, :], mask=mask, other=0)
@@ -122,7 +130,7 @@ def load_weights(
         groups = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
         mask = inside if EVEN else inside & (groups * GROUP < k)[None, :]
         scale = tl.load(scale_rows + groups[None, :], mask=mask, other=0.0)
-        grouped = values.reshape(BLOCK_N, BLOCK_K // GROUP, GROUP) * scale.to(tl.float32)[:, :, None]
+        grouped = values.reshape(BLOCK_N, BLOCK_K // GROUP, GROUP) * (scale.to(tl.float32) * factor)[:, :, None]
         values = grouped.reshape(BLOCK_N, BLOCK_K)
     if not EVEN:
         columns = start + tl.arange(0, BLOCK_K)
@@ -149,6 +157,8 @@ def unpack_kernel(
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
     EVEN: tl.constexpr,
+    LARGEST: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -162,25 +172,23 @@ def unpack_kernel(
     out_rows = out + wide[:, None] * stride_out
 
     if GROUP > 0:
-        peak = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-            values = load_weights(
-                codes_rows, scale_rows, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN
-            )
-            peak = larger_magnitude(peak, values)
-        scale = scale_of(peak, FP8)
+        peak = tl.zeros([BLOCK_N, GROUPS], tl.float32)
+        for first in tl.range(0, tl.cdiv(k, GROUP), GROUPS):
+            groups = first + tl.arange(0, GROUPS)
+            mask = inside & (groups * GROUP < k)[None, :]
+            found = tl.load(scale_rows + groups[None, :], mask=mask, other=0.0).to(tl.float32)
+            peak = larger_magnitude(peak, found)
+        scale = scale_of(peak * LARGEST, FP8)
         inverse = reciprocal(scale)[:, None]
     else:
         scale = tl.load(scales + wide * stride_scales + first_group, mask=rows < n, other=0.0).to(tl.float32)
+        inverse = 1.0
     tl.store(column_scales + rows, scale, mask=rows < n)
 
-    for back in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-        start = (tl.cdiv(width, BLOCK_K) - 1) * BLOCK_K - back
+    for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         values = load_weights(
-            codes_rows, scale_rows, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN
+            codes_rows, scale_rows, inverse, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN
         )
-        if GROUP > 0:
-            values = values * inverse
         columns = start + tl.arange(0, BLOCK_K)
         mask = inside if EVEN else inside & (columns < width)[None, :]
         tl.store(out_rows + columns[None, :], eight_bits(values, FP8), mask=mask)
