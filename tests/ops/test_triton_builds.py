@@ -203,6 +203,8 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
             "GROUP": 64,
             "FP8": kind == FP8,
             "EVEN": True,
+            "LARGEST": 8,
+            "GROUPS": 64,
             "BLOCK_N": unpacking.block_n,
             "BLOCK_K": unpacking.block_k,
             "STAGES": unpacking.stages,
@@ -328,10 +330,12 @@ def test_heads(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("rank", [0, 32])
-def test_specialized_gemm(segments: int, rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [0, 1])
+def test_specialized_gemm(segments: int, rank: int, part: int, tmp_path: Path) -> None:
     """Three groups of warps; only the one that loads gives registers up."""
-    chosen = config.specialized_for(config.Device((9, 0), SHARED[90]), 4096, segments, rank)
-    assert chosen is not None
+    parts = config.specialized_parts(config.Device((9, 0), SHARED[90]), 4608, 3072, segments, rank, 132)
+    assert parts is not None
+    _, _, chosen = parts[part]
 
     def tiles(dtype: str, rows: int, columns: int) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON[dtype])
@@ -370,5 +374,5 @@ def test_specialized_gemm(segments: int, rank: int, tmp_path: Path) -> None:
         num_warps=specialized_gemm.WARPS,
         maxnreg=specialized_gemm.REGISTERS,
     )
-    expect(compiled, 90, r"wgmma\.mma_async\.sync\.aligned\.m64n256k32\.f32\.e4m3\.e4m3", tmp_path, 128)
+    expect(compiled, 90, rf"wgmma\.mma_async\.sync\.aligned\.m64n{chosen.block_n}k32\.f32\.e4m3\.e4m3", tmp_path, 128)
     assert "setmaxnreg.dec.sync.aligned.u32 	40" in compiled.asm["ptx"]

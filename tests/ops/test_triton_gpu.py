@@ -120,7 +120,7 @@ def test_compiles_whole_and_replays_from_a_graph(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [*PATHS, "a4"])
-@pytest.mark.parametrize("gelu_from", [0, 1000])
+@pytest.mark.parametrize("gelu_from", [0, 1000, 2900])
 def test_gelu_at_full_size(path: str, gelu_from: int) -> None:
     layer = random_gpu_layer((3072, (3072,), "int4", 64, 32))
     inputs = random_gpu_inputs(4608, (3072,))
@@ -128,6 +128,20 @@ def test_gelu_at_full_size(path: str, gelu_from: int) -> None:
     with ops.use_backend("torch"):
         want = ops.few_bit_linear(inputs, path=path, gelu_from=gelu_from, **layer.kwargs())
     assert relative(y, want) <= 5e-3
+
+
+@pytest.mark.parametrize("segments", [(512,), (384, 640)])
+def test_a_last_wave_of_narrower_tiles_is_the_same(segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_gpu_layer((3072, segments, "int4", 64, 32))
+    inputs = random_gpu_inputs(4608, segments)
+    y = linear.plan("a8-fp8", 4608)(inputs, *layer.args(), "a8-fp8", ())
+
+    def whole(device: config.Device, m: int, n: int, count: int, rank: int, processors: int) -> Any:
+        chosen = config.specialized_for(device, m, count, rank)
+        return None if chosen is None else [(0, n, chosen)]
+
+    monkeypatch.setattr(config, "specialized_parts", whole)
+    assert torch.equal(y, linear.plan("a8-fp8", 4608)(inputs, *layer.args(), "a8-fp8", ()))
 
 
 def test_a_shift_on_four_bits() -> None:

@@ -212,6 +212,11 @@ _HOPPER_FEW_TOKENS = (
 
 # Measured on an H200 (4608 tokens, `benchmarks/kernels.py`), by segments.
 _SPECIALIZED = {1: SpecializedConfig(), 2: SpecializedConfig(stages=3, buffers=4)}
+_NARROW = {1: SpecializedConfig(block_n=128, stages=6), 2: SpecializedConfig(block_n=128, stages=5, buffers=2)}
+_NARROW_COST = 0.6
+"""Of a wave of tiles half as wide."""
+_LAUNCH_COST = 0.03
+"""Of a further launch, in waves."""
 _GLUON = ("3.6.",)
 """Versions of Triton whose Gluon the kernel was run with: it is an experiment of theirs, and may change."""
 
@@ -222,6 +227,28 @@ def specialized_for(device: Device, m: int, segments: int, rank: int) -> Special
     if device.capability[0] != 9 or m <= 1024 or config is None or not triton.__version__.startswith(_GLUON):
         return None
     return config if config.problem(device.shared_memory, rank, segments) is None else None
+
+
+def specialized_parts(
+    device: Device, m: int, n: int, segments: int, rank: int, processors: int
+) -> list[tuple[int, int, SpecializedConfig]] | None:
+    """Columns from, to, and the configuration for them; None as of `specialized_for`.
+
+    Tiles run in waves, one a multiprocessor. Where the last wave is nearly empty (4608 x 3072: 432 tiles on 132), the
+    last columns are given to tiles half as wide, in a launch of their own, if their waves cost less than it.
+    """
+    config = specialized_for(device, m, segments, rank)
+    if config is None:
+        return None
+    rows, columns = -(-m // 128), -(-n // config.block_n)
+    waves = -(-rows * columns // processors)
+    narrow = _NARROW[segments]
+    fitting = (waves - 1) * processors // rows
+    rest = -(-(n - fitting * config.block_n) // narrow.block_n)
+    cost = _LAUNCH_COST + _NARROW_COST * -(-rows * rest // processors)
+    if fitting == 0 or cost >= 1 or narrow.problem(device.shared_memory, rank, segments):
+        return [(0, n, config)]
+    return [(0, fitting * config.block_n, config), (fitting * config.block_n, n, narrow)]
 
 
 def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:

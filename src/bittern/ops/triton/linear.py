@@ -25,7 +25,7 @@ from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.grouped_gemm import grouped_gemm
-from bittern.ops.triton.launch import Launches, Recorder, describable, on_device_of
+from bittern.ops.triton.launch import Launches, Recorder, describable, multiprocessors, on_device_of
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
@@ -170,15 +170,35 @@ class EightBits(LayerPlan):
                 config.unpack_for(x.shape[-1], grouped),
                 launch=recorder.launch,
             )
-        operands = a, b, row_scales, column_scales, low if rank else None, call.up, call.bias, call.out
-        chosen = config.specialized_for(here, m, count, rank) if call.path == "a8-fp8" else None
-        if chosen is not None and reachable(call.out, call.up, call.bias):
-            from bittern.ops.triton.specialized_gemm import specialized_gemm
-
-            specialized_gemm(*operands, bounds[0][1], call.gelu_from, chosen, launch=recorder.launch)
+        first = bounds[0][1]
+        parts = None
+        if call.path == "a8-fp8" and reachable(call.out, call.up, call.bias):
+            parts = config.specialized_parts(here, m, n, count, rank, multiprocessors(device))
+        if parts is None:
+            tiles = config.gemm_for(here, m, count, call.path == "a8-int8", rank)
+            gemm(
+                a, b, row_scales, column_scales, low if rank else None, call.up, call.bias, call.out, first,
+                call.gelu_from, tiles, launch=recorder.launch,
+            )  # fmt: skip
             return
-        tiles = config.gemm_for(here, m, count, call.path == "a8-int8", rank)
-        gemm(*operands, bounds[0][1], call.gelu_from, tiles, launch=recorder.launch)
+        from bittern.ops.triton.specialized_gemm import specialized_gemm
+
+        for start, stop, chosen in parts:
+            gelu_from = None if call.gelu_from is None or call.gelu_from >= stop else max(0, call.gelu_from - start)
+            specialized_gemm(
+                a,
+                recorder.part(b, b[start:stop]),
+                row_scales,
+                recorder.part(column_scales, column_scales[:, start:stop]),
+                low if rank else None,
+                None if call.up is None else recorder.part(call.up, call.up[start:stop]),
+                None if call.bias is None else recorder.part(call.bias, call.bias[start:stop]),
+                recorder.part(call.out, call.out[:, start:stop]),
+                first,
+                gelu_from,
+                chosen,
+                launch=recorder.launch,
+            )
 
 
 def reachable(out: Tensor, up: Tensor | None, bias: Tensor | None) -> bool:
