@@ -124,7 +124,7 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
             segment,
             out,
             scales,
-            config.unpack_for(width, layer.group_size is not None),
+            config.unpack_for(config.device_of(torch.device(DEVICE)), width, layer.group_size is not None),
         )
         assert torch.equal(out.float().cpu()[:, : width - 40], want.values)
         assert not out.float()[:, width - 40 :].any()

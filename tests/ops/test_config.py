@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import itertools
+import json
+from importlib import resources
+from typing import Any
+
 import pytest
 
-from bittern.ops.triton import config
+from bittern.errors import UserError
+from bittern.ops.triton import config, tuned
 
 HOPPER = config.Device((9, 0), 232448)
 
@@ -37,3 +43,50 @@ def test_the_last_wave_of_flux_is_split() -> None:
 @pytest.mark.parametrize(("capability", "m"), [((8, 9), 4608), ((9, 0), 512), ((10, 0), 4608)])
 def test_other_devices_and_few_tokens_have_the_other_kernel(capability: tuple[int, int], m: int) -> None:
     assert config.specialized_parts(config.Device(capability, 232448), m, 3072, 1, 32, 132) is None
+
+
+KERNELS: dict[str, Any] = {
+    "prologue": config.PrologueConfig,
+    "unpack": config.UnpackConfig,
+    "gemm": config.GemmConfig,
+    "grouped_gemm": config.GroupedGemmConfig,
+    "skinny": config.SkinnyConfig,
+    "specialized_gemm": config.SpecializedConfig,
+    "specialized_gemm_narrow": config.SpecializedConfig,
+}
+FACTS = {"m", "k", "grouped", "segments", "sums"}
+
+
+@pytest.mark.parametrize("family", ["default", *tuned.FAMILIES.values()])
+def test_every_rule_makes_a_configuration(family: str) -> None:
+    table = json.loads(resources.files("bittern.ops.triton.tuned").joinpath(f"{family}.json").read_text())
+    assert table.pop("measured")
+    for kernel, rules in table.items():
+        for rule in rules:
+            KERNELS[kernel](**rule["config"])
+            assert {key.removeprefix("max_").removeprefix("min_") for key in rule["when"]} <= FACTS
+
+
+@pytest.mark.parametrize("capability", [(0, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int]) -> None:
+    device = config.Device(capability, 64 * 1024)
+    for m, grouped in itertools.product((0, 1, 16, 64, 512, 1025, 4608, 70000), (False, True)):
+        for k in (16, 3072, 15360):
+            assert not grouped or config.unpack_for(device, k, grouped).block_k % 64 == 0
+            assert config.prologue_for(device, m) and config.skinny_for(device, m, grouped)
+        assert config.grouped_gemm_for(device, m)
+        for segments, integers in itertools.product((1, 2, 3), (False, True)):
+            assert config.gemm_for(device, m, segments, integers, 32).problem(device.shared_memory, 32) is None
+
+
+def test_rules_are_asked_in_turn() -> None:
+    assert config.prologue_for(HOPPER, 1024).block_m == 8 and config.prologue_for(HOPPER, 1025).block_m == 16
+    assert (
+        config.prologue_for(HOPPER, 8).descriptors and not config.prologue_for(config.Device((8, 6), 0), 8).descriptors
+    )
+    assert config.gemm_for(HOPPER, 4608, 1, False, 32).early
+    # Two sets of sums leave no room for wide tiles.
+    assert config.gemm_for(HOPPER, 4608, 2, True, 32).block_n == 128
+    assert config.gemm_for(config.Device((9, 0), 100 * 1024), 4608, 1, False, 32).block_n == 128
+    with pytest.raises(UserError, match="1024 bytes of shared memory"):
+        config.gemm_for(config.Device((8, 0), 1024), 4608, 1, False, 32)

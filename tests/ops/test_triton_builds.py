@@ -126,7 +126,7 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_p
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(("per_byte", "rows"), [(2, 1), (4, 16)])
 def test_skinny(capability: int, per_byte: int, rows: int, tmp_path: Path) -> None:
-    chosen = config.skinny_for(rows, per_byte == 2)
+    chosen = config.skinny_for(config.Device((9, 0), SHARED[90]), rows, per_byte == 2)
     compiled = build(
         skinny.skinny_kernel,
         capability,
@@ -193,7 +193,7 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
         enable_fp_fusion=False,
     )
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
-    unpacking = config.unpack_for(3072, grouped=True)
+    unpacking = config.unpack_for(device, 3072, grouped=True)
     compiled = build(
         unpack.unpack_kernel,
         capability,

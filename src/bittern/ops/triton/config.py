@@ -1,7 +1,7 @@
 """How each kernel is tiled and launched, and when a configuration is valid.
 
-Frozen dataclasses; `problem` is the one place that says what a device can hold. `default_*` are safe on unknown
-devices and good on Hopper, on which they were measured.
+Frozen dataclasses; `problem` is the one place that says what a device can hold. Which configuration a problem gets
+stands in tables, `tuned/*.json`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import triton
 
 from bittern.errors import UserError
+from bittern.ops.triton import tuned
 
 SCRATCH_MULTIPLE = 128
 """8-bit operands are filled up to this many inputs a segment, so that no tile of the GEMM needs a mask along K."""
@@ -171,48 +172,39 @@ def device_of(device: torch.device) -> Device:
 
 
 def prologue_for(device: Device, m: int) -> PrologueConfig:
-    """The configuration for M tokens."""
-    hopper = device.capability[0] == 9
-    # Few tokens need small tiles to occupy the device.
-    return PrologueConfig(8, 512, 4, 3, hopper) if m <= 1024 else PrologueConfig(16, 256, 4, 4, hopper)
+    """The configuration for M tokens: few need small tiles to occupy the device."""
+    return tuned.first(PrologueConfig, "prologue", device.capability, m=m)
 
 
-def unpack_for(k: int, grouped: bool) -> UnpackConfig:
+def unpack_for(device: Device, k: int, grouped: bool) -> UnpackConfig:
     """The configuration for a segment of K inputs, in groups or with one scale a row."""
-    if not grouped:
-        return UnpackConfig(4, 1024, 4, 3)
-    return UnpackConfig(2, 1024, 2, 1) if k <= 4096 else UnpackConfig(2, 2048, 4, 1)
+    return tuned.first(UnpackConfig, "unpack", device.capability, k=k, grouped=grouped)
 
 
 def grouped_gemm_for(device: Device, m: int) -> GroupedGemmConfig:
-    """The configuration for M tokens. A guess: none was measured. All devices have its 64 KiB of shared memory."""
-    if device.capability == (0, 0):
-        return GroupedGemmConfig(32, 64)
-    return GroupedGemmConfig(64, 128, warps=4) if m <= 512 else GroupedGemmConfig()
+    """The configuration for M tokens. All devices have its 64 KiB of shared memory."""
+    return tuned.first(GroupedGemmConfig, "grouped_gemm", device.capability, m=m)
 
 
-def skinny_for(m: int, grouped: bool) -> SkinnyConfig:
+def skinny_for(device: Device, m: int, grouped: bool) -> SkinnyConfig:
     """The configuration for M tokens and weights with or without groups."""
-    if grouped and m <= 8:
-        return SkinnyConfig(64, 128, 4, 6)
-    return SkinnyConfig(32, 128, 2, 6) if grouped or m <= 8 else SkinnyConfig(64, 64, 4, 6)
+    return tuned.first(SkinnyConfig, "skinny", device.capability, m=m, grouped=grouped)
 
 
-# Measured on an H100 (benchmarks/results/kernels_h100.json), best first.
-_HOPPER = (
-    GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True, early=True),
-    GemmConfig(128, 256, 128, 16, 8, 3, descriptors=True, store_descriptors=True),
-)
-_HOPPER_TWO_SUMS = (GemmConfig(128, 128, 128, 16, 8, 4, descriptors=True, store_descriptors=True),)
-_HOPPER_FEW_TOKENS = (
-    GemmConfig(64, 128, 128, 8, 4, 4, descriptors=True, store_descriptors=True, programs=2),
-    GemmConfig(64, 128, 64, 8, 4, 4, descriptors=True, store_descriptors=True),
-)
+def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:
+    """The configuration for M tokens, as many segments, codes and rank: the first that the device can hold.
+
+    Raises:
+        UserError: if it can hold none.
+    """
+    # A second segment of integers needs a second set of accumulators.
+    sums = segments if integers else 1
+    for candidate in tuned.all_of(GemmConfig, "gemm", device.capability, m=m, segments=segments, sums=sums):
+        if candidate.problem(device.shared_memory, rank) is None:
+            return candidate
+    raise UserError(f"no GEMM configuration fits {device.shared_memory} bytes of shared memory; expected 48 KiB")
 
 
-# Measured on an H200 (4608 tokens, `benchmarks/kernels.py`), by segments.
-_SPECIALIZED = {1: SpecializedConfig(), 2: SpecializedConfig(stages=3, buffers=4)}
-_NARROW = {1: SpecializedConfig(block_n=128, stages=6), 2: SpecializedConfig(block_n=128, stages=5, buffers=2)}
 _NARROW_COST = 0.6
 """Of a wave of tiles half as wide."""
 _LAUNCH_COST = 0.03
@@ -221,12 +213,15 @@ _GLUON = ("3.6.",)
 """Versions of Triton whose Gluon the kernel was run with: it is an experiment of theirs, and may change."""
 
 
-def specialized_for(device: Device, m: int, segments: int, rank: int) -> SpecializedConfig | None:
+def specialized_for(
+    device: Device, m: int, segments: int, rank: int, kind: str = "specialized_gemm"
+) -> SpecializedConfig | None:
     """The configuration of the GEMM with warps that load, in fp8; None where the other one is better."""
-    config = _SPECIALIZED.get(segments)
-    if device.capability[0] != 9 or m <= 1024 or config is None or not triton.__version__.startswith(_GLUON):
-        return None
-    return config if config.problem(device.shared_memory, rank, segments) is None else None
+    if triton.__version__.startswith(_GLUON):
+        for candidate in tuned.all_of(SpecializedConfig, kind, device.capability, m=m, segments=segments):
+            if candidate.problem(device.shared_memory, rank, segments) is None:
+                return candidate
+    return None
 
 
 def specialized_parts(
@@ -240,28 +235,13 @@ def specialized_parts(
     config = specialized_for(device, m, segments, rank)
     if config is None:
         return None
+    narrow = specialized_for(device, m, segments, rank, "specialized_gemm_narrow")
     rows, columns = -(-m // 128), -(-n // config.block_n)
-    waves = -(-rows * columns // processors)
-    narrow = _NARROW[segments]
-    fitting = (waves - 1) * processors // rows
-    rest = -(-(n - fitting * config.block_n) // narrow.block_n)
-    cost = _LAUNCH_COST + _NARROW_COST * -(-rows * rest // processors)
-    if fitting == 0 or cost >= 1 or narrow.problem(device.shared_memory, rank, segments):
+    fitting = (-(-rows * columns // processors) - 1) * processors // rows
+    if narrow is None or fitting == 0:
         return [(0, n, config)]
-    return [(0, fitting * config.block_n, config), (fitting * config.block_n, n, narrow)]
-
-
-def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:
-    """The configuration for M tokens, as many segments, codes and rank: the first that the device can hold."""
-    # A second segment of integers needs a second set of accumulators.
-    double = segments > 1 and integers
-    candidates = [GemmConfig(64, 128, 64, 8, 8, 3) if segments > 1 else GemmConfig(), GemmConfig(64, 64, 64, 8, 4, 2)]
-    if device.capability[0] == 9:
-        candidates[:0] = _HOPPER_FEW_TOKENS if m <= 1024 else _HOPPER_TWO_SUMS if double else _HOPPER
-    if device.capability == (0, 0):
-        # The interpreter pays for each operation, whatever its size.
-        candidates = [GemmConfig(32, 64, 128)]
-    for candidate in candidates:
-        if candidate.problem(device.shared_memory, rank) is None:
-            return candidate
-    raise UserError(f"no GEMM configuration fits {device.shared_memory} bytes of shared memory; expected 48 KiB")
+    start = fitting * config.block_n
+    rest = rows * -(-(n - start) // narrow.block_n)
+    if _LAUNCH_COST + _NARROW_COST * -(-rest // processors) >= 1:
+        return [(0, n, config)]
+    return [(0, start, config), (start, n, narrow)]

@@ -167,7 +167,7 @@ class EightBits(LayerPlan):
                 segment,
                 recorder.part(b, b[:, start:stop]),
                 recorder.part(column_scales, column_scales[i]),
-                config.unpack_for(x.shape[-1], grouped),
+                config.unpack_for(here, x.shape[-1], grouped),
                 launch=recorder.launch,
             )
         first = bounds[0][1]
@@ -212,6 +212,7 @@ class FourBits(LayerPlan):
 
     def _record(self, recorder: Recorder, call: _Call) -> None:
         (m, n), device = call.out.shape, call.out.device
+        here = config.device_of(device)
         bounds = scratch_bounds(call.layout)
         width, rank = bounds[-1][1], 0 if call.up is None else call.up.shape[1]
         a, b, row_scales, unused, corrected, low = recorder.scratch(
@@ -245,7 +246,7 @@ class FourBits(LayerPlan):
                 segment,
                 recorder.part(b, b[:, start:stop]),
                 unused,
-                config.unpack_for(x.shape[-1], False),
+                config.unpack_for(here, x.shape[-1], False),
                 fold=False,
                 launch=recorder.launch,
             )
@@ -274,7 +275,7 @@ class FourBits(LayerPlan):
             call.layout,
             bounds[0][1],
             call.gelu_from,
-            config.grouped_gemm_for(config.device_of(device), m),
+            config.grouped_gemm_for(here, m),
             launch=recorder.launch,
         )
 
@@ -294,7 +295,7 @@ class SixteenBits(LayerPlan):
         return x.reshape(-1, x.shape[-1]).float() @ down.float().T
 
     def _record(self, recorder: Recorder, call: _Call) -> None:
-        m, last = call.out.shape[0], len(call.inputs) - 1
+        m, last, here = call.out.shape[0], len(call.inputs) - 1, config.device_of(call.out.device)
         sums = recorder.scratch(call.out.device, *[(tuple(call.out.shape), torch.float32)] * last) if last else []
         for i, (x, segment) in enumerate(zip(call.inputs, call.layout, strict=True)):
             skinny_segment(
@@ -309,7 +310,7 @@ class SixteenBits(LayerPlan):
                 call.up if i == last else None,
                 call.bias if i == last else None,
                 call.out if i == last else sums[i],
-                config.skinny_for(m, call.layout.group_size is not None),
+                config.skinny_for(here, m, call.layout.group_size is not None),
                 launch=recorder.launch,
             )
 
