@@ -73,7 +73,8 @@ def tables(record: Row) -> Iterator[str]:
         )
     yield ""
     yield from _warnings(rows)
-    yield f"| {place['model']}, score by task | {' | '.join(task.replace('_', ' ') for task in TASKS)} |"
+    tasks = " | ".join(task.replace("_", " ") for task in TASKS)
+    yield f"| {place['model']}: score by task, interval of the difference | {tasks} |"
     yield f"|---|{'---|' * len(TASKS)}"
     for name, row in rows.items():
         cells = [_task(row["tasks"][task]) if task in row["tasks"] else "" for task in TASKS]
@@ -146,10 +147,15 @@ def _title(record: Row) -> str:
 
 def _points(rows: dict[str, Row], height: Any) -> list[Point]:
     return [
-        Point(name, row["family"], row["bits_per_weight"], *height(row), filled=not name.endswith("[a4]"))
+        Point(name, _label(name, row), row["family"], row["bits_per_weight"], *height(row), not name.endswith("[a4]"))
         for name, row in rows.items()
         if "psnr" in row and name != NOISE
     ]
+
+
+def _label(name: str, row: Row) -> str:
+    """A name without what the colour says."""
+    return name.removeprefix(f"{row['family']}, ").replace("groups of ", "g")
 
 
 def main() -> None:

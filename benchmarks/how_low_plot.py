@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, HEAD = 780, 380, 30
+WIDTH, HEIGHT, HEAD = 780, 380, 48
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 34, 46
 LEAST, MOST = 1.5, 9.5  # bits per weight
 TICKS = (1.6, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -23,6 +23,7 @@ COLORS = {
     "absmean": "#78716c",
     "distilled": "#be123c",
 }
+HOLLOW = "4-bit activations"
 SIZE = 11.5
 """Of labels, in pixels; a letter is about half as wide."""
 
@@ -31,9 +32,10 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Point:
-    """A row of the table; hollow where it was drawn with 4-bit activations."""
+    """A row of the table, and what it is called beside its point; hollow with 4-bit activations."""
 
     name: str
+    label: str
     family: str
     bits: float
     value: float
@@ -67,13 +69,16 @@ def picture(title: str, what: str, panels: Sequence[Panel]) -> str:
 
 
 def _legend(families: Sequence[str]) -> Iterator[str]:
-    x = float(LEFT)
-    for family in families:
-        yield f'<circle cx="{x:.0f}" cy="20" r="4" fill="{COLORS[family]}"/>'
-        yield _text(x + 8, 24, family, INK)
-        x += 24 + 0.55 * SIZE * len(family)
-    yield f'<circle cx="{x:.0f}" cy="20" r="3.5" fill="{PAPER}" stroke="{FAINT}" stroke-width="1.5"/>'
-    yield _text(x + 8, 24, "4-bit activations", INK)
+    x, y = float(LEFT), 20
+    for said in (*families, HOLLOW):
+        wide = 24 + 0.6 * SIZE * len(said)
+        if x + wide > WIDTH:
+            x, y = float(LEFT), y + 20
+        color = COLORS.get(said, FAINT)
+        fill = PAPER if said == HOLLOW else color
+        yield f'<circle cx="{x:.0f}" cy="{y}" r="3.5" fill="{fill}" stroke="{color}" stroke-width="1.5"/>'
+        yield _text(x + 8, y + 4, said, INK)
+        x += wide
 
 
 def _panel(panel: Panel, what: str, top: float) -> Iterator[str]:
@@ -101,10 +106,12 @@ def _panel(panel: Panel, what: str, top: float) -> Iterator[str]:
         f'transform="rotate(-90 16 {middle:.0f})">{escape(what)}</text>'
     )
     taken: list[Box] = []
-    for name, value in panel.lines.items():
+    for index, (name, value) in enumerate(panel.lines.items()):
+        # Lines that lie close together are told apart above the first and below the others.
+        base = y(value) + (14 if index else -4)
         yield f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{FAINT}" stroke-dasharray="5 4"/>'
-        yield _text(WIDTH - RIGHT - 4, y(value) - 4, name, FAINT, "end")
-        taken.append((WIDTH - RIGHT - 4 - 0.55 * SIZE * len(name), y(value) - 16, WIDTH - RIGHT, y(value)))
+        yield _text(WIDTH - RIGHT - 4, base, name, FAINT, "end")
+        taken.append((WIDTH - RIGHT - 4 - 0.55 * SIZE * len(name), base - SIZE, WIDTH - RIGHT, base + 2))
     yield from _series(panel.points, x, y)
     yield from _labels(panel.points, x, y, taken, (LEFT, ceiling, WIDTH - RIGHT, floor))
 
@@ -133,7 +140,7 @@ def _labels(
     taken = taken + [(x(p.bits) - 5, y(p.value) - 5, x(p.bits) + 5, y(p.value) + 5) for p in points]
     # The plainest names first: they must not lose their places to variants of theirs.
     for point in sorted((p for p in points if p.filled), key=lambda p: (len(p.name), p.name)):
-        wide, at, height = 0.53 * SIZE * len(point.name), x(point.bits), y(point.value)
+        wide, at, height = 0.53 * SIZE * len(point.label), x(point.bits), y(point.value)
         for left, base in (
             (at + 8, height + 4), (at - 8 - wide, height + 4), (at - wide / 2, height - 8),
             (at - wide / 2, height + 16), (at + 6, height - 6), (at + 6, height + 14), (at - 6 - wide, height - 6),
@@ -143,7 +150,7 @@ def _labels(
             inside = frame[0] <= box[0] and box[2] <= frame[2] and frame[1] <= box[1] and box[3] <= frame[3]
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                yield _text(left, base, point.name, COLORS[point.family])
+                yield _text(left, base, point.label, COLORS[point.family])
                 break
 
 
