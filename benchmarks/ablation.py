@@ -23,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import ROUNDING, Trajectory, environment, gain_over, keep, put, round_as_published
+from quality import ROUNDING, Trajectory, compared, environment, gain_over, keep, put, round_as_published
 from torch import Tensor, nn
 
 from bittern import pipelines, recipes
 from bittern.architectures import plan
 from bittern.evaluation import scenes
-from bittern.evaluation.fidelity import fidelity
 from bittern.evaluation.generate import generate
-from bittern.evaluation.stats import mean_estimate
 from bittern.layers import set_path
 from bittern.quantization import Limits, Recorder, component, inspect
 from bittern.quantization.calibration import Loaded
@@ -162,13 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         put(pipe, model)
         found[name] = {"bits_per_weight": round(bits, 3)}
         for key, prompts in texts.items():
-            each = fidelity(draw(pipe, prompts, args.steps), reference[key]).psnr
-            mean = mean_estimate(each)
-            found[name] |= {
-                key: round(mean.mean, 2),
-                f"{key}_stderr": round(mean.stderr, 2),
-                f"{key}_each": [round(value, 2) for value in each],
-            }
+            found[name] |= compared(key, draw(pipe, prompts, args.steps), reference[key])
         found[name] |= {
             "velocity_error": round(trajectory.error(model), 4),
             "solving_cpu_seconds": round(seconds, 1),

@@ -29,7 +29,7 @@ from typing import Any
 import peers
 import torch
 from ablation import quantized, samples_of
-from quality import ROUNDING, Trajectory, environment, gain_over, keep, put, round_as_published
+from quality import ROUNDING, Trajectory, environment, fill, gain_over, keep, put, round_as_published
 from torch import Tensor, nn
 
 from bittern import layers, pipelines, recipes
@@ -183,9 +183,7 @@ def replace_weights(bench: Bench, change: Callable[[Tensor], tuple[Tensor, float
         flat = flat_weight(module).contiguous()
         found, size = change(flat)
         stored, weights = stored + size, weights + flat.numel()
-        if isinstance(module, nn.Conv2d):
-            found = found.unflatten(1, (*module.kernel_size, -1)).permute(0, 3, 1, 2)
-        module.weight.copy_(found)
+        fill(module, found)
     put(bench.pipe, model)
     return 8 * stored / weights
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import bittern
 from bittern import pipelines, recipes
 from bittern.evaluation import scenes
-from bittern.evaluation.fidelity import fidelity
+from bittern.evaluation.fidelity import fidelity, psnr
 from bittern.evaluation.generate import generate
 from bittern.evaluation.stats import mean_estimate
 from bittern.evaluation.suites import score_scenes
@@ -195,6 +195,27 @@ def gain_over(row: dict[str, Any], baseline: dict[str, Any], key: str = "psnr_ea
 
 def baseline_path(case: Case) -> str:
     return next(other.path for other in cases() if other.name == case.baseline)
+
+
+def compared(key: str, images: Tensor, reference: Tensor) -> dict[str, Any]:
+    """PSNR to the reference, on average and of each picture."""
+    pairs = zip(images.split(64), reference.split(64), strict=True)
+    each = [value for some, theirs in pairs for value in psnr(some, theirs).tolist()]
+    mean = mean_estimate(each)
+    return {
+        key: round(mean.mean, 2),
+        f"{key}_stderr": round(mean.stderr, 2),
+        f"{key}_each": [round(value, 2) for value in each],
+    }
+
+
+@torch.no_grad()
+def fill(module: nn.Module, weight: Tensor) -> None:
+    """Gives a linear or a convolution the weight that `flat_weight` would give as this matrix."""
+    own: Any = module.weight
+    if isinstance(module, nn.Conv2d):
+        weight = weight.unflatten(1, (*module.kernel_size, -1)).permute(0, 3, 1, 2)
+    own.copy_(weight)
 
 
 def overall(images: Tensor, world: list[scenes.ScenePrompt]) -> dict[str, float]:

@@ -24,14 +24,12 @@ from typing import Any
 
 import torch
 from ablation import draw, samples_of, unseen
-from quality import Trajectory, environment, gain_over, keep, overall, put
-from torch import Tensor, nn
+from quality import Trajectory, compared, environment, fill, gain_over, keep, overall, put
+from torch import nn
 
 from bittern import pipelines, recipes
 from bittern.architectures import Job, plan
 from bittern.evaluation import scenes
-from bittern.evaluation.fidelity import fidelity
-from bittern.evaluation.stats import mean_estimate
 from bittern.layers import flat_weight
 from bittern.quantization import Calibration, Limits, Recorder, component, inspect
 from bittern.quantization.calibration import Loaded
@@ -152,7 +150,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         case, model = cases()[name], copy.deepcopy(dense)
         began = time.process_time()
         recorder.source = Loaded(pipe, model, (), base.samples, 0)
-        bits, error = in_planes(model, case, calibration) if case.planes > 1 else solved(model, case, recorder)
+        if case.planes > 1:
+            bits, error = in_planes(model, case.recipe(), case.planes, calibration), None
+        else:
+            bits, error = solved(model, case, recorder)
         found[name] = {"bits_per_weight": round(bits, 3), "solving_cpu_seconds": round(time.process_time() - began, 1)}
         found[name]["layer_error"] = None if error is None else round(error, 4)
         found[name]["velocity_error"] = round(trajectory.error(model), 4)
@@ -188,34 +189,27 @@ def solved(model: nn.Module, case: Case, recorder: Recorder) -> tuple[float, flo
 
 
 @torch.no_grad()
-def in_planes(model: nn.Module, case: Case, calibration: Calibration) -> tuple[float, float | None]:
-    """Sums of ternary weights, each solved for what those before it leave, in place of the model's own."""
+def in_planes(model: nn.Module, recipe: Recipe, planes: int, calibration: Calibration) -> float:
+    """Sums of ternary weights, each solved for what those before it leave, in place of the model's own.
+
+    Returns:
+        The bits per weight that so many planes take.
+    """
     stored = weights = 0.0
-    for job in plan(model, case.recipe()).jobs:
+    for job in plan(model, recipe).jobs:
         modules: list[Any] = [model.get_submodule(path) for path in job.paths]
         rest = [flat_weight(module).float() for module in modules]
         known = calibration.statistics[job.paths[0]].to(rest[0].device)
         sums = [torch.zeros_like(weight) for weight in rest]
-        for _ in range(case.planes):
+        for _ in range(planes):
             missing = [weight - done for weight, done in zip(rest, sums, strict=True)]
             plane, _ = solve_ternary(missing, known, job.scheme, SolverOptions(**job.solver), job.segments, 0)
             sums = [done + part.reconstruct() for done, part in zip(sums, plane, strict=True)]
         for module, (n, k), done in zip(modules, job.shapes, sums, strict=True):
-            module.weight.copy_(done)
-            stored += case.planes * job.scheme.bits_per_weight(n, k, job.segments) * n * k
+            fill(module, done)
+            stored += planes * job.scheme.bits_per_weight(n, k, job.segments) * n * k
             weights += n * k
-    return stored / weights, None
-
-
-def compared(key: str, images: Tensor, reference: Tensor) -> dict[str, Any]:
-    """PSNR to the reference, on average and of each picture."""
-    each = fidelity(images, reference).psnr
-    mean = mean_estimate(each)
-    return {
-        key: round(mean.mean, 2),
-        f"{key}_stderr": round(mean.stderr, 2),
-        f"{key}_each": [round(value, 2) for value in each],
-    }
+    return stored / weights
 
 
 def table(record: dict[str, Any]) -> str:
