@@ -1,7 +1,7 @@
 """Train the LoRA `outline` for tiny-flux: outlines in place of filled shapes.
 
     python tools/train_tiny_lora.py --work WORK --minutes 1.5
-    python tools/train_tiny_lora.py --work WORK --device cpu --bank 16 --fit-steps 2 --batch 4 --max-steps 4 --pictures 4
+    python tools/train_tiny_lora.py --work WORK --device cpu --bank 16 --fit-steps 2 --batch 4 --max-steps 4
 
 The scenes are those that tiny-flux learned from, drawn with a line along every edge. Its VAE has never seen a thin
 line, and its encoder gives lines other colours; its decoder can draw them. So the latents are fitted: from what the

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from bittern import tiny_flux
 from bittern.checkpoints import CheckpointConfig, is_few_bit
 from bittern.errors import UserError, did_you_mean
 from bittern.outputs import INDEX
@@ -29,6 +30,7 @@ __all__ = [
     "defaults",
     "load",
     "resolve",
+    "resolve_lora",
 ]
 
 BUILT_IN = {
@@ -56,6 +58,24 @@ def resolve(model: str | Path) -> Path:
     if not (path / INDEX).is_file():
         raise UserError(f"folder {name!r} is not a pipeline: expected {INDEX} in it")
     return path
+
+
+def resolve_lora(lora: str | Path) -> Path:
+    """The file or folder of a LoRA, for `load_lora_weights`: one that is there, or that of an embedded LoRA's name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(lora).expanduser()
+    if path.exists():
+        return path
+    embedded = tiny_flux.loras()
+    name = str(lora)
+    if name in embedded:
+        return embedded[name]
+    if path.suffix or path.name != name:
+        raise UserError(f"no LoRA {name!r} here: expected a .safetensors file, its folder, or {' or '.join(embedded)}")
+    raise UserError(f"unknown LoRA {name!r}: {did_you_mean(name, embedded)}, or give a .safetensors file")
 
 
 def load(

@@ -72,6 +72,11 @@ def detect(image: UInt8[Tensor, "3 h w"]) -> list[Detection]:
 
 
 def scipy_ndimage() -> Any:
+    """`scipy.ndimage`.
+
+    Raises:
+        UserError: scipy, of the extra `metrics`, is not installed.
+    """
     try:
         from scipy import ndimage
     except ImportError:
