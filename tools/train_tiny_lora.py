@@ -40,7 +40,7 @@ LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
 )  # fmt: skip
-FIT_CHUNK = 64
+FIT_CHUNK = 128
 
 
 class TinyFluxLora(TinyFlux):
@@ -85,6 +85,7 @@ class FittedBank:
             error += missed * len(images)
             latents.append(model.pack((found - vae.config.shift_factor) * vae.config.scaling_factor))
             captions.append(caption)
+            say(f"{done + len(images)} scenes fitted")
         self.latents, self.caption = torch.cat(latents).to(torch.bfloat16), torch.cat(captions)
         save_file({"latents": self.latents, "caption": self.caption}, file)
         psnr = 10 * math.log10(4 * len(self.latents) / error)
@@ -144,8 +145,10 @@ def main() -> None:
         "stroke": STROKE, "rank": args.rank, "batch": args.batch, "lr": args.lr, "ema": args.ema,
         "fit_steps": args.fit_steps, "seed": args.seed,
     }  # fmt: skip
+    told = args.work / "training.json"
+    told.write_text(json.dumps(record, indent=1) + "\n")
     record |= look(file, args, device)
-    (args.work / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    told.write_text(json.dumps(record, indent=1) + "\n")
     say(json.dumps(record))
 
 
@@ -174,7 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reserve", type=float, default=15.0, help="seconds of it kept for the pictures at the end")
     parser.add_argument("--bank", type=int, default=8192, help="scenes, at most")
     parser.add_argument("--fit-steps", type=int, default=12, help="of a scene's latents")
-    parser.add_argument("--fit-seconds", type=float, default=30.0, help="no further latents are begun after them")
+    parser.add_argument("--fit-seconds", type=float, default=20.0, help="no further latents are begun after them")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
