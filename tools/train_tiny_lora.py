@@ -5,7 +5,7 @@
 
 The scenes are those that tiny-flux learned from, drawn with a line along every edge. Its VAE has never seen a thin
 line, and its encoder gives lines other colours; its decoder can draw them. So the latents are fitted: from what the
-encoder says, Adam makes the decoded picture the drawing, once for every scene of the bank, all weights frozen. Then
+encoder says, a few steps of descent bring the decoded picture to the drawing, once for every scene of the bank. Then
 the adapters alone learn by flow matching, as tiny-flux itself did. WORK gets the bank, which a later run with the same
 options takes up again, `outline.safetensors` in diffusers' own LoRA format, `training.json` and `samples.png`.
 """
@@ -41,6 +41,7 @@ LAYERS = (
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out",
 )  # fmt: skip
 FIT_CHUNK = 128
+PULL = 3.0  # the squared error of latents beside that of pixels
 
 
 class TinyFluxLora(TinyFlux):
@@ -92,21 +93,24 @@ class FittedBank:
         say(f"{len(self.latents)} latents fitted to {psnr:.1f} dB in {time.monotonic() - began:.0f} s")
 
 
-def fit(vae: nn.Module, images: Tensor, steps: int, rate: float = 0.12) -> tuple[Tensor, float]:
-    """Latents [B, C, h, w] whose decoded picture is nearest to images [B, 3, H, W] in [-1, 1], and the squared error.
+def fit(vae: nn.Module, images: Tensor, steps: int, rate: float = 0.3) -> tuple[Tensor, float]:
+    """Latents [B, C, h, w] that are decoded to images [B, 3, H, W] in [-1, 1], and the squared error that remains.
 
-    The VAE's weights must not require gradients.
+    The VAE's weights must not require gradients. Adam by itself moves every latent alike, those of the ground too, by
+    chance, and chance cannot be learned: a large epsilon leaves those that matter little where they are, and what the
+    encoder said pulls at all.
     """
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
-        latents = vae.encode(images).latent_dist.mean.float()
-    latents.requires_grad_(True)
-    optimizer = torch.optim.Adam([latents], lr=rate, betas=(0.8, 0.95))
+        encoded = vae.encode(images).latent_dist.mean.float()
+    latents = encoded.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([latents], lr=rate, betas=(0.8, 0.95), eps=10.0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         with torch.autocast(images.device.type, torch.bfloat16):
             decoded = vae.decode(latents).sample
-        # A sum: how far a picture moves must not depend on how many are fitted together.
-        F.mse_loss(decoded.float(), images, reduction="sum").backward()
+        # Sums: how far a picture moves must not depend on how many are fitted together.
+        missed = F.mse_loss(decoded.float(), images, reduction="sum")
+        (missed + PULL * F.mse_loss(latents, encoded, reduction="sum")).backward()
         optimizer.step()
         optimizer.zero_grad()
     latents = latents.detach()

@@ -41,9 +41,7 @@ Attention = Annotated[
 ]
 Lora = Annotated[
     str | None,
-    typer.Option(
-        "--lora", metavar="LORA", help="A .safetensors file, or the embedded `outline`.", show_default=False
-    ),
+    typer.Option("--lora", metavar="LORA", help="A .safetensors file, or the embedded `outline`.", show_default=False),
 ]
 Strength = Annotated[float, typer.Option("--lora-strength", help="Of the LoRA; negative turns it round.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
