@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+
+from bittern import pipelines
+from bittern.evaluation import scenes
 from train_tiny_lora import STROKE, TinyFluxLora, fit
 from training import run
 from training.latents import SceneStream
 from training.student import Progress
-
-from bittern import pipelines
-from bittern.evaluation import scenes
 
 CPU = torch.device("cpu")
 PROMPTS = tuple(prompt for prompt in scenes.training_prompts()[::200] if scenes.has_edges(prompt))
