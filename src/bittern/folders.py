@@ -93,7 +93,7 @@ def quantize_folder(
     source = resolve(model)
     check_out(out, force=force, source=source)
     place = source / denoiser_name(source)
-    with one_line(model):
+    with one_line(f"model {str(model)!r}"):
         stored_dtype(place)  # a damaged file is told as such, before anything is made of its config
         blank, _ = skeleton(place)
     others = [source / INDEX, *other_components(source, place.name)]

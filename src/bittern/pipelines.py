@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from bittern import tiny_flux
 from bittern.checkpoints import CheckpointConfig, is_few_bit
 from bittern.errors import UserError, did_you_mean
 from bittern.outputs import INDEX
@@ -28,7 +30,9 @@ __all__ = [
     "check_device",
     "defaults",
     "load",
+    "load_lora",
     "resolve",
+    "resolve_lora",
 ]
 
 BUILT_IN = {
@@ -58,6 +62,39 @@ def resolve(model: str | Path) -> Path:
     return path
 
 
+def resolve_lora(lora: str | Path) -> Path:
+    """The file or folder of a LoRA, for `load_lora_weights`: one that is there, or that of an embedded LoRA's name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(lora).expanduser()
+    if path.exists():
+        return path
+    embedded = tiny_flux.loras()
+    name = str(lora)
+    if name in embedded:
+        return embedded[name]
+    if path.suffix or path.name != name:
+        raise UserError(f"no LoRA {name!r} here: expected a .safetensors file, its folder, or {' or '.join(embedded)}")
+    raise UserError(f"unknown LoRA {name!r}: {did_you_mean(name, embedded)}, or give a .safetensors file")
+
+
+def load_lora(pipe: DiffusionPipeline, lora: str | Path, strength: float = 1.0) -> None:
+    """Loads a LoRA into a pipeline, as `load_lora_weights` does, under its file's name, and sets its strength.
+
+    Raises:
+        UserError: if there is none, or if it is not for this pipeline.
+    """
+    file = resolve_lora(lora)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"LoRA {str(lora)!r}: {type(pipe).__name__} takes none in diffusers; leave it out")
+    name = re.sub(r"\W", "_", file.stem)
+    with one_line(f"LoRA {str(lora)!r}"):
+        pipe.load_lora_weights(file, adapter_name=name)
+        pipe.set_adapters(name, strength)
+
+
 def load(
     model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> DiffusionPipeline:
@@ -85,7 +122,7 @@ def load_with(model: str | Path, parts: Mapping[str, Any], dtype: torch.dtype | 
     if not isinstance(class_name, str) or not hasattr(diffusers, class_name):
         raise UserError(f"{folder / INDEX} names the pipeline class {class_name!r}, which diffusers does not have")
     stored = folder_dtype(folder / denoiser_name(folder))
-    with one_line(model):
+    with one_line(f"model {str(model)!r}"):
         return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype or stored, **parts)
 
 
@@ -165,7 +202,7 @@ def load_denoiser(model: str | Path, folder: Path, dtype: torch.dtype | None = N
     if not hasattr(diffusers, class_name):
         raise UserError(f"{folder / 'config.json'} names the class {class_name!r}, which diffusers does not have")
     stored = folder_dtype(folder)
-    with one_line(model):
+    with one_line(f"model {str(model)!r}"):
         return getattr(diffusers, class_name).from_pretrained(folder, dtype=dtype or stored)
 
 
@@ -180,14 +217,14 @@ def folder_dtype(folder: Path) -> torch.dtype:
 
 
 @contextmanager
-def one_line(model: str | Path) -> Iterator[None]:
-    """Turns what diffusers and transformers say about a damaged folder into one line."""
+def one_line(what: str) -> Iterator[None]:
+    """Turns what diffusers, transformers and peft say about damaged files into one line."""
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise UserError(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{what} cannot be loaded: {_first_line(error)}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -22,10 +22,17 @@ TASK_SHARES = {
 
 
 class SceneStream:
-    """Random training scenes with the index of their caption."""
+    """Random training scenes with the index of their caption; `stroke` is that of `scenes.draw`."""
 
-    def __init__(self, prompts: tuple[scenes.ScenePrompt, ...], device: torch.device, generator: torch.Generator):
+    def __init__(
+        self,
+        prompts: tuple[scenes.ScenePrompt, ...],
+        device: torch.device,
+        generator: torch.Generator,
+        stroke: float = 0.0,
+    ):
         scenes.refuse_held_out([prompt.prompt for prompt in prompts])
+        self.stroke = stroke
         self.prompts, self.device, self.generator = prompts, device, generator
         self.table = scenes.SceneTable.of(prompts, device)
         of_task = torch.tensor([scenes.TASKS.index(prompt.tag) for prompt in prompts])
@@ -37,7 +44,7 @@ class SceneStream:
         """Images [B, 3, H, W] in [-1, 1] and caption indices [B]."""
         u = torch.rand(count, device=self.device, generator=self.generator, dtype=torch.float64)
         index = torch.searchsorted(self.cumulative, u * self.cumulative[-1]).clamp(max=len(self.prompts) - 1)
-        images = scenes.draw(scenes.sample(self.table, index, self.generator), IMAGE_SIZE)
+        images = scenes.draw(scenes.sample(self.table, index, self.generator), IMAGE_SIZE, stroke=self.stroke)
         return images.float() / 127.5 - 1, index
 
 

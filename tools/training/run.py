@@ -41,13 +41,7 @@ def main(build: Callable[[int], DiffusionPipeline], student: type[Student], args
     """
     started = time.monotonic()
     rank, world, device = join_processes(args.device)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    # Of the fused attention kernels only this one survives its own backward pass at these shapes.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    if device.type == "cpu":
-        torch.compiler.set_stance("force_eager")
+    prepare(device)
     work = args.work
     progress, pipe, state = resume(work, build, args.seed, device)
 
@@ -118,7 +112,7 @@ def arguments(description: str | None, **defaults: float | bool) -> argparse.Nam
     parser.add_argument("--final-prompts", type=int, default=2048, help="held-out prompts of the last score")
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{"warmup": 400, "capture": True} | defaults)
     return parser.parse_args()
 
 
@@ -131,6 +125,17 @@ def join_processes(kind: str) -> tuple[int, int, torch.device]:
     if world > 1:
         dist.init_process_group("nccl", device_id=device)
     return rank, world, device
+
+
+def prepare(device: torch.device) -> None:
+    """Sets torch up for training."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    # Of the fused attention kernels only this one survives its own backward pass at these shapes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    if device.type == "cpu":
+        torch.compiler.set_stance("force_eager")
 
 
 def resume(
@@ -206,7 +211,7 @@ class Trainer:
 
     def advance(self, done: float) -> None:
         since = self.progress.steps - self.warmup_from
-        warmup = min(1.0, (since + 1) / 400)
+        warmup = min(1.0, (since + 1) / self.args.warmup)
         self.lr.fill_(self.args.lr * warmup * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))))
         if self.graph is None:
             self.step()
@@ -235,11 +240,11 @@ def synchronize(device: torch.device) -> None:
 def train(trainer: Trainer, deadline: float, say: Say, rank: int) -> None:
     args, progress, device = trainer.args, trainer.progress, trainer.bank.device
     compiled = time.monotonic()
-    if device.type == "cuda":
+    if device.type == "cuda" and args.capture:
         trainer.capture()
     synchronize(device)
     start = last = last_eval = time.monotonic()
-    say(f"step captured after {start - compiled:.0f} s; {deadline - start:.0f} s of training ahead")
+    say(f"step ready after {start - compiled:.0f} s; {deadline - start:.0f} s of training ahead")
     before = progress.seconds
     samples = progress.samples
     stop = torch.zeros(2, device=device)
@@ -250,7 +255,7 @@ def train(trainer: Trainer, deadline: float, say: Say, rank: int) -> None:
             done = (before + now - start) / (60 * args.planned_minutes)
             if args.last:
                 begun = before / (60 * args.planned_minutes)
-                done = begun + (1 - begun) * (now - start) / (deadline - start)
+                done = begun + (1 - begun) * max((now - start) / (deadline - start), count / args.max_steps)
             ended = now > deadline or done >= 1
             if trainer.world > 1:
                 stop.copy_(torch.tensor([float(ended), done], device=device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +39,11 @@ Attention = Annotated[
         show_default="the model's",
     ),
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option("--lora", metavar="LORA", help="A .safetensors file, or the embedded `outline`.", show_default=False),
+]
+Strength = Annotated[float, typer.Option("--lora-strength", help="Of the LoRA; negative turns it round.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="How many prompts.", show_default=False)]
@@ -88,18 +94,37 @@ def settings(
     device: str,
     dtype: str,
     attention: str | None = None,
+    lora: str | None = None,
+    strength: float = 1.0,
 ) -> Settings:
     """The drawing settings that the options ask for.
 
     Raises:
-        UserError: for a path, device, dtype or attention that does not exist or is not here.
+        UserError: for a path, device, dtype, attention or LoRA that does not exist or is not here.
     """
     from bittern.evaluation.drawing import Settings
     from bittern.integrations.attention import check_name
+    from bittern.pipelines import resolve_lora
 
     if attention is not None:
         check_name(attention)
-    return Settings(seed, steps, batch_size, forced_path(path), resolve_device(device), resolve_dtype(dtype), attention)
+    if lora is not None:
+        resolve_lora(lora)
+    if lora is None and strength != 1:
+        raise UserError(f"--lora-strength {strength:g} is that of a LoRA: give --lora as well, or leave it out")
+    if not math.isfinite(strength):
+        raise UserError(f"--lora-strength {strength:g}: expected a finite number, such as 0.5")
+    return Settings(
+        seed,
+        steps,
+        batch_size,
+        forced_path(path),
+        resolve_device(device),
+        resolve_dtype(dtype),
+        attention,
+        lora,
+        strength,
+    )
 
 
 def forced_path(path: str) -> str | None:

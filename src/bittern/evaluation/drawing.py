@@ -40,6 +40,8 @@ class Settings:
         device: where a model that is loaded by name runs.
         dtype: what a model that is loaded by name computes in.
         attention: one of diffusers' attention backends; None leaves every model its own.
+        lora: a LoRA for a model that is loaded by name: a file, its folder, or an embedded LoRA's name.
+        strength: of that LoRA.
     """
 
     seed: int = 0
@@ -49,6 +51,8 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     attention: str | None = None
+    lora: str | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Drawing:
         attention: the attention backend; "torch" for a model that asks torch directly.
         forced: the arithmetic that every few-bit layer was told to take, or "auto".
         batch_size: how many pictures denoised together, in the order of the prompts.
+        lora: the LoRA that was loaded for them.
+        strength: of that LoRA.
     """
 
     model: str
@@ -84,6 +90,8 @@ class Drawing:
     attention: str
     forced: str = "auto"
     batch_size: int = 1
+    lora: str | None = None
+    strength: float = 1.0
 
     @property
     def path(self) -> str:
@@ -94,8 +102,10 @@ class Drawing:
         """What a picture's file says about its making, all that it takes to draw it again."""
         height, width = self.images.shape[-2:]
         first = index - index % self.batch_size
+        lora = {"lora": self.lora, "strength": self.strength} if self.lora else {}
         return {
             "model": self.model,
+            **lora,
             "prompt": self.prompts[index],
             "seed": self.seed + index,
             "steps": self.steps,
@@ -170,6 +180,8 @@ class Artist:
             attention=attention.chosen(denoiser),
             forced=settings.path or "auto",
             batch_size=batch_size,
+            lora=settings.lora,
+            strength=settings.strength,
         )
 
 
@@ -189,7 +201,11 @@ def artist(
     """
     settings = settings or Settings()
     name = name or (model if isinstance(model, str) else type(model).__name__)
+    if settings.lora is not None:
+        pipelines.resolve_lora(settings.lora)  # before a model is loaded for it
     pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
+    if settings.lora is not None and isinstance(model, str):
+        pipelines.load_lora(pipe, settings.lora, settings.strength)
     denoiser = component(pipe)
     try:
         with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):

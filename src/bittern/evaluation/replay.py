@@ -54,7 +54,7 @@ def replay(
     Args:
         file: a PNG that bittern wrote.
         model: another model to draw it with; by default the one that is named in the file.
-        settings: the device; and what is to be other than in the file: steps, path, dtype, attention. The seed is
+        settings: the device; and what is to be other than in the file: steps, path, dtype, attention, LoRA. The seed is
             always the file's.
         progress: called as the picture advances.
 
@@ -73,6 +73,8 @@ def replay(
         dtype=given.dtype or {name: dtype for dtype, name in DTYPE_NAMES.items()}.get(told.get("dtype", "")),
         attention=given.attention or _backend(told.get("attention", "torch")),
         batch_size=None,
+        lora=given.lora or told.get("lora"),
+        strength=given.strength if given.lora else _strength(told.get("strength", "1.0"), file),
     )
     name = model or told["model"]
     check_request([told["prompt"]], chosen.seed, chosen.steps, None)
@@ -116,6 +118,13 @@ def _batch(text: str, file: Path) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--replay {file} says batch {text!r}: expected one such as '3 of 16'; draw it anew")
     return int(match[1]), int(match[2])
+
+
+def _strength(text: str, file: Path) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--replay {file} says strength {text!r}: expected a number; draw it anew") from None
 
 
 def _backend(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from bittern.evaluation.scenes.detect import Detection, detect
 from bittern.evaluation.scenes.draw import MAX_OBJECTS, PALETTE, SceneBatch, SceneTable, draw, sample
 from bittern.evaluation.scenes.judge import judge, satisfies
+from bittern.evaluation.scenes.outline import Outlines, has_edges, outlines
 from bittern.scene_prompts import (
     COLORS,
     GROUNDS,
@@ -24,6 +25,7 @@ __all__ = [
     "SHAPES",
     "TASKS",
     "Detection",
+    "Outlines",
     "SceneBatch",
     "SceneObject",
     "ScenePrompt",
@@ -31,8 +33,10 @@ __all__ = [
     "detect",
     "draw",
     "every_prompt",
+    "has_edges",
     "held_out",
     "judge",
+    "outlines",
     "refuse_held_out",
     "sample",
     "satisfies",

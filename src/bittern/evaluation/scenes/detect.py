@@ -43,7 +43,7 @@ def detect(image: UInt8[Tensor, "3 h w"]) -> list[Detection]:
     Raises:
         UserError: scipy, of the extra `metrics`, is not installed.
     """
-    ndimage = _ndimage()
+    ndimage = scipy_ndimage()
     names = (*COLORS, *GROUNDS)
     palette = np.array([PALETTE[name] for name in names], dtype=np.float32)
     # The erosion takes a pixel all round: of a small picture that would be the arms of a small star.
@@ -71,7 +71,12 @@ def detect(image: UInt8[Tensor, "3 h w"]) -> list[Detection]:
     return sorted(found, key=lambda item: -item.overlap)
 
 
-def _ndimage() -> Any:
+def scipy_ndimage() -> Any:
+    """`scipy.ndimage`.
+
+    Raises:
+        UserError: scipy, of the extra `metrics`, is not installed.
+    """
     try:
         from scipy import ndimage
     except ImportError:
@@ -100,7 +105,7 @@ def _stretch(mask: np.ndarray) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    ndimage = _ndimage()
+    ndimage = scipy_ndimage()
     size = 256
     count = len(SHAPES)
     shape = torch.arange(count)[:, None].expand(-1, 4)

@@ -155,8 +155,15 @@ def _related(layouts: Tensor, radius: Tensor, relation: Tensor) -> Tensor:
     return (relation == 0)[:, None] | (clear & (across < 0.6 * along))
 
 
-def draw(scenes: SceneBatch, size: int = 128) -> UInt8[Tensor, "b 3 size size"]:
-    """Draw scenes as 8-bit RGB images of `size` pixels a side, on the scenes' device."""
+def draw(scenes: SceneBatch, size: int = 128, *, stroke: float = 0.0) -> UInt8[Tensor, "b 3 size size"]:
+    """Draw scenes as 8-bit RGB images on the scenes' device.
+
+    Args:
+        scenes: what to draw.
+        size: pixels a side.
+        stroke: width of a line along the inside of every edge, of the image side, that is drawn in place of the
+            filled shape; 0 fills. A ring, which is its own outline, is the same with either.
+    """
     device = scenes.center.device
     axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size
     yy, xx = torch.meshgrid(axis, axis, indexing="ij")
@@ -168,8 +175,11 @@ def draw(scenes: SceneBatch, size: int = 128) -> UInt8[Tensor, "b 3 size size"]:
     for slot in range(MAX_OBJECTS):
         radius = scenes.radius[:, slot, None, None, None]
         local = (pixels - scenes.center[:, slot, None, None]) / (radius * _FIELD_EXTENT)
-        field = _sample_field(atlas, scenes.shape[:, slot], local)
-        coverage = (0.5 - field * radius[..., 0] * size).clamp(0, 1)
+        field = _sample_field(atlas, scenes.shape[:, slot], local) * radius[..., 0]
+        if stroke:
+            hollow = torch.maximum(field, -field - stroke)
+            field = torch.where((scenes.shape[:, slot] == SHAPES.index("ring"))[:, None, None], field, hollow)
+        coverage = (0.5 - field * size).clamp(0, 1)
         coverage = (coverage * (slot < scenes.count)[:, None, None])[:, None]
         image = torch.lerp(image, colors[scenes.color[:, slot]][:, :, None, None], coverage)
     return image.round().to(torch.uint8)
