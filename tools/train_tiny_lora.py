@@ -183,7 +183,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fit-steps", type=int, default=12, help="of a scene's latents")
     parser.add_argument("--fit-seconds", type=float, default=20.0, help="no further latents are begun after them")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--warmup", type=int, default=20, help="steps")
