@@ -44,13 +44,14 @@ PLAIN = {"rank": 0, "rounds": 0, "smoothing": "none", "shift": 0.0}
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe with changes, run on a forced path."""
+    """A recipe with changes, or bent to a size, run on a forced path."""
 
     name: str
     recipe: str
     path: str
     changes: dict[str, Any]
     baseline: str | None = None
+    fit: str | None = None
 
 
 def cases() -> list[Case]:
@@ -64,6 +65,9 @@ def cases() -> list[Case]:
     for rank in (32, 16, "1/96"):
         changes = {"default": {"rank": rank}}
         out.append(Case(f"svdquant-fast rank {rank}", "svdquant-fast", "a4", changes, ROUNDING))
+    # Rank 16's bytes, a size between, and rank 32's.
+    for size in ("7.8171MB", "8.4MB", "9.0296MB"):
+        out.append(Case(f"svdquant-fast --fit {size}", "svdquant-fast", "a4", {}, ROUNDING, size))
     out += [
         Case("svdquant-fast rank 32, 8-bit path", "svdquant-fast", "auto", {}, ROUNDING),
         Case("ternary absmean per row", "ternary-fast", "auto", {"default": ROUND_TERNARY}),
@@ -97,7 +101,7 @@ class Trajectory:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-flux")
-    parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None)
@@ -130,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if key in rows:
             continue
         put(pipe, copy.deepcopy(dense))
-        report = bittern.quantize(pipe, recipes.load(case.recipe).override(**case.changes))
+        report = bittern.quantize(pipe, recipes.load(case.recipe).override(**case.changes), fit=case.fit)
         if case.name == ROUNDING:
             round_as_published(component(pipe))
         else:
@@ -139,6 +143,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = fidelity(images, reference, borders="inside")
         rows[key] = {
             "bits_per_weight": round(report.bits_per_weight, 3),
+            "file_bytes": report.file_bytes,
             "psnr": round(found.mean_psnr.mean, 2),
             "psnr_stderr": round(found.mean_psnr.stderr, 2),
             "psnr_each": [round(value, 2) for value in found.psnr],
