@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT, HEAD = 780, 380, 48
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 34, 46
-LEAST, MOST = 1.5, 9.5  # bits per weight
+LEAST, MOST = 1.4, 9.5  # bits per weight
 TICKS = (1.6, 2, 3, 4, 5, 6, 7, 8, 9)
 INK, FAINT, GRID, PAPER = "#22262b", "#5b636d", "#e3e3de", "#fbfbf9"
 COLORS = {
