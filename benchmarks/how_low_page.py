@@ -55,7 +55,7 @@ def tables(record: Row) -> Iterator[str]:
     if place["images"] < ENOUGH:
         yield (
             f"**A rehearsal: {place['images']} pictures, calibrated on {place['samples']} samples. It shows "
-            "the form of the table; its scores tell nothing.**\n"
+            "the form of the table, and no number of it tells anything.**\n"
         )
     yield (
         f"{place['images']} held-out prompts, {place['steps']} steps, calibrated on {place['samples']} samples, "
@@ -104,9 +104,9 @@ def _warnings(rows: dict[str, Row]) -> Iterator[str]:
         if "training" in row:
             seen = row["training"]
             yield (
-                f"{name} on training prompts: {_score(seen['overall'])}, where 16 bits have "
-                f"{_score(seen[REFERENCE]['overall'])} (difference {_difference(seen)}). On held-out prompts: "
-                f"{_score(row['overall'])} and {_score(rows[REFERENCE]['overall'])} ({_difference(row)}).\n"
+                f"{name} on prompts of the training side: {_score(seen['overall'])}, where 16 bits have "
+                f"{_score(seen[REFERENCE]['overall'])}; difference {_difference(seen)}. On held-out prompts: "
+                f"{_score(row['overall'])} and {_score(rows[REFERENCE]['overall'])}; {_difference(row)}.\n"
             )
 
 

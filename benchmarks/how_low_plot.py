@@ -112,7 +112,7 @@ def _panel(panel: Panel, what: str, top: float) -> Iterator[str]:
         yield f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{FAINT}" stroke-dasharray="5 4"/>'
         yield _text(WIDTH - RIGHT - 4, base, name, FAINT, "end")
         taken.append((WIDTH - RIGHT - 4 - 0.55 * SIZE * len(name), base - SIZE, WIDTH - RIGHT, base + 2))
-    yield from _series(panel.points, x, y)
+    yield from _series(panel.points, x, lambda value: min(max(y(value), ceiling), floor))
     yield from _labels(panel.points, x, y, taken, (LEFT, ceiling, WIDTH - RIGHT, floor))
 
 

@@ -170,7 +170,7 @@ def test_the_table_says_what_was_kept_and_warns_of_a_rehearsal() -> None:
     assert "A rehearsal: 2 pictures" in text
     assert "| int8 |  | 8.25 | 3.00 (no format) | 20.00 ± 0.50 | 0.800 ± 0.010 | 100.0 % | +0.000 (-0.100 to" in text
     assert "| learned |  | 1.67 | 3.00 | 20.00 ± 0.50 | 0.600 ± 0.010 | 75.0 % |" in text
-    assert "learned on training prompts: 0.700 ± 0.010, where 16 bits have 0.800 ± 0.020" in text
+    assert "learned on prompts of the training side: 0.700 ± 0.010, where 16 bits have 0.800 ± 0.020" in text
     rows["ternary"] = _row(1.67, 0.4, psnr_each=[20.0, 22.0])
     rows["absmean rounding"] = _row(1.67, 0.0, psnr_each=[14.0, 15.0])
     text = "\n".join(how_low_page.tables(_record("tiny-flux", rows)))
