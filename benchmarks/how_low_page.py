@@ -12,6 +12,7 @@ from typing import Any
 
 from how_low_plot import Panel, Point, picture
 from how_low_variants import REFERENCE
+from quality import gain_over
 
 from bittern.evaluation.scenes import TASKS
 from bittern.outputs import write_text
@@ -23,7 +24,7 @@ AIM = {"tiny-flux": 0.97, "tiny-unet": 0.95}
 """The share of the 16-bit score that ternary weights are to keep."""
 ENOUGH = 1000
 """Pictures from which on a table is a result."""
-NOISE = "16 bit, other batches"
+NOISE, ROUNDING = "16 bit, other batches", "absmean rounding"
 
 
 def records() -> dict[str, Row]:
@@ -54,7 +55,7 @@ def tables(record: Row) -> Iterator[str]:
     if place["images"] < ENOUGH:
         yield (
             f"**A rehearsal: {place['images']} pictures, calibrated on {place['samples']} samples. It shows "
-            "the form of the table; its scores tell nothing.**\n"
+            "the form of the table, and no number of it tells anything.**\n"
         )
     yield (
         f"{place['images']} held-out prompts, {place['steps']} steps, calibrated on {place['samples']} samples, "
@@ -72,6 +73,7 @@ def tables(record: Row) -> Iterator[str]:
             f"| {psnr} | {_score(row['overall'])} | {_kept(row, rows)} | {_difference(row)} |"
         )
     yield ""
+    yield from _recovered(rows)
     yield from _warnings(rows)
     tasks = " | ".join(task.replace("_", " ") for task in TASKS)
     yield f"| {place['model']}: score by task, interval of the difference | {tasks} |"
@@ -82,15 +84,29 @@ def tables(record: Row) -> Iterator[str]:
     yield ""
 
 
+def _recovered(rows: dict[str, Row]) -> Iterator[str]:
+    """What the recipes make good of that which plain rounding loses."""
+    rounding, whole = rows.get(ROUNDING), rows[REFERENCE]["overall"]["mean"]
+    if rounding is None:
+        return
+    lost = whole - rounding["overall"]["mean"]
+    for name in ("ternary-fast", "ternary", "ternary-distilled"):
+        if name in rows:
+            back = rows[name]["overall"]["mean"] - rounding["overall"]["mean"]
+            share = f"; of the score that rounding loses {100 * back / lost:.0f} % is back" if lost > 0 else ""
+            yield f"- {name} over {ROUNDING}: {gain_over(rows[name], rounding)} dB, picture by picture{share}."
+    yield ""
+
+
 def _warnings(rows: dict[str, Row]) -> Iterator[str]:
     """What was trained, on prompts that it has learned."""
     for name, row in rows.items():
         if "training" in row:
             seen = row["training"]
             yield (
-                f"{name} on training prompts: {_score(seen['overall'])}, where 16 bits have "
-                f"{_score(seen[REFERENCE]['overall'])} (difference {_difference(seen)}). On held-out prompts: "
-                f"{_score(row['overall'])} and {_score(rows[REFERENCE]['overall'])} ({_difference(row)}).\n"
+                f"{name} on prompts of the training side: {_score(seen['overall'])}, where 16 bits have "
+                f"{_score(seen[REFERENCE]['overall'])}; difference {_difference(seen)}. On held-out prompts: "
+                f"{_score(row['overall'])} and {_score(rows[REFERENCE]['overall'])}; {_difference(row)}.\n"
             )
 
 

@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT, HEAD = 780, 380, 48
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 34, 46
-LEAST, MOST = 1.5, 9.5  # bits per weight
+LEAST, MOST = 1.4, 9.5  # bits per weight
 TICKS = (1.6, 2, 3, 4, 5, 6, 7, 8, 9)
 INK, FAINT, GRID, PAPER = "#22262b", "#5b636d", "#e3e3de", "#fbfbf9"
 COLORS = {
@@ -112,7 +112,7 @@ def _panel(panel: Panel, what: str, top: float) -> Iterator[str]:
         yield f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="{FAINT}" stroke-dasharray="5 4"/>'
         yield _text(WIDTH - RIGHT - 4, base, name, FAINT, "end")
         taken.append((WIDTH - RIGHT - 4 - 0.55 * SIZE * len(name), base - SIZE, WIDTH - RIGHT, base + 2))
-    yield from _series(panel.points, x, y)
+    yield from _series(panel.points, x, lambda value: min(max(y(value), ceiling), floor))
     yield from _labels(panel.points, x, y, taken, (LEFT, ceiling, WIDTH - RIGHT, floor))
 
 

@@ -109,45 +109,43 @@ class Variant:
 
 
 def variants(model: str, given: Path | None, convolutions: bool) -> list[Variant]:
-    """All rows but the reference, from many bits to few.
+    """All rows but the reference; first those that a run cut short must have.
 
     Args:
         model: The 16-bit model's name.
         given: The folder of a distilled model, a whole pipeline or the denoiser alone; None for the embedded one.
         convolutions: Whether the model has convolutions that are quantized.
     """
-    both = ("auto", "a4")
-    found = [
-        Variant("16 bit, other batches", "16 bit", lambda _: {"bits_per_weight": 16.0}),
-        Variant("int8, rounding", "int8", int8),
-        Variant("int4", "int4", ours("int4", {})),
-        Variant("int4-gptq", "int4", ours("int4-gptq", {})),
-    ]
-    for recipe in ("svdquant-fast", "svdquant"):
-        for rank in peers_quality.RANKS:
-            build = ours(recipe, {"default": {"rank": rank}})
-            found.append(Variant(f"{recipe}, rank {rank}", recipe, build, both))
-    found += [
-        Variant("two ternary planes", "two planes", two_planes),
-        Variant("ternary, rank 16", "ternary", ternary(rank=16)),
-        Variant("ternary, smoothing, rank 16", "ternary", ternary(rank=16, smoothing="columns")),
-        Variant("ternary, rank 1/96", "ternary", ternary(rank="1/96")),
-        Variant("ternary, groups of 64", "ternary", ternary(group_size=64)),
-        Variant("ternary, groups of 128", "ternary", ternary(group_size=128)),
-        Variant("ternary, smoothing", "ternary", ternary(smoothing="columns")),
-        Variant("ternary", "ternary", ternary()),
-        Variant("ternary-fast, groups of 64", "ternary-fast", ternary("ternary-fast", group_size=64)),
-        Variant("ternary-fast", "ternary-fast", ternary("ternary-fast")),
-        Variant("absmean rounding", "absmean", ternary("ternary-fast", codes="absmean")),
-    ]
-    if convolutions:
-        shipped = ours("ternary", {"default": TERNARY})
-        found.append(Variant("ternary, int4 convolutions", "ternary", shipped))
+    found: list[Variant] = []
     place = distilled_folder(model, given)
     if place is not None:
         stamp = hashlib.sha256(b"".join(file.read_bytes() for file in weight_files(place))).hexdigest()[:16]
-        build = distilled(place)
-        found.append(Variant("ternary-distilled", "distilled", build, learned=True, stamp=stamp))
+        found.append(Variant("ternary-distilled", "distilled", distilled(place), learned=True, stamp=stamp))
+    found += [
+        Variant("absmean rounding", "absmean", ternary("ternary-fast", codes="absmean")),
+        Variant("ternary", "ternary", ternary()),
+        Variant("ternary-fast", "ternary-fast", ternary("ternary-fast")),
+        Variant("int4-gptq", "int4", ours("int4-gptq", {})),
+        Variant("int4", "int4", ours("int4", {})),
+        Variant("int8, rounding", "int8", int8),
+        Variant("two ternary planes", "two planes", two_planes),
+    ]
+    for rank in peers_quality.RANKS:
+        for recipe in ("svdquant", "svdquant-fast"):
+            build = ours(recipe, {"default": {"rank": rank}})
+            found.append(Variant(f"{recipe}, rank {rank}", recipe, build, ("auto", "a4")))
+    found += [
+        Variant("ternary, groups of 128", "ternary", ternary(group_size=128)),
+        Variant("ternary, groups of 64", "ternary", ternary(group_size=64)),
+        Variant("ternary, smoothing", "ternary", ternary(smoothing="columns")),
+        Variant("ternary, rank 1/96", "ternary", ternary(rank="1/96")),
+        Variant("ternary, rank 16", "ternary", ternary(rank=16)),
+        Variant("ternary, smoothing, rank 16", "ternary", ternary(rank=16, smoothing="columns")),
+        Variant("ternary-fast, groups of 64", "ternary-fast", ternary("ternary-fast", group_size=64)),
+        Variant("16 bit, other batches", "16 bit", lambda _: {"bits_per_weight": 16.0}),
+    ]
+    if convolutions:
+        found.append(Variant("ternary, int4 convolutions", "ternary", ours("ternary", {"default": TERNARY})))
     return found
 
 

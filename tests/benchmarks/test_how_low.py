@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -169,7 +170,12 @@ def test_the_table_says_what_was_kept_and_warns_of_a_rehearsal() -> None:
     assert "A rehearsal: 2 pictures" in text
     assert "| int8 |  | 8.25 | 3.00 (no format) | 20.00 ± 0.50 | 0.800 ± 0.010 | 100.0 % | +0.000 (-0.100 to" in text
     assert "| learned |  | 1.67 | 3.00 | 20.00 ± 0.50 | 0.600 ± 0.010 | 75.0 % |" in text
-    assert "learned on training prompts: 0.700 ± 0.010, where 16 bits have 0.800 ± 0.020" in text
+    assert "learned on prompts of the training side: 0.700 ± 0.010, where 16 bits have 0.800 ± 0.020" in text
+    rows["ternary"] = _row(1.67, 0.4, psnr_each=[20.0, 22.0])
+    rows["absmean rounding"] = _row(1.67, 0.0, psnr_each=[14.0, 15.0])
+    text = "\n".join(how_low_page.tables(_record("tiny-flux", rows)))
+    gained = "+6.50 ± 0.50 dB, picture by picture; of the score that rounding loses 50 % is back"
+    assert f"- ternary over absmean rounding: {gained}." in text
     many = "\n".join(how_low_page.tables(_record("tiny-flux", rows, images=2048)))
     assert "rehearsal" not in many
 
@@ -182,8 +188,24 @@ def test_points_stand_where_their_numbers_say() -> None:
     (x1, y1), (x2, y2) = spots
     level = float(re.search(r"M58 ([\d.]+)H762\" stroke=\"#5b636d\"", text)[1])
     assert level == pytest.approx((y1 + y2) / 2, abs=0.1) and y2 < y1
-    octave = (how_low_plot.WIDTH - how_low_plot.LEFT - how_low_plot.RIGHT) / torch.tensor(9.5 / 1.5).log2().item()
+    plot = how_low_plot
+    octave = (plot.WIDTH - plot.LEFT - plot.RIGHT) / math.log2(plot.MOST / plot.LEAST)
     assert x2 - x1 == pytest.approx(octave, abs=0.2)
+
+
+def test_kept_scores_are_those_of_the_kept_pictures() -> None:
+    for model, record in how_low_page.records().items():
+        world = scenes.held_out(record["environment"]["images"])
+        assert record["environment"]["model"] == model
+        for name, row in record["rows"].items():
+            right = {task: [] for task in row["tasks"]}
+            for prompt, said in zip(world, row["right"], strict=True):
+                right[prompt.tag].append(float(said))
+            shares = {task: sum(each) / len(each) for task, each in right.items()}
+            assert {task: each["mean"] for task, each in row["tasks"].items()} == pytest.approx(shares, abs=1e-3), name
+            assert row["overall"]["mean"] == pytest.approx(sum(shares.values()) / len(shares), abs=1e-3), name
+            if "psnr" in row:
+                assert row["psnr"] == pytest.approx(sum(row["psnr_each"]) / len(world), abs=0.06), name
 
 
 def test_the_page_is_made_of_the_results() -> None:
