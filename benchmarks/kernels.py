@@ -242,7 +242,7 @@ def prologues(bench: Bench) -> None:
     for m, k, predicted in bench.cases(PROLOGUES, 0):
         case = f"{m}x{k}"
         floor = 3 * m * k / BANDWIDTH * 1e3
-        smooth = torch.rand(k, device="cuda", dtype=BF16) + 0.5
+        smooth = 1 / (torch.rand(k, device="cuda") + 0.5)
         down = torch.randn(RANK, k, device="cuda", dtype=BF16)
         data = [torch.randn(m, k, device="cuda", dtype=BF16) for _ in sets(3 * m * k)]
         codes = [torch.empty(m, k, device="cuda", dtype=FP8) for _ in data]

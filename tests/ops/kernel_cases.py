@@ -117,6 +117,8 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
         width = want.values.shape[1] + 40
         out = torch.full((N, width), 77, device=DEVICE).to(linear.CODES[format])
         scales = torch.full((N,), float("nan"), device=DEVICE)
+        smooth = None if there.smooth is None else there.smooth[segment.logical]
+        reciprocals = None if smooth is None else torch.full((len(smooth),), float("nan"), device=DEVICE)
         unpack_segment(
             there.codes,
             there.scales,
@@ -125,7 +127,11 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
             out,
             scales,
             config.unpack_for(config.device_of(torch.device(DEVICE)), width, layer.group_size is not None),
+            smooth=smooth,
+            reciprocals=reciprocals,
         )
+        if smooth is not None and reciprocals is not None:
+            assert torch.equal(reciprocals, smooth.float().reciprocal())
         assert torch.equal(out.float().cpu()[:, : width - 40], want.values)
         assert not out.float()[:, width - 40 :].any()
         assert want.scale is not None and torch.equal(scales.cpu(), want.scale[:, 0])

@@ -172,7 +172,7 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
         capability,
         {
             "x": f"tensordesc<bf16[{chosen.block_m},{chosen.block_k}]>" if descriptors else "*bf16",
-            "smooth": "*bf16",
+            "reciprocals": "*fp32",
             "down": f"tensordesc<bf16[32,{chosen.block_k}]>" if descriptors else "*bf16",
             "codes": "*" + kind,
             "scales": "*fp32",
@@ -197,7 +197,14 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
     compiled = build(
         unpack.unpack_kernel,
         capability,
-        {"codes": "*u8", "scales": "*bf16", "out": "*" + kind, "column_scales": "*fp32"},
+        {
+            "codes": "*u8",
+            "scales": "*bf16",
+            "out": "*" + kind,
+            "column_scales": "*fp32",
+            "smooth": "*bf16",
+            "reciprocals": "*fp32",
+        },
         {
             "PER_BYTE": 2,
             "GROUP": 64,
@@ -205,6 +212,7 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
             "EVEN": True,
             "LARGEST": 8,
             "GROUPS": 64,
+            "SMOOTH": True,
             "BLOCK_N": unpacking.block_n,
             "BLOCK_K": unpacking.block_k,
             "STAGES": unpacking.stages,

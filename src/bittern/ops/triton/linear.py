@@ -1,6 +1,6 @@
 """The layer put together from the kernels: what the registry runs for a path.
 
-    a8    per segment: prologue -> codes, scales, low;  per segment: unpack -> 8-bit weight;  one GEMM
+    a8    per segment: unpack -> 8-bit weight, 1 / s;  prologue -> codes, scales, low;  then one GEMM
     a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   few tokens: per segment one pass over the packed weight;  more: a 16-bit weight, and the vendor's GEMM
 
@@ -140,26 +140,18 @@ class EightBits(LayerPlan):
         bounds = scratch_bounds(call.layout)
         width, count = bounds[-1][1], len(bounds)
         rank = 0 if call.up is None else call.up.shape[1]
-        a, b, row_scales, column_scales, low = recorder.scratch(
+        a, b, row_scales, column_scales, low, reciprocals = recorder.scratch(
             device,
             ((m, width), CODES[call.path]),
             ((n, width), CODES[call.path]),
             ((count, m), torch.float32),
             ((count, n), torch.float32),
             ((m, rank), torch.float32),
+            ((width,), torch.float32),
         )
         for i, (x, segment, (start, stop)) in enumerate(zip(call.inputs, call.layout, bounds, strict=True)):
-            quantize_rows(
-                x,
-                call.smooth[i],
-                call.down[i],
-                recorder.part(a, a[:, start:stop]),
-                recorder.part(row_scales, row_scales[i]),
-                low if rank else None,
-                config.prologue_for(here, m),
-                accumulate=i > 0,
-                launch=recorder.launch,
-            )
+            smooth = call.smooth[i]
+            inverse = None if smooth is None else recorder.part(reciprocals, reciprocals[start : start + len(smooth)])
             unpack_segment(
                 call.codes,
                 call.scales,
@@ -168,6 +160,19 @@ class EightBits(LayerPlan):
                 recorder.part(b, b[:, start:stop]),
                 recorder.part(column_scales, column_scales[i]),
                 config.unpack_for(here, x.shape[-1], grouped),
+                smooth=smooth,
+                reciprocals=inverse,
+                launch=recorder.launch,
+            )
+            quantize_rows(
+                x,
+                inverse,
+                call.down[i],
+                recorder.part(a, a[:, start:stop]),
+                recorder.part(row_scales, row_scales[i]),
+                low if rank else None,
+                config.prologue_for(here, m),
+                accumulate=i > 0,
                 launch=recorder.launch,
             )
         first = bounds[0][1]
@@ -376,7 +381,14 @@ def quantize_activations(
     scales = torch.empty(len(flat), 1, dtype=torch.float32, device=x.device)
     low = torch.empty(len(flat), 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
     if len(flat):
+        reciprocals = None if smooth is None else smooth.float().reciprocal()
         quantize_rows(
-            flat, smooth, down, codes, scales[:, 0], low, config.prologue_for(config.device_of(x.device), len(flat))
+            flat,
+            reciprocals,
+            down,
+            codes,
+            scales[:, 0],
+            low,
+            config.prologue_for(config.device_of(x.device), len(flat)),
         )
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])

@@ -1,6 +1,6 @@
 """Activations to 8-bit codes, with the low-rank down-projection, in one read of x.
 
-The maths, for M tokens of K inputs and rank R (the reference's `quantize_activations`):
+The maths, for M tokens of K inputs and rank R (the reference's `quantize_activations`), given 1 / s:
 
     u = x · (1 / s)                      scale = max(amax_k |u|, tiny) · (1 / limit)
     codes = round(u · (1 / scale))       low = x · D^T, summed in float32
@@ -33,14 +33,13 @@ from bittern.ops.triton.numerics import (
     larger_magnitude,
     product,
     reciprocal,
-    reciprocal_of_smooth,
     scale_of,
 )
 
 
 def quantize_rows(
     x: Tensor,
-    smooth: Tensor | None,
+    reciprocals: Tensor | None,
     down: Tensor | None,
     codes: Tensor,
     scales: Tensor,
@@ -53,7 +52,7 @@ def quantize_rows(
 
     Args:
         x: Inputs [M, K] in bf16 or float16, of any row stride.
-        smooth: Divides them [K].
+        reciprocals: Multiply them, float32 [K]: 1 over the smoothing.
         down: First factor of the branch [R, K], of any row stride.
         codes: int8 or e4m3 [M, width >= K]; what lies beyond K becomes 0.
         scales: float32 [M].
@@ -73,9 +72,9 @@ def quantize_rows(
     launch(
         prologue_kernel,
         (cdiv(m, config.block_m),),
-        (tokens, smooth, factors, codes, scales, low),
+        (tokens, reciprocals, factors, codes, scales, low),
         (m, k, width, x.stride(0), 0 if down is None else down.stride(0), codes.stride(0), rank),
-        SMOOTH=smooth is not None,
+        SMOOTH=reciprocals is not None,
         RANK=padded,
         FP8=codes.dtype == torch.float8_e4m3fn,
         ACCUMULATE=accumulate,
@@ -91,7 +90,7 @@ def quantize_rows(
 
 @triton.jit
 def _load(
-    x, x_rows, smooth, row_start, start, k, SMOOTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x, x_rows, reciprocals, row_start, start, k, SMOOTH: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of x, and of x / s; beyond K both are 0."""
@@ -105,17 +104,17 @@ def _load(
     smoothed = raw.to(tl.float32)
     if SMOOTH:
         if EVEN:
-            s = tl.load(smooth + columns)
+            inverse = tl.load(reciprocals + columns)
         else:
-            s = tl.load(smooth + columns, mask=columns < k, other=1.0)
-        smoothed *= reciprocal_of_smooth(s)[None, :]
+            inverse = tl.load(reciprocals + columns, mask=columns < k, other=1.0)
+        smoothed *= inverse[None, :]
     return raw, smoothed
 
 
 @triton.jit
 def prologue_kernel(
     x,
-    smooth,
+    reciprocals,
     down,
     codes,
     scales,
@@ -153,7 +152,7 @@ def prologue_kernel(
 
     peak = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
-        raw, smoothed = _load(x, x_rows, smooth, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
+        raw, smoothed = _load(x, x_rows, reciprocals, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
         peak = larger_magnitude(peak, smoothed)
         if RANK > 0:
             if DESCRIPTORS:
@@ -171,7 +170,7 @@ def prologue_kernel(
     inverse = reciprocal(scale)[:, None]
     for back in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         start = (tl.cdiv(width, BLOCK_K) - 1) * BLOCK_K - back
-        raw, smoothed = _load(x, x_rows, smooth, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
+        raw, smoothed = _load(x, x_rows, reciprocals, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
         columns = start + tl.arange(0, BLOCK_K)
         inside_codes = inside if EVEN else inside & (columns < width)[None, :]
         at = codes + wide[:, None] * stride_codes + columns[None, :]

@@ -50,7 +50,9 @@ def rules(family: str, kernel: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def _table(family: str) -> dict[str, Any]:
-    return json.loads(resources.files("bittern.ops.triton.tuned").joinpath(f"{family}.json").read_text(encoding="utf-8"))
+    return json.loads(
+        resources.files("bittern.ops.triton.tuned").joinpath(f"{family}.json").read_text(encoding="utf-8")
+    )
 
 
 @functools.cache
