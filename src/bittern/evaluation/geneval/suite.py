@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,23 +169,24 @@ def evaluate(
         }
     else:
         about |= {"images": str(Path(images).expanduser().resolve())}
-    _prepared(out, about, requests if images is None else [], shard, force=force)
     others: list[Picture] = []
-    if reference is not None and finished is None:
-        others = folder.pictures_of(out / _REFERENCE, requests, per_prompt)
-        told = about | {"model": _model_identity(reference)}
-        _prepared(out / _REFERENCE, told, requests, shard, force=False)
-    if images is None:
-        assert model is not None
-        _draw(model, out, pictures, settings, shard, progress)
-    if others:
-        assert reference is not None
-        _draw(reference, out / _REFERENCE, others, settings, shard, progress)
-    name = model if isinstance(model, str) or model is None else type(model).__name__
-    found = judge(name, out, pictures)
-    base = of_finished_run(reference, finished, requests, found) if finished else None
-    if others:
-        base = judge(reference, out / _REFERENCE, others)
+    with ExitStack() as held:
+        _prepared(out, about, requests if images is None else [], shard, held, force=force)
+        if reference is not None and finished is None:
+            others = folder.pictures_of(out / _REFERENCE, requests, per_prompt)
+            told = about | {"model": _model_identity(reference)}
+            _prepared(out / _REFERENCE, told, requests, shard, held, force=False)
+        if images is None:
+            assert model is not None
+            _draw(model, out, pictures, settings, shard, progress)
+        if others:
+            assert reference is not None
+            _draw(reference, out / _REFERENCE, others, settings, shard, progress)
+        name = model if isinstance(model, str) or model is None else type(model).__name__
+        found = judge(name, out, pictures)
+        base = of_finished_run(reference, finished, requests, found) if finished else None
+        if others:
+            base = judge(reference, out / _REFERENCE, others)
     if base is not None:
         _check_pair(found, base)
     return GenEval(
@@ -199,12 +201,16 @@ def evaluate(
     )
 
 
-def _prepared(out: Path, about: dict[str, Any], requests: Sequence[Request], shard: Shard, *, force: bool) -> None:
-    """The run's folder as the first process makes it."""
+def _prepared(
+    out: Path, about: dict[str, Any], requests: Sequence[Request], shard: Shard, held: ExitStack, *, force: bool
+) -> None:
+    """The run's folder as the first process makes it; every process holds it."""
     if shard.first:
-        folder.prepare(out, about, force=force)
+        folder.prepare(out, about, held, force=force)
         folder.lay_out(out, requests)
     shard.wait()
+    if not shard.first:
+        held.callback(folder.Claim(out, alone=False).release)
 
 
 def _draw(
