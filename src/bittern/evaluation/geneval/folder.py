@@ -123,7 +123,7 @@ def prepare(out: Path, run: Mapping[str, Any], held: ExitStack, *, force: bool) 
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {parent} is not writable; choose another place")
     if out.is_dir() and any(out.iterdir()):
-        before = _read_run(out)
+        before = read_run(out)
         if before is None:
             raise UserError(
                 f"--out {out} holds something else: --force replaces only evaluations; choose another folder"
@@ -206,7 +206,8 @@ def _deal_out(out: Path, ready: Path) -> None:
     ready.rmdir()
 
 
-def _read_run(out: Path) -> dict[str, Any] | None:
+def read_run(out: Path) -> dict[str, Any] | None:
+    """What the run in a folder is about; None where there is none."""
     try:
         run = json.loads((out / _RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -309,13 +310,13 @@ def picture_hash(file: Path) -> str:
         raise UserError(f"picture {file} cannot be read ({error.strerror}): draw or fetch it again") from error
 
 
-def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, bool]]:
-    """Prompt and verdict of every picture, from a results file, ours or the official scorer's.
+def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, str, bool]]:
+    """Task, prompt and verdict of every picture, from a results file, ours or the official scorer's.
 
     Raises:
         UserError: for a line that is not in the official form.
     """
-    found: dict[tuple[int, int], tuple[str, bool]] = {}
+    found: dict[tuple[int, int], tuple[str, str, bool]] = {}
     file = folder / RESULTS
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -323,7 +324,7 @@ def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, bool]]:
         try:
             value = json.loads(line)
             index, sample = _IN_RESULTS.findall(value["filename"])[0]
-            found[int(index), int(sample)] = (str(value["prompt"]), bool(value["correct"]))
+            found[int(index), int(sample)] = (str(value["tag"]), str(value["prompt"]), bool(value["correct"]))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{file}:{number} is no line of GenEval's results: write the file again") from error
     if not found:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PER_PROMPT = 4
-_REFERENCE = "reference"
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def evaluate(
     about = {"suite": "geneval", "metadata": hash_of(request.line for request in requests), "prompts": len(requests)}
     if images is None:
         about |= {
-            "model": _model_identity(model),
+            "model": model_identity(model),
             "images_per_prompt": per_prompt,
             **_drawing_identity(settings, shard),
         }
@@ -173,20 +173,20 @@ def evaluate(
     with ExitStack() as held:
         _prepared(out, about, requests if images is None else [], shard, held, force=force)
         if reference is not None and finished is None:
-            others = folder.pictures_of(out / _REFERENCE, requests, per_prompt)
-            told = about | {"model": _model_identity(reference)}
-            _prepared(out / _REFERENCE, told, requests, shard, held, force=False)
+            others = folder.pictures_of(out / REFERENCE, requests, per_prompt)
+            told = about | {"model": model_identity(reference)}
+            _prepared(out / REFERENCE, told, requests, shard, held, force=False)
         if images is None:
             assert model is not None
             _draw(model, out, pictures, settings, shard, progress)
         if others:
             assert reference is not None
-            _draw(reference, out / _REFERENCE, others, settings, shard, progress)
+            _draw(reference, out / REFERENCE, others, settings, shard, progress)
         name = model if isinstance(model, str) or model is None else type(model).__name__
         found = judge(name, out, pictures)
         base = of_finished_run(reference, finished, requests, found) if finished else None
         if others:
-            base = judge(reference, out / _REFERENCE, others)
+            base = judge(reference, out / REFERENCE, others)
     if base is not None:
         _check_pair(found, base)
     return GenEval(
@@ -250,7 +250,7 @@ def _check_pair(found: Judged, base: Judged) -> None:
         )
 
 
-def _model_identity(model: str | DiffusionPipeline | None) -> str:
+def model_identity(model: str | DiffusionPipeline | None) -> str:
     """What tells a model from another, and from the same folder with other weights."""
     if not isinstance(model, str):
         return type(model).__name__

@@ -172,7 +172,7 @@ def _official(picture: Picture, note: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def finished_run(reference: str | None) -> dict[tuple[int, int], tuple[str, bool]] | None:
+def finished_run(reference: str | None) -> dict[tuple[int, int], tuple[str, str, bool]] | None:
     """The verdicts of a reference that is a finished run's folder; None for a model."""
     place = None if reference is None else Path(reference).expanduser()
     if place is None or not (place / folder.RESULTS).is_file():
@@ -182,7 +182,7 @@ def finished_run(reference: str | None) -> dict[tuple[int, int], tuple[str, bool
 
 def of_finished_run(
     reference: str | None,
-    finished: Mapping[tuple[int, int], tuple[str, bool]],
+    finished: Mapping[tuple[int, int], tuple[str, str, bool]],
     requests: Sequence[Request],
     found: Judged,
 ) -> Judged:
@@ -194,7 +194,7 @@ def of_finished_run(
             raise UserError(
                 f"--reference {reference} has no verdict on sample {key[1]} of prompt {key[0]}: finish that run"
             )
-        text, right = finished[key]
+        _, text, right = finished[key]
         if text != prompt:
             raise UserError(
                 f"--reference {reference} drew {text!r} as prompt {key[0]} and not {prompt!r}: give a run of it"
