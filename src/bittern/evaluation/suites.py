@@ -21,6 +21,8 @@ from bittern.evaluation import clip, hosted, scenes
 from bittern.evaluation.drawing import Drawing, Settings, artist, check_models, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
 from bittern.evaluation.generate import check_request, to_pil
+from bittern.evaluation.published import weights as published_weights
+from bittern.evaluation.published.measure import Published, measure
 from bittern.evaluation.stats import (
     Difference,
     Estimate,
@@ -71,6 +73,7 @@ class Evaluation:
         fidelity: of the pictures to the reference's.
         departure: of the trajectory from the reference's, if the suite walks.
         clip: the model's CLIP score and the reference's, if a CLIP was given.
+        published: measures whose weights are published as torch files, if the suite takes them.
     """
 
     suite: str
@@ -82,6 +85,7 @@ class Evaluation:
     fidelity: Fidelity | None
     departure: Departure | None = None
     clip: tuple[Estimate, Estimate] | None = None
+    published: Published | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values. Keys are never renamed; a suite that does not measure one leaves it None."""
@@ -97,6 +101,7 @@ class Evaluation:
                 **fidelity_dict(self.fidelity),
                 **(self.departure.to_dict() if self.departure else {}),
                 **(_clip_dict(*self.clip) if self.clip else {}),
+                **(self.published.to_dict() if self.published else {}),
             },
             "images": len(drawing.prompts),
             "seed": drawing.seed,
@@ -194,6 +199,7 @@ def evaluate(
     limit: int | None = None,
     settings: Settings | None = None,
     clip_model: str | None = None,
+    weights: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a suite on a model.
@@ -206,6 +212,8 @@ def evaluate(
         limit: how many prompts; by default 120 on a CPU and 2,048 on a GPU, or the whole list that was given.
         settings: seed, steps and the rest, the same for both models.
         clip_model: of `fidelity`; a CLIP's folder or hub id, to tell how well pictures fit their prompts.
+        weights: of `fidelity`; a folder with the published weights of LPIPS, FID and ImageReward. By default torch's
+            own for downloads; what is not there is not measured.
         progress: called as the pictures advance.
 
     Raises:
@@ -223,6 +231,9 @@ def evaluate(
         raise UserError(f"limit {limit} leaves tasks without a prompt: expected at least {len(scenes.TASKS)}")
     if suite == "scenes" and clip_model is not None:
         raise UserError("suite scenes has a detector of its own: leave out --clip, or take --suite fidelity")
+    if suite == "scenes" and weights is not None:
+        raise UserError("suite scenes measures no LPIPS: leave out --weights, or take --suite fidelity")
+    place = published_weights.folder(weights)
     world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
     check_models(model, reference)
     judge = None if clip_model is None else hosted.locate(clip_model, clip.OPTION)
@@ -236,6 +247,7 @@ def evaluate(
     with artist(model, settings) as one:
         drawing = one.draw(texts, progress=progress)
         left = departure(one.pipe, trail, **way) if trail else None
+    near = _fidelity(drawing, other) if other else None
     score = score_scenes(drawing.images, world) if world and suite == "scenes" else None
     other_score = score_scenes(other.images, world) if other and world and score else None
     return Evaluation(
@@ -245,9 +257,10 @@ def evaluate(
         score=score,
         reference_score=other_score,
         difference=paired_difference(score.outcomes, other_score.outcomes) if score and other_score else None,
-        fidelity=_fidelity(drawing, other) if other else None,
+        fidelity=near,
         departure=left,
         clip=_clip_scores(judge, drawing, other, settings.device) if judge and other else None,
+        published=measure(drawing, other, settings.device, place) if other and suite == "fidelity" else None,
     )
 
 
