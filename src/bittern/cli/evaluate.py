@@ -255,6 +255,8 @@ def _tables(result: Evaluation) -> list[RenderableType]:
             f"first step {left.latents[0]:.4f}, half-way {left.latents[len(left.latents) // 2]:.4f}, at the end "
             f"{left.latents[-1]:.4f} ({left.prompts} prompts)"
         )
+    elif result.suite == "fidelity":
+        parts.append("velocity and latents not compared: the two denoisers are of different kinds")
     if result.clip:
         parts.append(
             "CLIP score {}, the reference's {}".format(*(f"{e.mean:.2f} ± {e.stderr:.2f}" for e in result.clip))

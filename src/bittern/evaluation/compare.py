@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bittern.errors import UserError
 from bittern.evaluation import results as runs_of
 from bittern.evaluation import scenes
-from bittern.evaluation.drawing import Drawing, Settings, check_models, draw, versions
+from bittern.evaluation.drawing import Drawing, Settings, artist, check_models, draw, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
 from bittern.evaluation.stats import Difference, paired_difference
 from bittern.evaluation.suites import (
@@ -140,8 +140,9 @@ def compare(
     base_score = score_scenes(base.images, judged) if judged else None
     entries: list[Entry] = []
     for model, run in zip(others, runs, strict=True):
-        drawing = draw(model, texts, settings, progress=progress)
-        check_sizes(drawing, base)
+        with artist(model, settings) as one:
+            check_sizes(one, base)
+            drawing = one.draw(texts, progress=progress)
         score = score_scenes(drawing.images, judged) if judged else None
         gap = paired_difference(score.outcomes, base_score.outcomes) if score and base_score else None
         near = fidelity(drawing.images, base.images)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
 from bittern.evaluation import clip, hosted, scenes
-from bittern.evaluation.drawing import Drawing, Settings, artist, check_models, versions
+from bittern.evaluation.drawing import Artist, Drawing, Settings, artist, check_models, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
 from bittern.evaluation.generate import check_request, to_pil
 from bittern.evaluation.published import weights as published_weights
@@ -31,7 +31,7 @@ from bittern.evaluation.stats import (
     proportion,
     unweighted_mean,
 )
-from bittern.evaluation.walk import MOST_PROMPTS, Departure, departure, walk
+from bittern.evaluation.walk import MOST_PROMPTS, Departure, departure, kind_of, walk
 from bittern.quantization import Progress
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Evaluation:
         reference_score: the reference's.
         difference: score minus reference score, paired.
         fidelity: of the pictures to the reference's.
-        departure: of the trajectory from the reference's, if the suite walks.
+        departure: of the trajectory from the reference's, if the suite walks and both denoisers are of one kind.
         clip: the model's CLIP score and the reference's, if a CLIP was given.
         published: measures whose weights are published as torch files, if the suite takes them.
     """
@@ -245,9 +245,12 @@ def evaluate(
             other = one.draw(texts, progress=progress)
             trail = walk(one.pipe, **way, keep_calls=True) if suite == "fidelity" else None
     with artist(model, settings) as one:
+        if other is not None:
+            check_sizes(one, other)
         drawing = one.draw(texts, progress=progress)
-        left = departure(one.pipe, trail, **way) if trail else None
-    near = _fidelity(drawing, other) if other else None
+        # Another family's denoiser cannot be asked at the reference's states, nor is its noise the same.
+        left = departure(one.pipe, trail, **way) if trail and trail.kind == kind_of(one.pipe) else None
+    near = fidelity(drawing.images, other.images) if other else None
     score = score_scenes(drawing.images, world) if world and suite == "scenes" else None
     other_score = score_scenes(other.images, world) if other and world and score else None
     return Evaluation(
@@ -273,20 +276,15 @@ def _clip_scores(folder: Path, drawing: Drawing, reference: Drawing, device: str
     return model, base
 
 
-def _fidelity(drawing: Drawing, reference: Drawing) -> Fidelity:
-    check_sizes(drawing, reference)
-    return fidelity(drawing.images, reference.images)
-
-
-def check_sizes(drawing: Drawing, reference: Drawing) -> None:
-    """Refuse to compare pictures of two sizes.
+def check_sizes(one: Artist, reference: Drawing) -> None:
+    """Refuse to compare pictures of two sizes, before the second are drawn.
 
     Raises:
         UserError: naming both models and sizes.
     """
-    sizes = [f"{d.images.shape[-1]}x{d.images.shape[-2]}" for d in (drawing, reference)]
-    if sizes[0] != sizes[1]:
+    width, height = reference.images.shape[-1], reference.images.shape[-2]
+    if one.size != (width, height):
         raise UserError(
-            f"{drawing.model} draws {sizes[0]} pictures and {reference.model} draws {sizes[1]}: "
+            f"{one.name} draws {one.size[0]}x{one.size[1]} pictures and {reference.model} draws {width}x{height}: "
             "expected one size; compare a model with one made from it"
         )

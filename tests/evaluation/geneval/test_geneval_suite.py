@@ -209,6 +209,8 @@ def test_a_run_of_something_else_is_kept_unless_forced(run: Callable[..., Any], 
     assert (tmp_path / "mine" / "thesis.txt").exists()
     with pytest.raises(UserError, match="is a file"):
         run("mine/thesis.txt")
+    with pytest.raises(UserError, match=r"thesis\.txt is a file, not a folder"):
+        run("mine/thesis.txt/deep")
 
 
 def test_folders_that_are_not_whole(run: Callable[..., Any], tmp_path: Path, twelve: Path) -> None:

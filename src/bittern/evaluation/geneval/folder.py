@@ -120,6 +120,8 @@ def prepare(out: Path, run: Mapping[str, Any], held: ExitStack, *, force: bool) 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: expected a folder that is new, empty, or of the same run")
     parent = existing_parent(out / "any")
+    if not parent.is_dir():
+        raise UserError(f"--out {out}: {parent} is a file, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {parent} is not writable; choose another place")
     if out.is_dir() and any(out.iterdir()):
