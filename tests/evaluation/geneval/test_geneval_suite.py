@@ -245,8 +245,11 @@ def test_references_that_do_not_fit(run: Callable[..., Any], tmp_path: Path) -> 
     base = tmp_path / "base"
     shutil.copytree(tmp_path / "out", base)
     Image.new("RGB", (64, 32)).save(base / "00000" / "samples" / "0000.png")
-    with pytest.raises(UserError, match=r"pictures of 64x32 pixels and the model of 32x32"):
+    with pytest.raises(UserError, match=r"has pictures of 32x32 pixels and .*base of 64x32: expected one size"):
         run(reference=str(base))
+    with pytest.raises(UserError, match=r"has pictures of 32x32 pixels and .*base/00000/samples/0000.png of 64x32"):
+        run("y", reference=str(base))
+    assert not pictures(tmp_path / "y")
     rows = (base / "results.jsonl").read_text().splitlines()
     (base / "results.jsonl").write_text("\n".join(rows[:5]))
     with pytest.raises(UserError, match="has no verdict on sample 1 of prompt 2"):

@@ -18,7 +18,15 @@ from bittern.evaluation.geneval import detector, folder
 from bittern.evaluation.geneval import metadata as lines
 from bittern.evaluation.geneval.folder import Picture
 from bittern.evaluation.geneval.metadata import Request
-from bittern.evaluation.geneval.verdicts import Judge, Judged, finished_run, hash_of, of_finished_run
+from bittern.evaluation.geneval.verdicts import (
+    Judge,
+    Judged,
+    finished_run,
+    first_picture,
+    hash_of,
+    of_finished_run,
+    size_of,
+)
 from bittern.evaluation.shards import Shard
 from bittern.evaluation.stats import Difference, paired_difference
 from bittern.evaluation.suites import difference_dict, score_dict
@@ -178,10 +186,11 @@ def evaluate(
             _prepared(out / REFERENCE, told, requests, shard, held, force=False)
         if images is None:
             assert model is not None
-            _draw(model, out, pictures, settings, shard, progress)
+            drawn = None if finished is None else first_picture(reference, requests)
+            _draw(model, out, pictures, settings, shard, progress, beside=drawn)
         if others:
             assert reference is not None
-            _draw(reference, out / REFERENCE, others, settings, shard, progress)
+            _draw(reference, out / REFERENCE, others, settings, shard, progress, beside=pictures[0].file)
         name = model if isinstance(model, str) or model is None else type(model).__name__
         found = judge(name, out, pictures)
         base = of_finished_run(reference, finished, requests, found) if finished else None
@@ -220,12 +229,16 @@ def _draw(
     settings: Settings,
     shard: Shard,
     progress: Progress | None,
+    *,
+    beside: Path | None = None,
 ) -> None:
-    """Draw what is missing: whole batches, dealt to the processes in turn."""
+    """Draw what is missing: whole batches, dealt to the processes in turn; of the size of a picture beside them."""
     missing = {each.key for each in pictures if not each.file.is_file()}
     if missing:
         here = replace(settings, device=shard.device(settings.device))
         with artist(model, here) as one:
+            if beside is not None and beside.is_file():
+                _check_size(one.name, "x".join(map(str, one.size)), str(beside), size_of(beside))
             size = one.batch_size
             mine = shard.share([(start, pictures[start : start + size]) for start in range(0, len(pictures), size)])
             total = sum(len(batch) for _, batch in mine)
@@ -243,10 +256,15 @@ def _draw(
 
 
 def _check_pair(found: Judged, base: Judged) -> None:
-    if base.size is not None and found.size != base.size:
+    if base.size is not None and found.size is not None:
+        _check_size(str(found.model or "the model"), found.size, str(base.model), base.size)
+
+
+def _check_size(name: str, size: str, other: str, other_size: str) -> None:
+    if size != other_size:
         raise UserError(
-            f"the reference {base.model} has pictures of {base.size} pixels and the model of {found.size}: "
-            "expected one size; compare a model with one made from it"
+            f"{name} has pictures of {size} pixels and {other} of {other_size}: expected one size; compare a model "
+            "with one made from it"
         )
 
 

@@ -200,12 +200,20 @@ def of_finished_run(
                 f"--reference {reference} drew {text!r} as prompt {key[0]} and not {prompt!r}: give a run of it"
             )
         outcomes[key] = (tags[key[0]], text, right)
-    first = Path(reference or "").expanduser() / f"{requests[0].index:05d}" / "samples" / "0000.png"
-    size = None
-    if first.is_file():
-        image = hosted.open_rgb(first)
-        size = f"{image.width}x{image.height}"
-    return Judged(reference, outcomes, read_metadata(first) if first.is_file() else {}, size)
+    first = first_picture(reference, requests)
+    known = first.is_file()
+    return Judged(reference, outcomes, read_metadata(first) if known else {}, size_of(first) if known else None)
+
+
+def first_picture(reference: str | None, requests: Sequence[Request]) -> Path:
+    """Where a finished run has its first picture, if it still has it."""
+    return Path(reference or "").expanduser() / f"{requests[0].index:05d}" / "samples" / "0000.png"
+
+
+def size_of(picture: Path) -> str:
+    """A picture's size, as "1024x1024"."""
+    image = hosted.open_rgb(picture)
+    return f"{image.width}x{image.height}"
 
 
 def hash_of(texts: Iterable[str]) -> str:
