@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,9 @@ from bittern.evaluation import scenes
 from bittern.evaluation.compare import Comparison, Entry
 from bittern.evaluation.drawing import Drawing
 from bittern.evaluation.fidelity import fidelity
+from bittern.evaluation.geneval.verdicts import Judged
+from bittern.evaluation.results import Finished
+from bittern.evaluation.scenes import TASKS
 from bittern.evaluation.stats import paired_difference
 from bittern.evaluation.suites import score_scenes
 from bittern.quantization import Report, Row
@@ -47,3 +53,22 @@ def comparison(prompts: list[scenes.ScenePrompt], *, models: int = 2, noise: flo
         made = drawing(f"out/model-{index}", drawn, texts, {"a8-int8": 8, "a16": 2}, report())
         others.append(Entry(made, score, fidelity(drawn, images), gap))
     return Comparison(base, others, prompts)
+
+
+def with_runs(found: Comparison) -> Comparison:
+    """The same with a GenEval run of every model, of 60 prompts and two pictures each; later models are worse."""
+    runs: list[Finished] = []
+    for model in range(len(found.entries)):
+        outcomes = {
+            (prompt, sample): (TASKS[prompt % 6], f"prompt {prompt}", (7 * prompt + 3 * sample) % 11 > 2 * model)
+            for prompt in range(60)
+            for sample in range(2)
+        }
+        runs.append(Finished(Path(f"out/run-{model}"), {}, Judged(f"model-{model}", outcomes, {}, None), frozenset()))
+    base = runs[0].judged.score.outcomes
+    gaps = [paired_difference(run.judged.score.outcomes, base) for run in runs]
+    others = [
+        replace(entry, geneval=run, geneval_difference=gap)
+        for entry, run, gap in zip(found.others, runs[1:], gaps[1:], strict=True)
+    ]
+    return Comparison(replace(found.reference, geneval=runs[0]), others, found.world)

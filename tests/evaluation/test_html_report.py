@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic import comparison
+from synthetic import comparison, with_runs
 
 from bittern.cli import main
 from bittern.errors import UserError
@@ -49,7 +49,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> tuple[str, report.Comparison]:
-    found = comparison(scenes.held_out(12))
+    found = with_runs(comparison(scenes.held_out(12)))
     return report.render(found, "bittern compare tiny-flux out/model-0 --limit 12"), found
 
 
@@ -57,7 +57,8 @@ def test_page_is_whole_and_refers_to_nothing(page: tuple[str, report.Comparison]
     html, _ = page
     outline = Outline()
     outline.feed(html)
-    assert outline.open == [] and outline.references == []
+    assert outline.open == [] and len(set(outline.references)) > 4
+    assert all(re.search(f'<section id="{reference[1:]}"', html) for reference in outline.references)
     without_pictures = URI.sub("", html)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", without_pictures)
     assert "default-src 'none'" in html
@@ -83,8 +84,12 @@ def test_numbers_on_the_page_are_those_that_were_measured(page: tuple[str, repor
     for entry in found.others:
         assert f"{entry.fidelity.mean_psnr.mean:.1f} ± {entry.fidelity.mean_psnr.stderr:.1f}" in text
         assert f"{entry.score.overall.mean:.2f} ± {entry.score.overall.stderr:.2f}" in text
-        assert entry.difference.claim in text
-    assert "cannot be told apart" in text and "is lower than the reference's" in text
+        assert entry.geneval is not None and str(entry.geneval.judged.score.overall)[:3] in text
+        for gap in (entry.difference, entry.geneval_difference):
+            told = f"{gap.mean:+.3f} {gap.low:+.3f} to {gap.high:+.3f} p ".replace("-", "\N{MINUS SIGN}")
+            assert told + ("< 0.001" if gap.p_value < 0.001 else f"= {gap.p_value:.2g}") in text
+    assert "model-0 cannot be told apart" in text and "model-1 is lower" in text
+    assert "GenEval score by task" in text
     assert "bittern compare tiny-flux out/model-0 --limit 12" in text
     embedded = re.search(r'<script type="application/json" id="result">(.*?)</script>', html, re.S)
     assert embedded and json.loads(embedded[1]) == json.loads(json.dumps(found.to_dict()))
@@ -191,13 +196,14 @@ def test_markdown_has_the_numbers_and_the_command(page: tuple[str, report.Compar
     _, found = page
     text = markdown.render(found, "bittern compare tiny-flux out/model-0 --limit 12")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert text.startswith(markdown.MARK) and len(rows) == (2 + 3) + (2 + 6)
-    assert {len(row) for row in rows[:5]} == {7} and {len(row) for row in rows[5:]} == {4}
+    assert text.startswith(markdown.MARK) and len(rows) == (2 + 3) + 2 * (2 + 6)
+    assert {len(row) for row in rows[:5]} == {8} and {len(row) for row in rows[5:]} == {4}
     for row, entry in zip(rows[2:5], found.entries, strict=True):
         assert row[0].removeprefix("| ") == report.short_name(entry.drawing.model)
-        assert row[5] == str(entry.score.overall)
+        assert (row[5], row[6]) == (str(entry.score.overall), str(entry.geneval.judged.score.overall))
         assert not entry.fidelity or row[3].startswith(f"{entry.fidelity.mean_psnr.mean:.2f} ± ")
     assert all(f"scenes score {entry.difference.claim}." in text for entry in found.others)
+    assert all(f"GenEval score {entry.geneval_difference.claim}." in text for entry in found.others)
     assert "```bash\nbittern compare tiny-flux out/model-0 --limit 12\n```" in text and "seeds 7 to 18" in text
     assert markdown._escape("a|b") == "a\\|b"
 

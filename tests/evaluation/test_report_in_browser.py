@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import comparison
+from synthetic import comparison, with_runs
 
 from bittern.evaluation import report, scenes
 
@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = comparison(scenes.held_out(12), models=3)
+    found = with_runs(comparison(scenes.held_out(12), models=3))
     found.reference.drawing.prompts[0] = LONG + "x" * 200
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_text(report.render(found, "bittern compare " + "a-very-long-name/" * 20), encoding="utf-8")
@@ -78,6 +78,9 @@ def test_the_slider_and_the_order_work(browser: Any, page_file: Path) -> None:
     slider.evaluate("(range) => { range.value = 20; range.dispatchEvent(new Event('input')) }")
     clip = page.locator(".stage .over").first.evaluate("(over) => getComputedStyle(over).clipPath")
     assert clip == "inset(0px 0px 0px 20%)"
+    assert page.locator(".card:visible").count() == 6
+    page.click("#more")
+    assert page.locator(".card:visible").count() == 12 and not page.locator("#more").is_visible()
     page.select_option("#order", "psnr")
     order = page.evaluate("[...document.querySelectorAll('.card')].map((card) => Number(card.dataset.psnr))")
     assert order == sorted(order) and len(set(order)) > 1

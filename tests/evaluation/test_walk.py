@@ -80,5 +80,24 @@ def test_a_reference_of_another_size_is_refused(
 ) -> None:
     larger = new_tiny_random_pipeline()
     larger.vae.register_to_config(sample_size=64)
+    drawn: list[str] = []
     with pytest.raises(UserError, match=r"draws 32x32 pictures and FluxPipeline draws 64x64: expected one size"):
-        evaluate(tiny_random_pipeline, reference=larger, limit=6, settings=Settings(steps=1))
+        evaluate(
+            tiny_random_pipeline, reference=larger, limit=6, settings=Settings(steps=1),
+            progress=lambda *what: drawn.append(str(what)),
+        )  # fmt: skip
+    # The reference's six were drawn, and none of the model's.
+    assert len(drawn) == 1
+
+
+def test_denoisers_of_two_kinds_are_compared_by_their_pictures_alone(
+    tiny_random_pipeline: FluxPipeline,
+    new_tiny_random_pipeline: Callable[[], FluxPipeline],
+) -> None:
+    class Other(type(tiny_random_pipeline.transformer)):
+        pass
+
+    other = new_tiny_random_pipeline()
+    other.transformer.__class__ = Other
+    told = evaluate(other, "fidelity", reference=tiny_random_pipeline, limit=2, settings=Settings(steps=1)).to_dict()
+    assert "velocity_error" not in told["fidelity"] and told["fidelity"]["psnr"] == 100

@@ -26,6 +26,15 @@ def compare(
         Path | None,
         typer.Option("--markdown", help="Write the tables for a model card, too.", show_default=False),
     ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--results",
+            help="The folder of a finished `evaluate --suite geneval` of one of the models, to show, too; may be "
+            "given several times.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace files that are no reports. Reports are replaced anyway.")
     ] = False,
@@ -65,11 +74,12 @@ def compare(
             prompts=read_prompts(prompts) if prompts else None,
             limit=limit,
             settings=options.settings(seed, steps, batch_size, path, device, dtype, attention),
+            results=results or (),
             progress=out.progress,
         )
         command = options.command_line(
-            "compare", *models, report=report, markdown=markdown, prompts=prompts, limit=limit, seed=seed, steps=steps,
-            batch_size=batch_size, path=path, attention=attention, device=device, dtype=dtype,
+            "compare", *models, report=report, markdown=markdown, results=results, prompts=prompts, limit=limit,
+            seed=seed, steps=steps, batch_size=batch_size, path=path, attention=attention, device=device, dtype=dtype,
         )  # fmt: skip
         html.write(html.render(comparison, command), report)
         if markdown:
@@ -84,5 +94,10 @@ def summary(comparison: Comparison) -> list[RenderableType]:
     from bittern.evaluation.report.names import headline, unique_names
 
     names = unique_names([entry.drawing.model for entry in comparison.entries])
-    gaps = [(name, entry.difference) for name, entry in zip(names[1:], comparison.others, strict=True)]
-    return [table(*headline(comparison)), *(f"{name}: scenes score {gap.claim}" for name, gap in gaps if gap)]
+    claims = [
+        f"{name}: {what} {gap.claim}"
+        for name, entry in zip(names[1:], comparison.others, strict=True)
+        for what, gap in (("scenes score", entry.difference), ("GenEval score", entry.geneval_difference))
+        if gap
+    ]
+    return [table(*headline(comparison)), *claims]

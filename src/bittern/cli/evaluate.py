@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from bittern.evaluation.drawing import Settings
     from bittern.evaluation.geneval.suite import GenEval
+    from bittern.evaluation.published.measure import Published
     from bittern.evaluation.suites import Evaluation, Score
 
 
@@ -50,6 +51,14 @@ def evaluate(
         str | None,
         typer.Option("--clip", help="geneval, fidelity: a CLIP's folder or hub id.", show_default="geneval: ViT-L/14"),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            help="fidelity: a folder with the published weights of LPIPS, FID and ImageReward.",
+            show_default="torch's downloads",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="geneval: the folder of pictures and results.", show_default="out/geneval"),
@@ -79,16 +88,16 @@ def evaluate(
             "clip": clip, "out": out, "force": force or None,
         }  # fmt: skip
         if suite == "geneval":
-            _refuse(suite, {"prompts": prompts})
+            _refuse(suite, {"prompts": prompts, "weights": weights})
             own["force"] = force
             _geneval(output, model, reference, limit, settings, own)
         elif suite == "cost":
-            _refuse(suite, {**own, "prompts": prompts, "limit": limit, "batch_size": batch_size})
+            _refuse(suite, {**own, "prompts": prompts, "weights": weights, "limit": limit, "batch_size": batch_size})
             _cost(output, model, reference, settings)
         else:
             own.pop("clip")
             _refuse(suite, own)
-            _drawn_suite(output, model, suite, reference, prompts, limit, clip, settings)
+            _drawn_suite(output, model, suite, reference, prompts, limit, clip, weights, settings)
 
 
 def _refuse(suite: str, given: dict[str, Any]) -> None:
@@ -97,6 +106,7 @@ def _refuse(suite: str, given: dict[str, Any]) -> None:
     if name is not None:
         takers = {
             "prompts": "it is for --suite fidelity, and geneval takes --metadata",
+            "weights": "it is for --suite fidelity",
             "limit": "it draws one prompt",
             "batch_size": "it draws one picture at a time",
         }.get(name, "it is for --suite geneval")
@@ -111,6 +121,7 @@ def _drawn_suite(
     prompts: Path | None,
     limit: int | None,
     clip: str | None,
+    weights: Path | None,
     settings: Settings,
 ) -> None:
     from bittern.evaluation.suites import evaluate as run
@@ -126,6 +137,7 @@ def _drawn_suite(
         limit=limit,
         settings=settings,
         clip_model=clip,
+        weights=weights,
         progress=output.progress,
     )
     output.result(result.to_dict(), *_tables(result))
@@ -207,6 +219,18 @@ def _geneval_tables(found: GenEval) -> list[RenderableType]:
     return parts
 
 
+def _published(found: Published, pictures: int) -> list[str]:
+    told = found.estimates
+    parts: list[str] = []
+    if "lpips" in told:
+        parts.append(f"LPIPS {told['lpips']}")
+    if found.fid is not None:
+        parts.append(f"FID {found.fid:.2f} to the reference's {pictures} pictures: compare only with as many")
+    if "image_reward" in told:
+        parts.append(f"ImageReward {told['image_reward']}, the reference's {told['reference_image_reward']}")
+    return parts + [f"{name} not measured: {lack}" for name, lack in found.absent.items()]
+
+
 def _tables(result: Evaluation) -> list[RenderableType]:
     drawing, reference = result.drawing, result.reference
     parts: list[RenderableType] = []
@@ -231,12 +255,16 @@ def _tables(result: Evaluation) -> list[RenderableType]:
             f"first step {left.latents[0]:.4f}, half-way {left.latents[len(left.latents) // 2]:.4f}, at the end "
             f"{left.latents[-1]:.4f} ({left.prompts} prompts)"
         )
+    elif result.suite == "fidelity":
+        parts.append("velocity and latents not compared: the two denoisers are of different kinds")
     if result.clip:
         parts.append(
             "CLIP score {}, the reference's {}".format(*(f"{e.mean:.2f} ± {e.stderr:.2f}" for e in result.clip))
         )
     elif result.suite == "fidelity":
         parts.append("CLIP score not measured: add --clip with a CLIP's folder or hub id")
+    if result.published:
+        parts += _published(result.published, len(drawing.prompts))
     parts.append(
         f"{len(drawing.prompts)} pictures, seed {drawing.seed}, {drawing.steps} steps, path {drawing.path}, "
         f"{drawing.device}, {drawing.seconds:.1f} s (± is one standard error)"

@@ -141,11 +141,17 @@ def forced_path(path: str) -> str | None:
 
 
 def command_line(*words: object, **flags: object) -> str:
-    """The command that does the same again; a flag that is None, False or "auto" is left to its default."""
-    given = {name: value for name, value in flags.items() if value is not False and value not in (None, "auto")}
+    """The command that does the same again; a flag that is None, False or "auto" is left to its default.
+
+    A flag with a list is given once for each of its members.
+    """
+    given = [
+        (name, value)
+        for name, values in flags.items()
+        for value in (values if isinstance(values, list) else [values])
+        if value is not False and value not in (None, "auto")
+    ]
     pairs = [
-        part
-        for name, value in given.items()
-        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
+        part for name, value in given for part in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
     ]
     return shlex.join(["bittern", *map(str, (*words, *pairs))])

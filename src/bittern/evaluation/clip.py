@@ -72,17 +72,21 @@ class Clip:
             return _vectors(found)
 
     def prepare(self, image: Image.Image) -> Float[Tensor, "3 side side"]:
-        """The middle of a picture whose shorter side is at the network's size."""
-        from PIL import Image as Pil
+        """A picture as the network takes it."""
+        return prepare(image, self.network.config.vision_config.image_size)
 
-        side = self.network.config.vision_config.image_size
-        shorter = min(image.size)
-        width, height = (int(side * each / shorter) for each in image.size)
-        resized = image.resize((width, height), Pil.Resampling.BICUBIC)
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        pixels = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32)
-        mean, spread = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _SPREAD))
-        return (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / spread
+
+def prepare(image: Image.Image, side: int) -> Float[Tensor, "3 side side"]:
+    """The middle of a picture whose shorter side is brought to `side` pixels, in CLIP's scale of colours."""
+    from PIL import Image as Pil
+
+    shorter = min(image.size)
+    width, height = (int(side * each / shorter) for each in image.size)
+    resized = image.resize((width, height), Pil.Resampling.BICUBIC)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    pixels = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32)
+    mean, spread = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _SPREAD))
+    return (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / spread
 
 
 def scores(clip: Clip, images: Sequence[Image.Image], prompts: Sequence[str], *, chunk: int = 16) -> list[float]:

@@ -128,6 +128,7 @@ class Artist:
         self._settings = settings
         self.name = name
         call = pipelines.defaults(pipe)
+        self.size = (call.width, call.height)
         self.batch_size = settings.batch_size or default_batch_size(pipe, call.height * call.width)
         self._inspection = quantization.inspect(pipe)
 

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
 from bittern.evaluation import clip, hosted, scenes
-from bittern.evaluation.drawing import Drawing, Settings, artist, check_models, versions
+from bittern.evaluation.drawing import Artist, Drawing, Settings, artist, check_models, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
 from bittern.evaluation.generate import check_request, to_pil
+from bittern.evaluation.published import weights as published_weights
+from bittern.evaluation.published.measure import Published, measure
 from bittern.evaluation.stats import (
     Difference,
     Estimate,
@@ -29,7 +31,7 @@ from bittern.evaluation.stats import (
     proportion,
     unweighted_mean,
 )
-from bittern.evaluation.walk import MOST_PROMPTS, Departure, departure, walk
+from bittern.evaluation.walk import MOST_PROMPTS, Departure, departure, kind_of, walk
 from bittern.quantization import Progress
 
 if TYPE_CHECKING:
@@ -69,8 +71,9 @@ class Evaluation:
         reference_score: the reference's.
         difference: score minus reference score, paired.
         fidelity: of the pictures to the reference's.
-        departure: of the trajectory from the reference's, if the suite walks.
+        departure: of the trajectory from the reference's, if the suite walks and both denoisers are of one kind.
         clip: the model's CLIP score and the reference's, if a CLIP was given.
+        published: measures whose weights are published as torch files, if the suite takes them.
     """
 
     suite: str
@@ -82,6 +85,7 @@ class Evaluation:
     fidelity: Fidelity | None
     departure: Departure | None = None
     clip: tuple[Estimate, Estimate] | None = None
+    published: Published | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values. Keys are never renamed; a suite that does not measure one leaves it None."""
@@ -97,6 +101,7 @@ class Evaluation:
                 **fidelity_dict(self.fidelity),
                 **(self.departure.to_dict() if self.departure else {}),
                 **(_clip_dict(*self.clip) if self.clip else {}),
+                **(self.published.to_dict() if self.published else {}),
             },
             "images": len(drawing.prompts),
             "seed": drawing.seed,
@@ -194,6 +199,7 @@ def evaluate(
     limit: int | None = None,
     settings: Settings | None = None,
     clip_model: str | None = None,
+    weights: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a suite on a model.
@@ -206,6 +212,8 @@ def evaluate(
         limit: how many prompts; by default 120 on a CPU and 2,048 on a GPU, or the whole list that was given.
         settings: seed, steps and the rest, the same for both models.
         clip_model: of `fidelity`; a CLIP's folder or hub id, to tell how well pictures fit their prompts.
+        weights: of `fidelity`; a folder with the published weights of LPIPS, FID and ImageReward. By default torch's
+            own for downloads; what is not there is not measured.
         progress: called as the pictures advance.
 
     Raises:
@@ -223,6 +231,9 @@ def evaluate(
         raise UserError(f"limit {limit} leaves tasks without a prompt: expected at least {len(scenes.TASKS)}")
     if suite == "scenes" and clip_model is not None:
         raise UserError("suite scenes has a detector of its own: leave out --clip, or take --suite fidelity")
+    if suite == "scenes" and weights is not None:
+        raise UserError("suite scenes measures no LPIPS: leave out --weights, or take --suite fidelity")
+    place = published_weights.folder(weights)
     world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
     check_models(model, reference)
     judge = None if clip_model is None else hosted.locate(clip_model, clip.OPTION)
@@ -234,8 +245,12 @@ def evaluate(
             other = one.draw(texts, progress=progress)
             trail = walk(one.pipe, **way, keep_calls=True) if suite == "fidelity" else None
     with artist(model, settings) as one:
+        if other is not None:
+            check_sizes(one, other)
         drawing = one.draw(texts, progress=progress)
-        left = departure(one.pipe, trail, **way) if trail else None
+        # Another family's denoiser cannot be asked at the reference's states, nor is its noise the same.
+        left = departure(one.pipe, trail, **way) if trail and trail.kind == kind_of(one.pipe) else None
+    near = fidelity(drawing.images, other.images) if other else None
     score = score_scenes(drawing.images, world) if world and suite == "scenes" else None
     other_score = score_scenes(other.images, world) if other and world and score else None
     return Evaluation(
@@ -245,9 +260,10 @@ def evaluate(
         score=score,
         reference_score=other_score,
         difference=paired_difference(score.outcomes, other_score.outcomes) if score and other_score else None,
-        fidelity=_fidelity(drawing, other) if other else None,
+        fidelity=near,
         departure=left,
         clip=_clip_scores(judge, drawing, other, settings.device) if judge and other else None,
+        published=measure(drawing, other, settings.device, place) if other and suite == "fidelity" else None,
     )
 
 
@@ -260,20 +276,15 @@ def _clip_scores(folder: Path, drawing: Drawing, reference: Drawing, device: str
     return model, base
 
 
-def _fidelity(drawing: Drawing, reference: Drawing) -> Fidelity:
-    check_sizes(drawing, reference)
-    return fidelity(drawing.images, reference.images)
-
-
-def check_sizes(drawing: Drawing, reference: Drawing) -> None:
-    """Refuse to compare pictures of two sizes.
+def check_sizes(one: Artist, reference: Drawing) -> None:
+    """Refuse to compare pictures of two sizes, before the second are drawn.
 
     Raises:
         UserError: naming both models and sizes.
     """
-    sizes = [f"{d.images.shape[-1]}x{d.images.shape[-2]}" for d in (drawing, reference)]
-    if sizes[0] != sizes[1]:
+    width, height = reference.images.shape[-1], reference.images.shape[-2]
+    if one.size != (width, height):
         raise UserError(
-            f"{drawing.model} draws {sizes[0]} pictures and {reference.model} draws {sizes[1]}: "
+            f"{one.name} draws {one.size[0]}x{one.size[1]} pictures and {reference.model} draws {width}x{height}: "
             "expected one size; compare a model with one made from it"
         )

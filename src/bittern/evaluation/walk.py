@@ -32,12 +32,14 @@ class Walk:
     """One batch's way from noise to picture, on the host.
 
     Attributes:
+        kind: the denoiser's class.
         dtype: what the denoiser computes in.
         latents: after each step, float32.
         calls: what the denoiser was called with, if that was kept.
         velocities: what it gave, float32.
     """
 
+    kind: str
     dtype: torch.dtype
     latents: list[Tensor] = field(default_factory=list[Tensor])
     calls: list[State] = field(default_factory=list[State])
@@ -68,6 +70,11 @@ class Departure:
         }
 
 
+def kind_of(pipe: DiffusionPipeline) -> str:
+    """The class of a pipeline's denoiser: only two of one class can be asked the same."""
+    return type(component(pipe)).__name__
+
+
 @torch.no_grad()
 def walk(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: int, steps: int | None, keep_calls: bool) -> Walk:
     """Denoise a batch without decoding it.
@@ -80,7 +87,7 @@ def walk(pipe: DiffusionPipeline, prompts: Sequence[str], *, seed: int, steps: i
         keep_calls: whether to keep the denoiser's calls and what it gave.
     """
     denoiser = component(pipe)
-    found = Walk(denoiser.dtype)
+    found = Walk(kind_of(pipe), denoiser.dtype)
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         found.calls.append(State(0, len(found.calls), args, kwargs).to("cpu"))

@@ -115,6 +115,28 @@ def test_the_network_is_read_as_the_definition_says(detector_folder: Path) -> No
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_pictures_are_seen_together_as_one_by_one(detector_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = Detector.load(detector_folder)
+    rng = np.random.default_rng(2)
+    shapes = [(40, 56), (64, 64), (40, 56), (20, 28), (64, 60)]
+    images = [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
+    alone = [detector(image) for image in images]
+    batches: list[int] = []
+    forward = detector.network.forward
+    monkeypatch.setattr(
+        detector.network, "forward", lambda pixel_values: batches.append(len(pixel_values)) or forward(pixel_values)
+    )
+    together = detector.find(images)
+    # 40 x 56 and 20 x 28 are both 64 x 90 at the detector's size; 64 x 60 is padded to 96 x 64.
+    assert sorted(batches) == [1, 1, 3]
+    assert all(together) and [len(found) for found in together] == [len(found) for found in alone]
+    for found, expected in zip(together, alone, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert (one.name, one.box) == (other.name, other.box)
+            assert one.score == pytest.approx(other.score, rel=1e-4)
+            assert one.mask is not None and other.mask is not None and (one.mask == other.mask).mean() > 0.999
+
+
 def test_labels_by_place_and_by_name() -> None:
     assert label_names({i: f"LABEL_{i}" for i in range(80)}, "m") == NAMES
     assert label_names({0: "LABEL_0", 1: "LABEL_1"}, "m") == {0: "person", 1: "bicycle"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -99,7 +100,7 @@ def test_a_run_that_is_asked_for_again_draws_and_judges_nothing(
 ) -> None:
     first = run()
     assert set(drawn.values()) == {1} and len(drawn) == 24
-    monkeypatch.setattr("bittern.evaluation.geneval.detector.Detector.__call__", None)
+    monkeypatch.setattr("bittern.evaluation.geneval.detector.Detector.find", None)
     assert run().to_dict() == first.to_dict()
     assert set(drawn.values()) == {1}
 
@@ -208,6 +209,8 @@ def test_a_run_of_something_else_is_kept_unless_forced(run: Callable[..., Any], 
     assert (tmp_path / "mine" / "thesis.txt").exists()
     with pytest.raises(UserError, match="is a file"):
         run("mine/thesis.txt")
+    with pytest.raises(UserError, match=r"thesis\.txt is a file, not a folder"):
+        run("mine/thesis.txt/deep")
 
 
 def test_folders_that_are_not_whole(run: Callable[..., Any], tmp_path: Path, twelve: Path) -> None:
@@ -242,8 +245,11 @@ def test_references_that_do_not_fit(run: Callable[..., Any], tmp_path: Path) -> 
     base = tmp_path / "base"
     shutil.copytree(tmp_path / "out", base)
     Image.new("RGB", (64, 32)).save(base / "00000" / "samples" / "0000.png")
-    with pytest.raises(UserError, match=r"pictures of 64x32 pixels and the model of 32x32"):
+    with pytest.raises(UserError, match=r"has pictures of 32x32 pixels and .*base of 64x32: expected one size"):
         run(reference=str(base))
+    with pytest.raises(UserError, match=r"has pictures of 32x32 pixels and .*base/00000/samples/0000.png of 64x32"):
+        run("y", reference=str(base))
+    assert not pictures(tmp_path / "y")
     rows = (base / "results.jsonl").read_text().splitlines()
     (base / "results.jsonl").write_text("\n".join(rows[:5]))
     with pytest.raises(UserError, match="has no verdict on sample 1 of prompt 2"):
@@ -318,18 +324,123 @@ def test_fidelity_takes_the_same_clip(
     assert "leave out --clip" in capsys.readouterr().err
 
 
+def test_a_folder_serves_one_run_at_a_time(run: Callable[..., Any], tmp_path: Path) -> None:
+    run()
+    before = pictures(tmp_path / "out")
+    other = folder.Claim(tmp_path / "out", alone=False)
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"out is in use by a run that has not ended"):
+            run(force=force)
+    assert pictures(tmp_path / "out") == before
+    other.release()
+    run(force=True)
+    assert pictures(tmp_path / "out") == before
+
+
+# Runs the command and kills its own process, or that of one rank, when something was called so many times. What was
+# drawn and what was delivered is told in a file, a line a picture.
+DYING = """
+import os, signal, sys
+from bittern.evaluation.drawing import Artist
+from bittern.evaluation.geneval import folder
+log, place, dies_at = sys.argv[1:4]
+
+def tell(what, name):
+    with open(log, "a") as handle:
+        handle.write(f"{what} {name}\\n")
+
+def draw(self, prompts, *, seed, **options):
+    found = original(self, prompts, seed=seed, **options)
+    for index, prompt in enumerate(prompts):
+        tell("drawn", f"{prompt}-{seed + index}")
+    return found
+
+def deliver(out, number, batch, *rest):
+    delivered(out, number, batch, *rest)
+    for picture in batch:
+        tell("delivered", picture.name)
+
+original, Artist.draw = Artist.draw, draw
+delivered, folder.deliver = folder.deliver, deliver
+
+def deadly(function):
+    calls = 0
+    def called(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls == int(dies_at) and os.environ.get("RANK", "1") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return called
+
+if place != "nowhere":
+    owner, name = {"draw": (Artist, "draw"), "deal": (folder, "_deal_out"), "judge": (folder.Notes, "add")}[place]
+    setattr(owner, name, deadly(getattr(owner, name)))
+from bittern.cli.main import main
+sys.argv[1:] = sys.argv[4:]
+main()
+"""
+
+
+def stamps(place: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a picture is written again, of every picture that is whole, dealt out or not."""
+    found: dict[str, tuple[int, int]] = {}
+    for file in place.rglob("*.png"):
+        if not file.parent.name.endswith(".tmp"):
+            name = str(file.relative_to(place))
+            name = file.name.replace("-", "/") if name.startswith(".drawn/") else name
+            found[name] = (file.stat().st_ino, file.stat().st_mtime_ns)
+    return found
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_bytes_of_one(
+def test_sigkill_at_any_time_costs_no_picture(
+    tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert main.run(command(tmp_path / "whole", tiny_random_folder, twelve, detector_folder, clip_folder)) == 0
+    whole = json.loads(capsys.readouterr().out)
+    words = command(tmp_path / "killed", tiny_random_folder, twelve, detector_folder, clip_folder)
+    log = tmp_path / "log"
+    deaths = [("draw", 2), ("deal", 1), ("deal", 3), ("judge", 5), ("nowhere", 0)]
+    before: dict[str, tuple[int, int]] = {}
+    for place, call in deaths:
+        launch = [sys.executable, "-c", DYING, str(log), place, str(call), *words]
+        done = subprocess.run(launch, capture_output=True, text=True)
+        assert done.returncode == (0 if place == "nowhere" else -signal.SIGKILL), done.stderr
+        now = stamps(tmp_path / "killed")
+        assert {name: now.get(name) for name in before} == before
+        before = now
+    killed = json.loads(done.stdout)
+    told = Counter(line for line in log.read_text().splitlines() if line.startswith("drawn"))
+    assert len(told) == 12 and set(told.values()) == {1}
+    assert pictures(tmp_path / "whole") == pictures(tmp_path / "killed")
+    assert results(tmp_path / "whole") == results(tmp_path / "killed")
+    assert killed | {"results": ""} == whole | {"results": ""}
+    verdicts = [json.loads(line) for line in (tmp_path / "killed" / "verdicts.0.jsonl").read_text().splitlines()]
+    assert Counter((v["prompt"], v["sample"]) for v in verdicts) == {(index, 0): 1 for index in range(12)}
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_bytes_of_one_even_when_one_is_killed(
     tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     assert main.run(command(tmp_path / "one", tiny_random_folder, twelve, detector_folder, clip_folder)) == 0
     one = json.loads(capsys.readouterr().out)
-    words = command(tmp_path / "two", tiny_random_folder, twelve, detector_folder, clip_folder)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bittern.cli.main"]
-    done = subprocess.run([*launch, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)
-    assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
-    assert results(tmp_path / "one") == results(tmp_path / "two")
-    assert {k: v for k, v in one.items() if k != "results"} == {k: v for k, v in two.items() if k != "results"}
-    assert len(list((tmp_path / "two").glob("verdicts.*.jsonl"))) == 2
+    words = command(tmp_path / "four", tiny_random_folder, twelve, detector_folder, clip_folder)
+    script, log = tmp_path / "dying.py", tmp_path / "log"
+    script.write_text(DYING)
+    before: dict[str, tuple[int, int]] = {}
+    for place in ("deal", "nowhere"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", str(script)]
+        done = subprocess.run([*launch, str(log), place, "1", *words], capture_output=True, text=True)
+        assert (done.returncode == 0) == (place == "nowhere"), done.stderr
+        now = stamps(tmp_path / "four")
+        assert {name: now.get(name) for name in before} == before
+        before = now
+    four = json.loads(done.stdout)
+    told = Counter(line for line in log.read_text().splitlines() if line.startswith("delivered"))
+    assert set(told.values()) == {1}
+    assert pictures(tmp_path / "one") == pictures(tmp_path / "four")
+    assert results(tmp_path / "one") == results(tmp_path / "four")
+    assert one | {"results": ""} == four | {"results": ""}
+    assert len(list((tmp_path / "four").glob("verdicts.*.jsonl"))) == 4

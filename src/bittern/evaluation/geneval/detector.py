@@ -3,12 +3,14 @@
 Every (query, class) pair of high probability is an instance; its pixels are those with a positive mask logit, and its
 score is the class's probability times the mean mask probability over these pixels. The box is the mask's. The 100
 best pairs of a picture are looked at. The network is that of transformers; resizing is done here, by Pillow, so that
-the same picture gives the same detections whatever else is installed.
+the same picture gives the same detections whatever else is installed. Pictures of one prepared size go through the
+network together; low bits may depend on what goes with what, so who needs the same bits again gives the same batch.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,20 +74,32 @@ class Detector:
         prepare = _read_json(folder / "preprocessor_config.json")
         return cls(network, names, prepare)
 
-    @torch.inference_mode()
     def __call__(self, image: Image.Image) -> list[Detection]:
         """The objects in an RGB picture whose score is above the lowest threshold, in no order."""
-        pixels, (height, width) = self._prepare(image)
-        with exact_products(), one_thread(is_small(self.network) and self.network.device.type == "cpu"):
-            found = self.network(pixel_values=pixels[None].to(self.network.device))
-            return instances(
-                found.class_queries_logits[0].float(),
-                found.masks_queries_logits[0].float(),
-                self.names,
-                padded=(pixels.shape[1], pixels.shape[2]),
-                inside=(height, width),
-                size=(image.height, image.width),
-            )
+        return self.find([image])[0]
+
+    @torch.inference_mode()
+    def find(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
+        """The objects in each of several RGB pictures; those of one prepared size go through the network together."""
+        prepared = [self._prepare(image) for image in images]
+        found: dict[int, list[Detection]] = {}
+        for shape in dict.fromkeys(pixels.shape for pixels, _ in prepared):
+            alike = [index for index, (pixels, _) in enumerate(prepared) if pixels.shape == shape]
+            batch = torch.stack([prepared[index][0] for index in alike])
+            with exact_products(), one_thread(is_small(self.network) and self.network.device.type == "cpu"):
+                seen = self.network(pixel_values=batch.to(self.network.device))
+                for index, classes, masks in zip(
+                    alike, seen.class_queries_logits.float(), seen.masks_queries_logits.float(), strict=True
+                ):
+                    found[index] = instances(
+                        classes,
+                        masks,
+                        self.names,
+                        padded=(shape[1], shape[2]),
+                        inside=prepared[index][1],
+                        size=(images[index].height, images[index].width),
+                    )
+        return [found[index] for index in range(len(images))]
 
     def _prepare(self, image: Image.Image) -> tuple[Float[Tensor, "3 h w"], tuple[int, int]]:
         """The picture at the detector's size, padded below and to the right; and its height and width without."""

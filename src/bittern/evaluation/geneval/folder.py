@@ -3,7 +3,8 @@
 Pictures are drawn in batches whose members never change, because a picture's low bits may depend on its batch. A
 finished batch goes to `.drawn/` under a temporary name, is renamed, and only then dealt out: a kill leaves either the
 whole batch, which the next run deals out, or nothing of it. Verdicts are lines that are appended, a file a process; a
-torn last line is cut off.
+torn last line is cut off. As long as a process of a run lives no other run may begin in its folder: torchrun may be
+killed and leave its processes behind.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,31 +63,74 @@ def pictures_of(out: Path, requests: Sequence[Request], per_prompt: int) -> list
     ]
 
 
-def prepare(out: Path, run: Mapping[str, Any], *, force: bool) -> None:
+class Claim:
+    """A process's hold on its run's folder; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        out: the folder.
+        alone: whether nobody may hold it already.
+
+    Raises:
+        UserError: if somebody does.
+    """
+
+    def __init__(self, out: Path, *, alone: bool) -> None:
+        self._handle = os.open(out, os.O_RDONLY)
+        self._take(out, alone=alone)
+
+    def _take(self, out: Path, *, alone: bool) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows: runs in one folder are the user's to keep apart
+            return
+        try:
+            fcntl.flock(self._handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise UserError(
+                f"--out {out} is in use by a run that has not ended: wait for it, end its processes, or choose "
+                "another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            return
+
+    def share(self, out: Path) -> None:
+        """Let the other processes of the run in."""
+        self._take(out, alone=False)
+
+    def release(self) -> None:
+        """Let go."""
+        with suppress(OSError):
+            os.close(self._handle)
+
+
+def prepare(out: Path, run: Mapping[str, Any], held: ExitStack, *, force: bool) -> None:
     """Make the folder of a run, or find it as the same run left it.
 
     Args:
         out: the folder.
         run: what the run is about, as JSON values.
+        held: lets go of the folder when it closes.
         force: whether to throw away what another run left.
 
     Raises:
-        UserError: if it holds another run and `force` is not given, holds something else, or cannot be written.
+        UserError: if it holds another run and `force` is not given, holds something else, is in use, or cannot be
+            written.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: expected a folder that is new, empty, or of the same run")
     parent = existing_parent(out / "any")
+    if not parent.is_dir():
+        raise UserError(f"--out {out}: {parent} is a file, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {parent} is not writable; choose another place")
     if out.is_dir() and any(out.iterdir()):
-        before = _read_run(out)
+        before = read_run(out)
         if before is None:
             raise UserError(
                 f"--out {out} holds something else: --force replaces only evaluations; choose another folder"
             )
-        if force:
-            shutil.rmtree(out)
-        else:
+        if not force:
             for key in dict.fromkeys([*run, *before]):
                 if run.get(key) != before.get(key):
                     raise UserError(
@@ -93,11 +138,26 @@ def prepare(out: Path, run: Mapping[str, Any], *, force: bool) -> None:
                         "choose another folder, or replace it with --force"
                     )
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        claim = Claim(out, alone=True)
+        held.callback(claim.release)
+        if force:
+            _empty(out)
         if not (out / _RUN).exists():
             write_text(json.dumps(run, indent=2) + "\n", out / _RUN, "evaluation")
         _settle(out)
+        claim.share(out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {disk_problem(error) or error}") from error
+
+
+def _empty(out: Path) -> None:
+    # What tells that the folder is ours goes last, should this be killed.
+    for each in sorted(out.iterdir(), key=lambda file: file.name == _RUN):
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        else:
+            each.unlink()
 
 
 def lay_out(out: Path, requests: Iterable[Request]) -> None:
@@ -148,7 +208,8 @@ def _deal_out(out: Path, ready: Path) -> None:
     ready.rmdir()
 
 
-def _read_run(out: Path) -> dict[str, Any] | None:
+def read_run(out: Path) -> dict[str, Any] | None:
+    """What the run in a folder is about; None where there is none."""
     try:
         run = json.loads((out / _RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -251,13 +312,13 @@ def picture_hash(file: Path) -> str:
         raise UserError(f"picture {file} cannot be read ({error.strerror}): draw or fetch it again") from error
 
 
-def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, bool]]:
-    """Prompt and verdict of every picture, from a results file, ours or the official scorer's.
+def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, str, bool]]:
+    """Task, prompt and verdict of every picture, from a results file, ours or the official scorer's.
 
     Raises:
         UserError: for a line that is not in the official form.
     """
-    found: dict[tuple[int, int], tuple[str, bool]] = {}
+    found: dict[tuple[int, int], tuple[str, str, bool]] = {}
     file = folder / RESULTS
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -265,7 +326,7 @@ def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, bool]]:
         try:
             value = json.loads(line)
             index, sample = _IN_RESULTS.findall(value["filename"])[0]
-            found[int(index), int(sample)] = (str(value["prompt"]), bool(value["correct"]))
+            found[int(index), int(sample)] = (str(value["tag"]), str(value["prompt"]), bool(value["correct"]))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{file}:{number} is no line of GenEval's results: write the file again") from error
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,15 @@ from bittern.evaluation.geneval import detector, folder
 from bittern.evaluation.geneval import metadata as lines
 from bittern.evaluation.geneval.folder import Picture
 from bittern.evaluation.geneval.metadata import Request
-from bittern.evaluation.geneval.verdicts import Judge, Judged, finished_run, hash_of, of_finished_run
+from bittern.evaluation.geneval.verdicts import (
+    Judge,
+    Judged,
+    finished_run,
+    first_picture,
+    hash_of,
+    of_finished_run,
+    size_of,
+)
 from bittern.evaluation.shards import Shard
 from bittern.evaluation.stats import Difference, paired_difference
 from bittern.evaluation.suites import difference_dict, score_dict
@@ -28,7 +37,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PER_PROMPT = 4
-_REFERENCE = "reference"
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -162,29 +171,31 @@ def evaluate(
     about = {"suite": "geneval", "metadata": hash_of(request.line for request in requests), "prompts": len(requests)}
     if images is None:
         about |= {
-            "model": _model_identity(model),
+            "model": model_identity(model),
             "images_per_prompt": per_prompt,
             **_drawing_identity(settings, shard),
         }
     else:
         about |= {"images": str(Path(images).expanduser().resolve())}
-    _prepared(out, about, requests if images is None else [], shard, force=force)
     others: list[Picture] = []
-    if reference is not None and finished is None:
-        others = folder.pictures_of(out / _REFERENCE, requests, per_prompt)
-        told = about | {"model": _model_identity(reference)}
-        _prepared(out / _REFERENCE, told, requests, shard, force=False)
-    if images is None:
-        assert model is not None
-        _draw(model, out, pictures, settings, shard, progress)
-    if others:
-        assert reference is not None
-        _draw(reference, out / _REFERENCE, others, settings, shard, progress)
-    name = model if isinstance(model, str) or model is None else type(model).__name__
-    found = judge(name, out, pictures)
-    base = of_finished_run(reference, finished, requests, found) if finished else None
-    if others:
-        base = judge(reference, out / _REFERENCE, others)
+    with ExitStack() as held:
+        _prepared(out, about, requests if images is None else [], shard, held, force=force)
+        if reference is not None and finished is None:
+            others = folder.pictures_of(out / REFERENCE, requests, per_prompt)
+            told = about | {"model": model_identity(reference)}
+            _prepared(out / REFERENCE, told, requests, shard, held, force=False)
+        if images is None:
+            assert model is not None
+            drawn = None if finished is None else first_picture(reference, requests)
+            _draw(model, out, pictures, settings, shard, progress, beside=drawn)
+        if others:
+            assert reference is not None
+            _draw(reference, out / REFERENCE, others, settings, shard, progress, beside=pictures[0].file)
+        name = model if isinstance(model, str) or model is None else type(model).__name__
+        found = judge(name, out, pictures)
+        base = of_finished_run(reference, finished, requests, found) if finished else None
+        if others:
+            base = judge(reference, out / REFERENCE, others)
     if base is not None:
         _check_pair(found, base)
     return GenEval(
@@ -199,12 +210,16 @@ def evaluate(
     )
 
 
-def _prepared(out: Path, about: dict[str, Any], requests: Sequence[Request], shard: Shard, *, force: bool) -> None:
-    """The run's folder as the first process makes it."""
+def _prepared(
+    out: Path, about: dict[str, Any], requests: Sequence[Request], shard: Shard, held: ExitStack, *, force: bool
+) -> None:
+    """The run's folder as the first process makes it; every process holds it."""
     if shard.first:
-        folder.prepare(out, about, force=force)
+        folder.prepare(out, about, held, force=force)
         folder.lay_out(out, requests)
     shard.wait()
+    if not shard.first:
+        held.callback(folder.Claim(out, alone=False).release)
 
 
 def _draw(
@@ -214,12 +229,16 @@ def _draw(
     settings: Settings,
     shard: Shard,
     progress: Progress | None,
+    *,
+    beside: Path | None = None,
 ) -> None:
-    """Draw what is missing: whole batches, dealt to the processes in turn."""
+    """Draw what is missing: whole batches, dealt to the processes in turn; of the size of a picture beside them."""
     missing = {each.key for each in pictures if not each.file.is_file()}
     if missing:
         here = replace(settings, device=shard.device(settings.device))
         with artist(model, here) as one:
+            if beside is not None and beside.is_file():
+                _check_size(one.name, "x".join(map(str, one.size)), str(beside), size_of(beside))
             size = one.batch_size
             mine = shard.share([(start, pictures[start : start + size]) for start in range(0, len(pictures), size)])
             total = sum(len(batch) for _, batch in mine)
@@ -237,14 +256,19 @@ def _draw(
 
 
 def _check_pair(found: Judged, base: Judged) -> None:
-    if base.size is not None and found.size != base.size:
+    if base.size is not None and found.size is not None:
+        _check_size(str(found.model or "the model"), found.size, str(base.model), base.size)
+
+
+def _check_size(name: str, size: str, other: str, other_size: str) -> None:
+    if size != other_size:
         raise UserError(
-            f"the reference {base.model} has pictures of {base.size} pixels and the model of {found.size}: "
-            "expected one size; compare a model with one made from it"
+            f"{name} has pictures of {size} pixels and {other} of {other_size}: expected one size; compare a model "
+            "with one made from it"
         )
 
 
-def _model_identity(model: str | DiffusionPipeline | None) -> str:
+def model_identity(model: str | DiffusionPipeline | None) -> str:
     """What tells a model from another, and from the same folder with other weights."""
     if not isinstance(model, str):
         return type(model).__name__

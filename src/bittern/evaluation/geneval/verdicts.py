@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bittern.errors import UserError
 from bittern.evaluation import hosted
@@ -22,7 +22,11 @@ from bittern.evaluation.suites import Score
 from bittern.outputs import write_text
 from bittern.quantization import Progress
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _RULES = 1  # counts changes of what a verdict means; older verdicts are reached again
+_TOGETHER = 8  # pictures that the detector sees at once; batches are the same for any number of processes
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,19 @@ class Judge:
     def __call__(self, model: str | None, out: Path, pictures: Sequence[Picture]) -> Judged:
         """Judge what no verdict is known of; the first process writes the results of all."""
         known = self._known(out)
-        mine = self._shard.share(pictures)
+        mine = self._shard.share([pictures[at : at + _TOGETHER] for at in range(0, len(pictures), _TOGETHER)])
+        total, done = sum(map(len, mine)), 0
         notes = folder.Notes(out, self._shard.rank)
         try:
-            for done, picture in enumerate(mine, start=1):
-                digest = folder.picture_hash(picture.file)
-                if (*picture.key, digest) not in known:
-                    notes.add(self._verdict(picture, digest))
+            for batch in mine:
+                digests = [folder.picture_hash(picture.file) for picture in batch]
+                new = [(*p.key, digest) not in known for p, digest in zip(batch, digests, strict=True)]
+                if any(new):
+                    for note in self._verdicts(batch, digests, new):
+                        notes.add(note)
+                done += len(batch)
                 if self._progress and self._shard.first:
-                    self._progress("judging", done, len(mine))
+                    self._progress("judging", done, total)
         finally:
             notes.close()
         self._shard.wait()
@@ -119,12 +127,19 @@ class Judge:
         notes = folder.read_notes(out)
         return {(n["prompt"], n["sample"], n["picture"]): n for n in notes if n["judge"] == self._identity}
 
-    def _verdict(self, picture: Picture, digest: str) -> dict[str, Any]:
+    def _verdicts(
+        self, batch: Sequence[Picture], digests: Sequence[str], new: Sequence[bool]
+    ) -> Iterator[dict[str, Any]]:
+        """Notes on the new pictures of a batch, which the detector sees as a whole whatever is known of it."""
         if self._detector is None:
             self._detector = detector.Detector.load(self._detector_folder, self._device)
-        image = hosted.open_rgb(picture.file)
-        objects = rules.keep(self._detector(image), picture.request.tag)
+        images = [hosted.open_rgb(picture.file) for picture in batch]
+        found = self._detector.find(images)
+        for picture, digest, image, seen, wanted in zip(batch, digests, images, found, new, strict=True):
+            if wanted:
+                yield self._note(picture, digest, image, rules.keep(seen, picture.request.tag))
 
+    def _note(self, picture: Picture, digest: str, image: Image.Image, objects: rules.Objects) -> dict[str, Any]:
         def name_colors(name: str, found: Sequence[rules.Detection]) -> list[str]:
             if self._namer is None:
                 assert self._clip_folder is not None
@@ -157,7 +172,7 @@ def _official(picture: Picture, note: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def finished_run(reference: str | None) -> dict[tuple[int, int], tuple[str, bool]] | None:
+def finished_run(reference: str | None) -> dict[tuple[int, int], tuple[str, str, bool]] | None:
     """The verdicts of a reference that is a finished run's folder; None for a model."""
     place = None if reference is None else Path(reference).expanduser()
     if place is None or not (place / folder.RESULTS).is_file():
@@ -167,7 +182,7 @@ def finished_run(reference: str | None) -> dict[tuple[int, int], tuple[str, bool
 
 def of_finished_run(
     reference: str | None,
-    finished: Mapping[tuple[int, int], tuple[str, bool]],
+    finished: Mapping[tuple[int, int], tuple[str, str, bool]],
     requests: Sequence[Request],
     found: Judged,
 ) -> Judged:
@@ -179,18 +194,26 @@ def of_finished_run(
             raise UserError(
                 f"--reference {reference} has no verdict on sample {key[1]} of prompt {key[0]}: finish that run"
             )
-        text, right = finished[key]
+        _, text, right = finished[key]
         if text != prompt:
             raise UserError(
                 f"--reference {reference} drew {text!r} as prompt {key[0]} and not {prompt!r}: give a run of it"
             )
         outcomes[key] = (tags[key[0]], text, right)
-    first = Path(reference or "").expanduser() / f"{requests[0].index:05d}" / "samples" / "0000.png"
-    size = None
-    if first.is_file():
-        image = hosted.open_rgb(first)
-        size = f"{image.width}x{image.height}"
-    return Judged(reference, outcomes, read_metadata(first) if first.is_file() else {}, size)
+    first = first_picture(reference, requests)
+    known = first.is_file()
+    return Judged(reference, outcomes, read_metadata(first) if known else {}, size_of(first) if known else None)
+
+
+def first_picture(reference: str | None, requests: Sequence[Request]) -> Path:
+    """Where a finished run has its first picture, if it still has it."""
+    return Path(reference or "").expanduser() / f"{requests[0].index:05d}" / "samples" / "0000.png"
+
+
+def size_of(picture: Path) -> str:
+    """A picture's size, as "1024x1024"."""
+    image = hosted.open_rgb(picture)
+    return f"{image.width}x{image.height}"
 
 
 def hash_of(texts: Iterable[str]) -> str:

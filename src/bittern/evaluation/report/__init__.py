@@ -7,7 +7,7 @@ browser's own blend of the two. The page forbids itself any connection (Content-
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,8 @@ from bittern.evaluation.report import plot
 from bittern.evaluation.report.names import TASK_NAMES, format_bytes, short_name, unique_names
 from bittern.evaluation.report.pictures import MOST_CARDS, Shown, show
 from bittern.evaluation.report.plot import Chart, Value
-from bittern.evaluation.stats import Estimate
+from bittern.evaluation.stats import Difference, Estimate
+from bittern.evaluation.suites import Score
 from bittern.outputs import write_text
 
 MARK = '<meta name="generator" content="bittern compare">'
@@ -38,7 +39,7 @@ def render(comparison: Comparison, command: str) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"size": format_bytes, "short": short_name}
+    environment.filters |= {"size": format_bytes, "short": short_name, "minus": _minus}
     template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
     entries = comparison.entries
     drawing = comparison.reference.drawing
@@ -50,7 +51,10 @@ def render(comparison: Comparison, command: str) -> str:
         names=unique_names([entry.drawing.model for entry in entries]),
         cards=_cards(comparison, shown),
         shown=shown,
-        bars=_bars(entries),
+        bars=_bars([entry.score for entry in entries]),
+        gaps=_gaps([entry.difference for entry in comparison.others]),
+        runs=_bars([entry.geneval and entry.geneval.judged.score for entry in entries]),
+        run_gaps=_gaps([entry.geneval_difference for entry in comparison.others]),
         charts=_charts(entries),
         frame=plot,
         heats=[_heat(entry) for entry in comparison.others],
@@ -96,17 +100,67 @@ def _verdicts(comparison: Comparison, entry: Entry) -> list[bool | None]:
     return [next(outcomes[prompt.tag]) for prompt in comparison.world]
 
 
-def _bars(entries: list[Entry]) -> list[dict[str, Any]]:
-    scores = [entry.score for entry in entries if entry.score]
-    if len(scores) < len(entries):
+def _bars(scores: Sequence[Score | None]) -> list[dict[str, Any]]:
+    """A row a task: its name, and the models that have a score, by number, with theirs."""
+    found = [(model, score) for model, score in enumerate(scores) if score]
+    if not found:
         return []
-    rows: list[tuple[str, list[Estimate]]] = [("overall", [s.overall for s in scores])]
-    rows += [(TASK_NAMES[task], [s.tasks[task] for s in scores]) for task in scores[0].tasks]
-    return [{"name": name, "estimates": estimates} for name, estimates in rows]
+    rows: list[tuple[str, list[Estimate]]] = [("overall", [score.overall for _, score in found])]
+    rows += [(TASK_NAMES[task], [score.tasks[task] for _, score in found]) for task in found[0][1].tasks]
+    models = [model for model, _ in found]
+    return [{"name": name, "estimates": list(zip(models, estimates, strict=True))} for name, estimates in rows]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A paired difference on the axis that all of them share, in percent of its length.
+
+    Attributes:
+        model: the model's number.
+        difference: what is shown.
+        low: where the interval begins.
+        at: where the difference lies.
+        high: where the interval ends.
+        zero: where "no difference" lies.
+        p: the sign test's value as text.
+    """
+
+    model: int
+    difference: Difference
+    low: float
+    at: float
+    high: float
+    zero: float
+    p: str
+
+
+def _gaps(differences: Sequence[Difference | None]) -> list[Gap]:
+    found = [(model, each) for model, each in enumerate(differences, start=1) if each]
+    if not found:
+        return []
+    low = min(0.0, *(each.low for _, each in found))
+    high = max(0.0, *(each.high for _, each in found))
+    pad = 0.06 * (high - low)
+
+    def place(value: float) -> float:
+        return 100 * (value - low + pad) / (high - low + 2 * pad)
+
+    return [
+        Gap(
+            model, each, place(each.low), place(each.mean), place(each.high), place(0),
+            "< 0.001" if each.p_value < 0.001 else f"= {each.p_value:.2g}",
+        )
+        for model, each in found
+    ]  # fmt: skip
+
+
+def _minus(number: str) -> str:
+    """A number with a minus sign where it has a hyphen."""
+    return number.replace("-", "\N{MINUS SIGN}")
 
 
 def _charts(entries: list[Entry]) -> list[Chart]:
-    """Size against PSNR, and against the score where pictures were judged."""
+    """Size against PSNR, and against the scores where pictures were judged."""
     names = unique_names([entry.drawing.model for entry in entries])
     sizes = [entry.drawing.inspection.file_bytes for entry in entries]
     near = [
@@ -114,13 +168,19 @@ def _charts(entries: list[Entry]) -> list[Chart]:
         for index, entry in enumerate(entries)
         if entry.fidelity
     ]
-    right = [
-        Value(names[index], index % 6, sizes[index], entry.score.overall.mean, entry.score.overall.stderr)
-        for index, entry in enumerate(entries)
-        if entry.score
-    ]
     charts = [plot.chart("PSNR to the reference, dB", near)] if near else []
-    return charts + ([plot.chart("Scenes score", right, floor=0.0, ceiling=1.0)] if right else [])
+    scored = (
+        ("Scenes score", [e.score for e in entries]),
+        ("GenEval score", [e.geneval and e.geneval.judged.score for e in entries]),
+    )
+    for title, scores in scored:
+        right = [
+            Value(names[index], index % 6, sizes[index], score.overall.mean, score.overall.stderr)
+            for index, score in enumerate(scores)
+            if score
+        ]
+        charts += [plot.chart(title, right, floor=0.0, ceiling=1.0)] if right else []
+    return charts
 
 
 @dataclass(frozen=True)

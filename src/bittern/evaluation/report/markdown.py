@@ -14,12 +14,15 @@ def render(comparison: Comparison, command: str) -> str:
     names = unique_names([entry.drawing.model for entry in entries])
     columns, rows = headline(comparison)
     parts = [MARK, *_table(columns, rows), ""]
-    scores = [entry.score for entry in entries if entry.score]
-    if len(scores) == len(entries):
-        tasks = [(TASK_NAMES[task], *(str(score.tasks[task]) for score in scores)) for task in scores[0].tasks]
-        parts += [*_table(("task", *names), tasks), ""]
-    gaps = [(name, entry.difference) for name, entry in zip(names[1:], comparison.others, strict=True)]
-    parts += [f"- {_escape(name)}: scenes score {gap.claim}." for name, gap in gaps if gap]
+    scores = [(name, entry.score) for name, entry in zip(names, entries, strict=True) if entry.score]
+    runs = [(name, entry.geneval.judged.score) for name, entry in zip(names, entries, strict=True) if entry.geneval]
+    for title, found in (("task", scores), ("GenEval task", runs)):
+        if found:
+            tasks = [(TASK_NAMES[task], *(str(score.tasks[task]) for _, score in found)) for task in found[0][1].tasks]
+            parts += [*_table((title, *(name for name, _ in found)), tasks), ""]
+    for name, entry in zip(names[1:], comparison.others, strict=True):
+        gaps = (("scenes score", entry.difference), ("GenEval score", entry.geneval_difference))
+        parts += [f"- {_escape(name)}: {what} {gap.claim}." for what, gap in gaps if gap]
     drawing = comparison.reference.drawing
     versions = ", ".join(f"{package} {version}" for package, version in comparison.to_dict()["versions"].items())
     last = drawing.seed + len(drawing.prompts) - 1

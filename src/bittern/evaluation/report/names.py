@@ -17,9 +17,10 @@ TASK_NAMES = {
 def headline(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The headline table's columns, and a row a model."""
     names = unique_names([entry.drawing.model for entry in comparison.entries])
+    geneval = any(entry.geneval for entry in comparison.entries)
     rows: list[tuple[str, ...]] = []
     for name, entry in zip(names, comparison.entries, strict=True):
-        found, size = entry.fidelity, entry.drawing.inspection
+        found, size, run = entry.fidelity, entry.drawing.inspection, entry.geneval
         rows.append(
             (
                 name,
@@ -28,10 +29,12 @@ def headline(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, .
                 f"{found.mean_psnr.mean:.2f} ± {found.mean_psnr.stderr:.2f}" if found else "reference",
                 f"{found.mean_ssim.mean:.4f}" if found else "reference",
                 str(entry.score.overall) if entry.score else "not judged",
+                *([str(run.judged.score.overall) if run else "no run"] if geneval else []),
                 entry.drawing.path,
             )
         )
-    return ("model", "transformer on disk", "bits per weight", "PSNR, dB", "SSIM", "scenes score", "path"), rows
+    columns = ("model", "transformer on disk", "bits per weight", "PSNR, dB", "SSIM", "scenes score")
+    return (*columns, *(["GenEval"] if geneval else []), "path"), rows
 
 
 def format_bytes(count: float) -> str:
