@@ -277,6 +277,7 @@ def train(trainer: Trainer, deadline: float, say: Say, rank: int) -> None:
                 say(json.dumps(progress.curve[-1]))
         trainer.advance(done)
     synchronize(device)
+    progress.seconds = before + time.monotonic() - start
     progress.pieces[-1] |= {"images_per_second": round((progress.samples - samples) / (time.monotonic() - start))}
 
 
