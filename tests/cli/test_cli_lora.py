@@ -16,6 +16,7 @@ import bittern
 from bittern import pipelines, tiny_flux
 from bittern.cli import main
 from bittern.errors import UserError
+from bittern.evaluation.drawing import Settings, draw
 from bittern.evaluation.generate import generate, read_metadata, save_png
 from bittern.evaluation.replay import replay
 
@@ -75,6 +76,12 @@ def test_a_picture_without_a_lora_says_nothing_of_one(few_bit: Path, tmp_path: P
     out = tmp_path / "a.png"
     assert main.run(["generate", str(few_bit), "a cat", "--steps", "1", "--out", str(out)]) == 0
     assert not {"lora", "strength"} & set(read_metadata(out))
+
+
+def test_a_loaded_pipeline_is_given_its_lora_by_hand(tiny_random_pipeline: FluxPipeline, lora: Path) -> None:
+    settings = Settings(steps=1, lora=str(lora))
+    with pytest.raises(UserError, match=r"FluxPipeline is loaded already; use pipelines\.load_lora"):
+        draw(tiny_random_pipeline, ["a cat"], settings)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import bittern
 from bittern import layers, pipelines, quantization
+from bittern.errors import UserError
 from bittern.evaluation.generate import check_request, default_batch_size, generate
 from bittern.integrations import attention
 from bittern.quantization import Progress, component
@@ -198,14 +199,19 @@ def artist(
         name: what to call the model; its folder or id by default.
 
     Raises:
-        UserError: if the model cannot be loaded, the path does not exist there, or the attention does not run there.
+        UserError: if the model or the LoRA cannot be loaded, the path does not exist there, or the attention does not
+            run there.
     """
     settings = settings or Settings()
     name = name or (model if isinstance(model, str) else type(model).__name__)
     if settings.lora is not None:
+        if not isinstance(model, str):
+            raise UserError(
+                f"LoRA {settings.lora!r}: {name} is loaded already; give it the LoRA by pipelines.load_lora"
+            )
         pipelines.resolve_lora(settings.lora)  # before a model is loaded for it
     pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
-    if settings.lora is not None and isinstance(model, str):
+    if settings.lora is not None:
         pipelines.load_lora(pipe, settings.lora, settings.strength)
     denoiser = component(pipe)
     try:
