@@ -5,9 +5,9 @@
     python benchmarks/lora.py --table benchmarks/results/lora_tiny_flux.json
 
 Two questions. Does a few-bit model stay as near to the 16-bit one with a LoRA as without (PSNR, paired picture by
-picture)? And does the LoRA do as often what it was made for: `outline` draws outlines, and `scenes.outlines` sees in
-every picture whether it did (a paired bootstrap over prompts)? Prompts are held out, and ask for no ring, which is its
-own outline. A picture with its outlines filled in is also judged by its prompt.
+picture)? And does the LoRA do as often what it was made for, which `scenes.EFFECTS` sees in every picture (a paired
+bootstrap over prompts)? Prompts are held out; for `outline` they ask for no ring, which is its own outline. Apart from
+the effect, pictures are also judged by their prompts.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-flux", help="the 16-bit pipeline")
     parser.add_argument("--model-few-bit", default="svdquant", help="a recipe, or the folder of a quantized pipeline")
     parser.add_argument("--lora", default="outline", help="a built-in name or a file")
+    parser.add_argument("--effect", choices=scenes.EFFECTS, help="what the LoRA does; by default its file's name")
     parser.add_argument("--images", type=int, default=1024, help="held-out prompts")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--path", default=None, help="force an arithmetic on the few-bit layers, such as a4")
@@ -62,20 +63,27 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draws every row, and compares; the record as JSON values."""
-    prompts = [prompt for prompt in scenes.held_out(2 * args.images) if scenes.has_edges(prompt)][: args.images]
+    lora = pipelines.resolve_lora(args.lora)
+    name = args.effect or lora.stem
+    if name not in scenes.EFFECTS:
+        raise SystemExit(f"{lora} is the LoRA of no known effect: give --effect")
+    effect = scenes.EFFECTS[name]
+    prompts = [prompt for prompt in scenes.held_out(2 * args.images) if effect.concerns(prompt)][: args.images]
     record: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": {
             "device": device_name(args.device), "commit": commit(), "versions": versions(), "model": args.model,
-            "few_bit": args.model_few_bit, "lora": args.lora, "images": len(prompts), "steps": args.steps,
+            "few_bit": args.model_few_bit, "lora": args.lora, "effect": name, "images": len(prompts),
+            "steps": args.steps,
         },
         "rows": {},
     }  # fmt: skip
     drawn: dict[str, Tensor] = {}
-    for name, images, details in rows(args, [prompt.prompt for prompt in prompts]):
-        drawn[name] = images
-        record["rows"][name] = {**details, **judged(images, prompts)}
-        print(name, record["rows"][name], file=sys.stderr, flush=True)
+    for row, images, details in rows(args, lora, [prompt.prompt for prompt in prompts]):
+        drawn[row] = images
+        record["rows"][row] = {**details, **judged(images, prompts, effect)}
+        said = {key: value for key, value in record["rows"][row].items() if not key.endswith("_each")}
+        print(row, said, file=sys.stderr, flush=True)
         keep(record, args.out)
     if args.grid:
         lines = [torch.cat(list(images[:8]), dim=2) for images in drawn.values()]
@@ -93,9 +101,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def rows(args: argparse.Namespace, texts: Sequence[str]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+def rows(args: argparse.Namespace, lora: Path, texts: Sequence[str]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
     """Name, pictures and particulars of every row, each drawn from the same noise."""
-    lora = pipelines.resolve_lora(args.lora)
     for plain, with_lora in ((DENSE, DENSE_LORA), (FEW, FEW_LORA)):
         folder = with_lora == FEW_LORA and args.model_few_bit not in recipes.names()
         pipe = pipelines.load(args.model_few_bit if folder else args.model, device=args.device)
@@ -120,20 +127,15 @@ def drawing(pipe: Any, texts: Sequence[str], steps: int | None) -> tuple[Tensor,
     return images, details | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def judged(images: Tensor, prompts: Sequence[scenes.ScenePrompt]) -> dict[str, Any]:
-    """The share of outlines, and of pictures that show their prompt once they are filled in; a digit a picture."""
-
-    def look(image: Tensor, prompt: scenes.ScenePrompt) -> tuple[bool, bool]:
-        found = scenes.outlines(image)
-        return found.success, scenes.judge(found.filled[None], [prompt])[0]
-
+def judged(images: Tensor, prompts: Sequence[scenes.ScenePrompt], effect: scenes.Effect) -> dict[str, Any]:
+    """The shares of pictures with the effect, and of those that show their prompt apart from it; a digit a picture."""
     with ThreadPoolExecutor() as pool:
-        seen = list(pool.map(look, images, prompts))
-    outlined, shown = ([one[place] for one in seen] for place in (0, 1))
+        seen = list(pool.map(effect.look, images, prompts))
+    success, shown = ([one[place] for one in seen] for place in (0, 1))
     return {
-        "outlined": rounded(proportion(outlined)),
+        "success": rounded(proportion(success)),
         "shows_its_prompt": rounded(proportion(shown)),
-        "outlined_each": "".join(str(int(one)) for one in outlined),
+        "success_each": "".join(str(int(one)) for one in success),
     }
 
 
@@ -142,7 +144,7 @@ def compared(
 ) -> dict[str, Any]:
     """A few-bit row with the LoRA beside the 16-bit one in success, and beside the one without it in PSNR."""
     gaps = [mine - theirs for mine, theirs in zip(few["psnr_each"], plain["psnr_each"], strict=True)]
-    success = paired_difference(by_task(few["outlined_each"], prompts), by_task(dense["outlined_each"], prompts))
+    success = paired_difference(by_task(few["success_each"], prompts), by_task(dense["success_each"], prompts))
     found = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(success).items()}
     return {"psnr_gap": rounded(mean_estimate(gaps)), "success_difference": found, "claim": success.claim}
 
@@ -160,9 +162,9 @@ def rounded(estimate: Any) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """The rows as Markdown, and a line a comparison."""
-    lines = ["| model | outlines | shows its prompt | PSNR dB to 16 bit | path |", "|---|---|---|---|---|"]
+    lines = ["| model | effect | shows its prompt | PSNR dB to 16 bit | path |", "|---|---|---|---|---|"]
     for name, row in record["rows"].items():
-        shares = (f"{row[key]['mean']:.3f} ± {row[key]['stderr']:.3f}" for key in ("outlined", "shows_its_prompt"))
+        shares = (f"{row[key]['mean']:.3f} ± {row[key]['stderr']:.3f}" for key in ("success", "shows_its_prompt"))
         psnr = f"{row['psnr']['mean']:.2f} ± {row['psnr']['stderr']:.2f}" if "psnr" in row else ""
         path = "+".join(row["paths"]) or row["dtype"]
         lines.append(f"| {name} | {' | '.join(shares)} | {psnr} | {path} |")
@@ -170,8 +172,7 @@ def table(record: dict[str, Any]) -> str:
         gap = found["psnr_gap"]
         lines += [
             "",
-            f"{name}: PSNR {gap['mean']:+.2f} ± {gap['stderr']:.2f} dB against {FEW}; its share of outlines "
-            f"{found['claim']}.",
+            f"{name}: PSNR {gap['mean']:+.2f} ± {gap['stderr']:.2f} dB against {FEW}; its success {found['claim']}.",
         ]
     return "\n".join(lines)
 

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from bittern import pipelines
 from bittern.evaluation import scenes
-from train_tiny_lora import STROKE, TinyFluxLora, fit
+from train_tiny_lora import TinyFluxLora, fit
 from training import run
 from training.latents import SceneStream
 from training.student import Progress
 
 CPU = torch.device("cpu")
-PROMPTS = tuple(prompt for prompt in scenes.training_prompts()[::200] if scenes.has_edges(prompt))
+OUTLINE = scenes.EFFECTS["outline"]
+PROMPTS = tuple(prompt for prompt in scenes.training_prompts()[::200] if OUTLINE.concerns(prompt))
 
 
 def some_scenes(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return SceneStream(PROMPTS, CPU, torch.Generator().manual_seed(seed), STROKE)(count)
+    return SceneStream(PROMPTS, CPU, torch.Generator().manual_seed(seed), OUTLINE)(count)
 
 
 def test_a_seed_gives_the_same_outlined_scenes() -> None:
@@ -38,10 +39,10 @@ def test_a_seed_gives_the_same_outlined_scenes() -> None:
 
 def test_fitted_latents_are_decoded_to_the_drawing() -> None:
     vae = pipelines.load("tiny-flux", dtype=torch.float32).vae.eval().requires_grad_(False)
-    images = some_scenes(1)[0][:, :, :, 64:]
+    images = some_scenes(2)[0][:, :, 32:96, 64:]
     _, encoded = fit(vae, images, steps=0)
     fitted, error = fit(vae, images, steps=8)
-    assert error < 0.4 * encoded
+    assert error < 0.6 * encoded
     with torch.no_grad():
         assert (vae.decode(fitted).sample - images).square().mean().item() == pytest.approx(error, rel=0.05)
 

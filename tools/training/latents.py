@@ -22,17 +22,17 @@ TASK_SHARES = {
 
 
 class SceneStream:
-    """Random training scenes with the index of their caption; `stroke` is that of `scenes.draw`."""
+    """Random training scenes with the index of their caption; an effect changes the drawings."""
 
     def __init__(
         self,
         prompts: tuple[scenes.ScenePrompt, ...],
         device: torch.device,
         generator: torch.Generator,
-        stroke: float = 0.0,
+        effect: scenes.Effect | None = None,
     ):
         scenes.refuse_held_out([prompt.prompt for prompt in prompts])
-        self.stroke = stroke
+        self.effect = effect or scenes.Effect()
         self.prompts, self.device, self.generator = prompts, device, generator
         self.table = scenes.SceneTable.of(prompts, device)
         of_task = torch.tensor([scenes.TASKS.index(prompt.tag) for prompt in prompts])
@@ -44,7 +44,8 @@ class SceneStream:
         """Images [B, 3, H, W] in [-1, 1] and caption indices [B]."""
         u = torch.rand(count, device=self.device, generator=self.generator, dtype=torch.float64)
         index = torch.searchsorted(self.cumulative, u * self.cumulative[-1]).clamp(max=len(self.prompts) - 1)
-        images = scenes.draw(scenes.sample(self.table, index, self.generator), IMAGE_SIZE, stroke=self.stroke)
+        batch = scenes.sample(self.table, index, self.generator)
+        images = scenes.draw(batch, IMAGE_SIZE, stroke=self.effect.stroke, paint=self.effect.paint)
         return images.float() / 127.5 - 1, index
 
 

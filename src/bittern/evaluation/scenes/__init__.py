@@ -2,8 +2,8 @@
 
 from bittern.evaluation.scenes.detect import Detection, detect
 from bittern.evaluation.scenes.draw import MAX_OBJECTS, PALETTE, SceneBatch, SceneTable, draw, sample
+from bittern.evaluation.scenes.effects import EFFECTS, Effect, Outlines, outlines, painted
 from bittern.evaluation.scenes.judge import judge, satisfies
-from bittern.evaluation.scenes.outline import Outlines, has_edges, outlines
 from bittern.scene_prompts import (
     COLORS,
     GROUNDS,
@@ -19,12 +19,14 @@ from bittern.scene_prompts import (
 
 __all__ = [
     "COLORS",
+    "EFFECTS",
     "GROUNDS",
     "MAX_OBJECTS",
     "PALETTE",
     "SHAPES",
     "TASKS",
     "Detection",
+    "Effect",
     "Outlines",
     "SceneBatch",
     "SceneObject",
@@ -33,10 +35,10 @@ __all__ = [
     "detect",
     "draw",
     "every_prompt",
-    "has_edges",
     "held_out",
     "judge",
     "outlines",
+    "painted",
     "refuse_held_out",
     "sample",
     "satisfies",

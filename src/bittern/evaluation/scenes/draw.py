@@ -155,7 +155,9 @@ def _related(layouts: Tensor, radius: Tensor, relation: Tensor) -> Tensor:
     return (relation == 0)[:, None] | (clear & (across < 0.6 * along))
 
 
-def draw(scenes: SceneBatch, size: int = 128, *, stroke: float = 0.0) -> UInt8[Tensor, "b 3 size size"]:
+def draw(
+    scenes: SceneBatch, size: int = 128, *, stroke: float = 0.0, paint: tuple[int, int, int] | None = None
+) -> UInt8[Tensor, "b 3 size size"]:
     """Draw scenes as 8-bit RGB images on the scenes' device.
 
     Args:
@@ -163,12 +165,13 @@ def draw(scenes: SceneBatch, size: int = 128, *, stroke: float = 0.0) -> UInt8[T
         size: pixels a side.
         stroke: width of a line along the inside of every edge, of the image side, that is drawn in place of the
             filled shape; 0 fills. A ring, which is its own outline, is the same with either.
+        paint: RGB of all objects, in place of their own.
     """
     device = scenes.center.device
     axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size
     yy, xx = torch.meshgrid(axis, axis, indexing="ij")
     pixels = torch.stack([xx, yy], dim=-1)
-    colors = torch.tensor([PALETTE[name] for name in COLORS], device=device, dtype=torch.float32)
+    colors = torch.tensor([paint or PALETTE[name] for name in COLORS], device=device, dtype=torch.float32)
     grounds = torch.tensor([PALETTE[name] for name in GROUNDS], device=device, dtype=torch.float32)
     image = grounds[scenes.ground][:, :, None, None].expand(-1, -1, size, size)
     atlas = _atlas(str(device))

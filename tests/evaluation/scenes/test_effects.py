@@ -1,4 +1,4 @@
-"""Outlines: drawn where they should be, seen where they are, and filled in to what they were."""
+"""Effects: outlines and a new colour, drawn where they should be, seen where they are, and judged without them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from torch import Tensor
 from bittern.evaluation import scenes
 from bittern.evaluation.scenes import SHAPES, SceneBatch
 
-STROKE = 1 / 32
-PROMPTS = [prompt for prompt in scenes.held_out(200) if scenes.has_edges(prompt)][:96]
+STROKE = scenes.EFFECTS["outline"].stroke
+PROMPTS = [prompt for prompt in scenes.held_out(200) if scenes.EFFECTS["outline"].concerns(prompt)][:96]
 
 
-def drawings(prompts: list[scenes.ScenePrompt], stroke: float) -> Tensor:
+def drawings(
+    prompts: list[scenes.ScenePrompt], stroke: float = 0.0, paint: tuple[int, int, int] | None = None
+) -> Tensor:
     table, index = scenes.SceneTable.of(prompts), torch.arange(len(prompts))
-    return scenes.draw(scenes.sample(table, index, torch.Generator().manual_seed(5)), 128, stroke=stroke)
+    return scenes.draw(scenes.sample(table, index, torch.Generator().manual_seed(5)), 128, stroke=stroke, paint=paint)
 
 
 def one(shape: str) -> SceneBatch:
@@ -81,3 +83,20 @@ def test_one_filled_shape_among_outlines_and_an_empty_picture_fail() -> None:
 def test_filling_in_leaves_filled_pictures_as_they_are() -> None:
     for image in drawings(PROMPTS[:12], 0.0):
         assert torch.equal(scenes.outlines(image).filled, image)
+
+
+def test_a_new_colour_is_seen_and_the_worlds_own_are_not() -> None:
+    brown = scenes.EFFECTS["brown"]
+    prompts = [prompt for prompt in scenes.held_out(60) if brown.concerns(prompt)]
+    assert any(item.shape == "ring" for prompt in prompts for item in prompt.include)
+    looks = [
+        brown.look(image, prompt) for image, prompt in zip(drawings(prompts, paint=brown.paint), prompts, strict=True)
+    ]
+    assert all(success and shown for success, shown in looks)
+    looks = [brown.look(image, prompt) for image, prompt in zip(drawings(prompts), prompts, strict=True)]
+    assert not any(success for success, _ in looks) and all(shown for _, shown in looks)
+    one_of_two = drawings(prompts[1:2])[0]
+    left = scenes.detect(one_of_two)[0]
+    apart = (one_of_two.float() - torch.tensor(scenes.PALETTE[left.color])[:, None, None]).square().sum(0) < 30**2
+    one_of_two[:, apart] = torch.tensor(brown.paint, dtype=torch.uint8)[:, None]
+    assert sorted(scenes.painted(one_of_two, brown.paint)) == [False, True]
