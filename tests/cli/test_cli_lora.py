@@ -80,7 +80,7 @@ def test_a_picture_without_a_lora_says_nothing_of_one(few_bit: Path, tmp_path: P
 
 def test_a_loaded_pipeline_is_given_its_lora_by_hand(tiny_random_pipeline: FluxPipeline, lora: Path) -> None:
     settings = Settings(steps=1, lora=str(lora))
-    with pytest.raises(UserError, match=r"FluxPipeline is loaded already; use pipelines\.load_lora"):
+    with pytest.raises(UserError, match=r"FluxPipeline is loaded already; give it the LoRA by pipelines\.load_lora"):
         draw(tiny_random_pipeline, ["a cat"], settings)
 
 
