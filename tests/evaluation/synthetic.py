@@ -12,8 +12,8 @@ from bittern.evaluation import scenes
 from bittern.evaluation.compare import Comparison, Entry
 from bittern.evaluation.drawing import Drawing
 from bittern.evaluation.fidelity import fidelity
-from bittern.evaluation.geneval.verdicts import Judged
 from bittern.evaluation.results import Finished
+from bittern.evaluation.runs.judging import Judged, Outcome
 from bittern.evaluation.scenes import TASKS
 from bittern.evaluation.stats import paired_difference
 from bittern.evaluation.suites import score_scenes
@@ -60,11 +60,12 @@ def with_runs(found: Comparison) -> Comparison:
     runs: list[Finished] = []
     for model in range(len(found.entries)):
         outcomes = {
-            (prompt, sample): (TASKS[prompt % 6], f"prompt {prompt}", (7 * prompt + 3 * sample) % 11 > 2 * model)
+            (prompt, sample): Outcome(TASKS[prompt % 6], f"prompt {prompt}", (7 * prompt + 3 * sample) % 11 > 2 * model)
             for prompt in range(60)
             for sample in range(2)
         }
-        runs.append(Finished(Path(f"out/run-{model}"), {}, Judged(f"model-{model}", outcomes, {}, None), frozenset()))
+        judged = Judged(f"model-{model}", outcomes, {}, None, tuple(TASKS))
+        runs.append(Finished(Path(f"out/run-{model}"), {}, judged, frozenset()))
     base = runs[0].judged.score.outcomes
     gaps = [paired_difference(run.judged.score.outcomes, base) for run in runs]
     others = [

@@ -210,7 +210,7 @@ def _geneval_tables(found: GenEval) -> list[RenderableType]:
             f"note: the detector does not know {len(found.unknown)} of the 80 classes, such as {found.unknown[0]!r}: "
             "no picture of them can be right"
         )
-    made = f", seed {told['seed']}, {told['steps']} steps, path {told['path']}" if found.settings else ""
+    made = f", seed {told['seed']}, {told['steps']} steps, path {told['path']}" if told["seed"] is not None else ""
     parts.append(
         f"{told['images']} pictures of {told['prompts']} prompts{made} (± is one standard error over prompts); "
         f"{told['correct_images']} pictures and {told['correct_prompts']} prompts right"

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bittern.errors import UserError
-from bittern.evaluation.geneval import folder
-from bittern.evaluation.geneval.suite import REFERENCE, model_identity
-from bittern.evaluation.geneval.verdicts import Judged
+from bittern.evaluation.geneval.layout import read_results
+from bittern.evaluation.runs import folder
+from bittern.evaluation.runs.course import REFERENCE, model_identity
+from bittern.evaluation.runs.judging import Judged
+from bittern.evaluation.scenes import TASKS
 
 OPTION = "--results"
 _ALIKE = {
@@ -55,7 +57,7 @@ def read(place: Path) -> Finished:
         raise UserError(f"{OPTION} {place} has not finished: give its command again, it goes on where it stood")
     name = str(run["model"]).rpartition(" ")[0]
     judges = frozenset(note["judge"] for note in folder.read_notes(place))
-    return Finished(place, run, Judged(name, folder.read_results(place), {}, None), judges)
+    return Finished(place, run, Judged(name, read_results(place), {}, None, tuple(TASKS)), judges)
 
 
 def gather(places: Sequence[Path], models: Sequence[Any]) -> list[Finished | None]:

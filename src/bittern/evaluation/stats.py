@@ -11,7 +11,7 @@ percentile bootstrap alone is too sure of itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,10 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.stderr:.3f}"
+
+
+Estimator = Callable[[Sequence[float]], Estimate]
+"""Gives the mean of a task's prompts and its error."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ def paired_difference(
     model: Mapping[str, Sequence[float]],
     reference: Mapping[str, Sequence[float]],
     *,
+    shares: bool = True,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Difference:
@@ -126,6 +131,8 @@ def paired_difference(
     Args:
         model: per task, the outcome of every prompt, 0 to 1.
         reference: the same tasks and prompts, in the same order.
+        shares: whether outcomes are shares of right pictures, of which most prompts have the same on both sides, and
+            not measures that hardly ever agree.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
@@ -134,7 +141,7 @@ def paired_difference(
         widened by sqrt(n / (n - 1)), since a resample of n scatters too little by that factor. Where a task has fewer
         than five prompts they are resampled across tasks, each weighing as much as in the mean of tasks: a little
         wide, but honest with one prompt a task. Where few or all prompts disagree the bootstrap collapses; the
-        interval never ends nearer than 3 / n (the rule of three).
+        interval of shares never ends nearer than 3 / n (the rule of three).
     """
     if {t: len(v) for t, v in model.items()} != {t: len(v) for t, v in reference.items()}:
         raise ValueError("a paired difference needs the same prompts on both sides")
@@ -150,7 +157,8 @@ def paired_difference(
         moved = np.mean(apart, axis=0)
     tail = 50 * (1 - LEVEL)
     low, high = mean + np.percentile(moved, [tail, 100 - tail])
-    low, high = max(-1.0, min(low, mean - 3 / n)), min(1.0, max(high, mean + 3 / n))
+    least = 3 / n if shares else 0.0
+    low, high = max(-1.0, min(low, mean - least)), min(1.0, max(high, mean + least))
     return Difference(mean, float(low), float(high), better, worse, n)
 
 

@@ -26,6 +26,7 @@ from bittern.evaluation.published.measure import Published, measure
 from bittern.evaluation.stats import (
     Difference,
     Estimate,
+    Estimator,
     mean_estimate,
     paired_difference,
     proportion,
@@ -44,14 +45,21 @@ _LARGEST_LIMIT = 1_000_000
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score: by task, in the order of the prompts, whether the picture is right, or what share of several."""
+    """A model's score.
+
+    Attributes:
+        outcomes: by task, in the order of the prompts, whether the picture is right, or what share of several, or what
+            they are worth.
+        estimate: the mean of a task and its error.
+    """
 
     outcomes: Mapping[str, Sequence[float]]
+    estimate: Estimator = proportion
 
     @property
     def tasks(self) -> dict[str, Estimate]:
-        """Share of right pictures in each task."""
-        return {task: proportion(outcomes) for task, outcomes in self.outcomes.items()}
+        """Share of right pictures in each task, or what they are worth in the mean."""
+        return {task: self.estimate(outcomes) for task, outcomes in self.outcomes.items()}
 
     @property
     def overall(self) -> Estimate:

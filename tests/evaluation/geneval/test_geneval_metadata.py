@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bittern.errors import UserError
-from bittern.evaluation.geneval.metadata import COLORS, OBJECTS, Clause, choose, read_metadata
+from bittern.evaluation.geneval.metadata import COLORS, OBJECTS, Clause, read_metadata
+from bittern.evaluation.runs.course import choose
 
 GOOD = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
 

@@ -21,8 +21,8 @@ from bittern.cli import main
 from bittern.errors import UserError
 from bittern.evaluation.drawing import Artist, Settings
 from bittern.evaluation.generate import read_metadata
-from bittern.evaluation.geneval import folder
 from bittern.evaluation.geneval.suite import evaluate
+from bittern.evaluation.runs import folder
 from bittern.evaluation.shards import Shard
 
 QUICK = Settings(seed=3, steps=1, batch_size=5)
@@ -342,7 +342,7 @@ def test_a_folder_serves_one_run_at_a_time(run: Callable[..., Any], tmp_path: Pa
 DYING = """
 import os, signal, sys
 from bittern.evaluation.drawing import Artist
-from bittern.evaluation.geneval import folder
+from bittern.evaluation.runs import folder
 log, place, dies_at = sys.argv[1:4]
 
 def tell(what, name):
@@ -386,10 +386,12 @@ def stamps(place: Path) -> dict[str, tuple[int, int]]:
     """What changes when a picture is written again, of every picture that is whole, dealt out or not."""
     found: dict[str, tuple[int, int]] = {}
     for file in place.rglob("*.png"):
-        if not file.parent.name.endswith(".tmp"):
-            name = str(file.relative_to(place))
-            name = file.name.replace("-", "/") if name.startswith(".drawn/") else name
-            found[name] = (file.stat().st_ino, file.stat().st_mtime_ns)
+        drawn, *parts = file.relative_to(place).parts
+        if drawn != ".drawn":
+            parts = [drawn, *parts]
+        elif parts.pop(0).endswith(".tmp"):
+            continue
+        found["/".join(parts)] = (file.stat().st_ino, file.stat().st_mtime_ns)
     return found
 
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,18 +154,3 @@ def _position(value: Any, where: str, number: int) -> tuple[str, int] | None:
 def _nearest(name: str) -> str:
     hint = did_you_mean(name, OBJECTS)
     return hint.partition(" (known")[0] if "did you mean" in hint else "expected one of COCO's 80 as GenEval names them"
-
-
-def choose(requests: Sequence[Request], limit: int | None) -> list[Request]:
-    """At most `limit` prompts, task by task in turn, in the file's order; the others' numbers stay as they are.
-
-    Raises:
-        UserError: if the limit leaves a task of the file without a prompt.
-    """
-    if limit is None or limit >= len(requests):
-        return list(requests)
-    queues = [[r for r in requests if r.tag == tag] for tag in dict.fromkeys(r.tag for r in requests)]
-    if limit < len(queues):
-        raise UserError(f"limit {limit} leaves tasks without a prompt: expected at least {len(queues)}")
-    turns = [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
-    return sorted(turns[:limit], key=lambda request: request.index)

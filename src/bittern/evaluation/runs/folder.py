@@ -1,4 +1,4 @@
-"""GenEval's folders: `00000/metadata.jsonl`, `00000/samples/0000.png`, and what makes a run that was killed go on.
+"""The folder of a run: its pictures, what is known of them, and what makes a run that was killed go on.
 
 Pictures are drawn in batches whose members never change, because a picture's low bits may depend on its batch. A
 finished batch goes to `.drawn/` under a temporary name, is renamed, and only then dealt out: a kill leaves either the
@@ -12,55 +12,60 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from jaxtyping import UInt8
 from torch import Tensor
 
 from bittern.errors import UserError
 from bittern.evaluation.generate import save_png
-from bittern.evaluation.geneval.metadata import Request, parse_line
 from bittern.outputs import disk_problem, existing_parent, write_text
 
 RESULTS = "results.jsonl"
 _RUN = "run.json"
 _DRAWN = ".drawn"
-_PICTURE = re.compile(r"(\d+)\.png")
-_IN_RESULTS = re.compile(r"(\d+)/samples/(\d+)\.png$")
+
+
+class Request(Protocol):
+    """A prompt that a suite asks for."""
+
+    @property
+    def index(self) -> int:
+        """Its number, which no other prompt of the suite has."""
+        ...
+
+    @property
+    def tag(self) -> str:
+        """Its task."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """Its text."""
+        ...
+
+
+R = TypeVar("R", bound=Request, covariant=True)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One sample of one prompt, and its file."""
+class Picture(Generic[R]):
+    """One sample of one prompt, its file, and where the official layout has it in the run's folder."""
 
-    request: Request
+    request: R
     sample: int
     file: Path
+    name: str
 
     @property
     def key(self) -> tuple[int, int]:
         """The prompt's number and the sample's."""
         return self.request.index, self.sample
-
-    @property
-    def name(self) -> str:
-        """The file as the official layout calls it."""
-        return f"{self.request.index:05d}/samples/{self.sample:04d}.png"
-
-
-def pictures_of(out: Path, requests: Sequence[Request], per_prompt: int) -> list[Picture]:
-    """The pictures that a run draws, in their order."""
-    return [
-        Picture(request, sample, out / f"{request.index:05d}" / "samples" / f"{sample:04d}.png")
-        for request in requests
-        for sample in range(per_prompt)
-    ]
 
 
 class Claim:
@@ -160,18 +165,10 @@ def _empty(out: Path) -> None:
             each.unlink()
 
 
-def lay_out(out: Path, requests: Iterable[Request]) -> None:
-    """Put every prompt's metadata where the official scorer looks for it."""
-    for request in requests:
-        file = out / f"{request.index:05d}" / "metadata.jsonl"
-        if not file.exists():
-            write_text(request.line, file, "evaluation")
-
-
 def deliver(
     out: Path,
     number: int,
-    batch: Sequence[Picture],
+    batch: Sequence[Picture[Request]],
     images: UInt8[Tensor, "b 3 h w"],
     metadata: Sequence[Mapping[str, object]],
 ) -> None:
@@ -183,7 +180,7 @@ def deliver(
     ready = out / _DRAWN / f"{number:06d}"
     temporary = ready.with_suffix(".tmp")
     for index, picture in enumerate(batch):
-        save_png(images[index], temporary / picture.name.replace("/", "-"), metadata[index])
+        save_png(images[index], temporary / picture.name, metadata[index])
     temporary.rename(ready)
     _deal_out(out, ready)
 
@@ -198,14 +195,12 @@ def _settle(out: Path) -> None:
 
 
 def _deal_out(out: Path, ready: Path) -> None:
-    for file in sorted(ready.iterdir()):
-        place = out.joinpath(*file.name.split("-"))
+    for file in sorted(file for file in ready.rglob("*") if file.is_file()):
+        place = out / file.relative_to(ready)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():
-            file.unlink()
-        else:
+        if not place.exists():
             file.replace(place)
-    ready.rmdir()
+    shutil.rmtree(ready)
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
@@ -215,58 +210,6 @@ def read_run(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return run if isinstance(run, dict) and "suite" in run else None
-
-
-def read_pictures(images: Path, requests: Sequence[Request] | None, per_prompt: int | None) -> list[Picture]:
-    """The pictures in a folder of the official layout.
-
-    Args:
-        images: the folder.
-        requests: the prompts that it must hold; None for those it holds.
-        per_prompt: how many pictures each has; None for as many as the first.
-
-    Raises:
-        UserError: if prompts or pictures are missing, or their number differs.
-    """
-    if not images.is_dir():
-        raise UserError(f"--images {images}: expected a folder with 00000/samples/0000.png in it")
-    folders = {int(folder.name): folder for folder in images.iterdir() if folder.name.isdigit() and folder.is_dir()}
-    if not folders:
-        raise UserError(f"--images {images} holds no numbered folder: expected 00000/samples/0000.png and so on")
-    pictures: list[Picture] = []
-    for index in sorted(folders) if requests is None else [request.index for request in requests]:
-        if index not in folders:
-            raise UserError(f"--images {images} lacks the folder {index:05d}: draw it, or leave the prompt out")
-        request = _read_request(folders[index], index)
-        wanted = next((each for each in requests or () if each.index == index), request)
-        if request.prompt != wanted.prompt:
-            raise UserError(
-                f"{folders[index] / 'metadata.jsonl'} is about {request.prompt!r} and the metadata file about "
-                f"{wanted.prompt!r}: give the file that the pictures were drawn from"
-            )
-        samples = _samples(folders[index] / "samples")
-        per_prompt = per_prompt or len(samples)
-        if len(samples) != per_prompt:
-            raise UserError(
-                f"{folders[index] / 'samples'} holds {len(samples)} pictures: expected {per_prompt}, as many for every "
-                "prompt; draw what is missing or give --images-per-prompt"
-            )
-        pictures += [Picture(wanted, sample, file) for sample, file in samples]
-    return pictures
-
-
-def _read_request(folder: Path, index: int) -> Request:
-    file = folder / "metadata.jsonl"
-    try:
-        line = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: every numbered folder needs the metadata of its prompt") from error
-    return parse_line(line, str(file), index)
-
-
-def _samples(folder: Path) -> list[tuple[int, Path]]:
-    files = [(_PICTURE.fullmatch(file.name), file) for file in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(match[1]), file) for match, file in files if match)
 
 
 class Notes:
@@ -312,23 +255,6 @@ def picture_hash(file: Path) -> str:
         raise UserError(f"picture {file} cannot be read ({error.strerror}): draw or fetch it again") from error
 
 
-def read_results(folder: Path) -> dict[tuple[int, int], tuple[str, str, bool]]:
-    """Task, prompt and verdict of every picture, from a results file, ours or the official scorer's.
-
-    Raises:
-        UserError: for a line that is not in the official form.
-    """
-    found: dict[tuple[int, int], tuple[str, str, bool]] = {}
-    file = folder / RESULTS
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            index, sample = _IN_RESULTS.findall(value["filename"])[0]
-            found[int(index), int(sample)] = (str(value["tag"]), str(value["prompt"]), bool(value["correct"]))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{file}:{number} is no line of GenEval's results: write the file again") from error
-    if not found:
-        raise UserError(f"{file} is empty: expected a line a picture; evaluate again")
-    return found
+def hash_of(texts: Iterable[str]) -> str:
+    """A short hash of some texts in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
