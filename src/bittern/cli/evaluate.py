@@ -14,42 +14,70 @@ from bittern.errors import UserError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from bittern.evaluation.compbench.suite import CompBench
     from bittern.evaluation.drawing import Settings
     from bittern.evaluation.geneval.suite import GenEval
     from bittern.evaluation.published.measure import Published
+    from bittern.evaluation.runs.course import Found
     from bittern.evaluation.suites import Evaluation, Score
 
 
 def evaluate(
     model: options.OptionalModel = None,
-    suite: Annotated[str, typer.Option("--suite", help="scenes, fidelity, geneval or cost.")] = "scenes",
+    suite: Annotated[str, typer.Option("--suite", help="scenes, fidelity, geneval, compbench or cost.")] = "scenes",
     reference: Annotated[
         str | None,
         typer.Option(
             "--reference",
-            help="The model to compare with, drawing from the same noise; for geneval also a finished run's folder.",
+            help="The model to compare with, drawing from the same noise; geneval, compbench: also a finished run.",
             show_default=False,
         ),
     ] = None,
-    prompts: options.PromptsFile = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="A .txt file, one prompt a line, or .jsonl with a prompt key; compbench: its files' folder, or one.",
+            show_default=False,
+        ),
+    ] = None,
     metadata: Annotated[
         Path | None,
         typer.Option("--metadata", help="geneval: its evaluation_metadata.jsonl.", show_default=False),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option("--images", help="geneval: judge this folder of pictures and draw none.", show_default=False),
+        typer.Option("--images", help="geneval, compbench: judge this folder of pictures.", show_default=False),
     ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option("--images-per-prompt", help="geneval: pictures of each prompt.", show_default="4")
+        int | None,
+        typer.Option("--images-per-prompt", help="geneval, compbench: pictures of each prompt.", show_default="4, 10"),
     ] = None,
     detector: Annotated[
         str | None,
-        typer.Option("--detector", help="geneval: a Mask2Former's folder or hub id.", show_default="COCO, Swin-S"),
+        typer.Option(
+            "--detector",
+            help="A folder or hub id; geneval: of a Mask2Former, compbench: of an OWLv2.",
+            show_default="COCO, Swin-S; base, ensemble",
+        ),
     ] = None,
     clip: Annotated[
         str | None,
-        typer.Option("--clip", help="geneval, fidelity: a CLIP's folder or hub id.", show_default="geneval: ViT-L/14"),
+        typer.Option(
+            "--clip",
+            help="geneval, compbench, fidelity: a CLIP's folder or hub id.",
+            show_default="ViT-L/14; ViT-B/32; none",
+        ),
+    ] = None,
+    blip: Annotated[
+        str | None,
+        typer.Option("--blip", help="compbench: a BLIP-VQA's folder or hub id.", show_default="CapFilt-L"),
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            "--depth", help="compbench: a depth model's folder or hub id.", show_default="Depth Anything V2, small"
+        ),
     ] = None,
     weights: Annotated[
         Path | None,
@@ -61,9 +89,9 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="geneval: the folder of pictures and results.", show_default="out/geneval"),
+        typer.Option("--out", help="geneval, compbench: the folder of pictures and results.", show_default="out/SUITE"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="geneval: replace another run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="geneval, compbench: replace another run in --out.")] = False,
     limit: options.Limit = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -76,21 +104,25 @@ def evaluate(
 ) -> None:
     """Measure a model: scores by task, and the fidelity to a reference.
 
-    Without --limit, scenes and fidelity take 120 prompts on a CPU and 2,048 on a GPU, geneval all. geneval runs on
-    several processes with `torchrun --nproc-per-node N --no-python bittern evaluate ...`, and goes on where it was
-    killed.
+    Without --limit, scenes and fidelity take 120 prompts on a CPU and 2,048 on a GPU, geneval and compbench all. These
+    two run on several processes with `torchrun --nproc-per-node N --no-python bittern evaluate ...`, and go on where
+    they were killed.
     """
     with Output(json) as output:
         hush()
         settings = options.settings(seed, steps, batch_size, path, device, dtype, attention)
         own = {
             "metadata": metadata, "images": images, "images_per_prompt": images_per_prompt, "detector": detector,
-            "clip": clip, "out": out, "force": force or None,
+            "clip": clip, "blip": blip, "depth": depth, "out": out, "force": force or None,
         }  # fmt: skip
-        if suite == "geneval":
-            _refuse(suite, {"prompts": prompts, "weights": weights})
-            own["force"] = force
-            _geneval(output, model, reference, limit, settings, own)
+        if suite in ("geneval", "compbench"):
+            foreign = (
+                {"prompts": prompts, "blip": blip, "depth": depth} if suite == "geneval" else {"metadata": metadata}
+            )
+            _refuse(suite, {**foreign, "weights": weights})
+            own |= {"prompts": prompts, "force": force}
+            own = {name: value for name, value in own.items() if name not in foreign}
+            _judged(output, model, suite, reference, limit, settings, own)
         elif suite == "cost":
             _refuse(suite, {**own, "prompts": prompts, "weights": weights, "limit": limit, "batch_size": batch_size})
             _cost(output, model, reference, settings)
@@ -105,11 +137,14 @@ def _refuse(suite: str, given: dict[str, Any]) -> None:
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         takers = {
-            "prompts": "it is for --suite fidelity, and geneval takes --metadata",
+            "prompts": "it is for --suite fidelity and compbench, and geneval takes --metadata",
+            "metadata": "it is for --suite geneval, and compbench takes --prompts",
+            "blip": "it is for --suite compbench",
+            "depth": "it is for --suite compbench",
             "weights": "it is for --suite fidelity",
             "limit": "it draws one prompt",
             "batch_size": "it draws one picture at a time",
-        }.get(name, "it is for --suite geneval")
+        }.get(name, "it is for --suite geneval and compbench")
         raise UserError(f"suite {suite} takes no --{name.replace('_', '-')}: {takers}; leave it out")
 
 
@@ -143,27 +178,36 @@ def _drawn_suite(
     output.result(result.to_dict(), *_tables(result))
 
 
-def _geneval(
+def _judged(
     output: Output,
     model: str | None,
+    suite: str,
     reference: str | None,
     limit: int | None,
     settings: Settings,
     own: dict[str, Any],
 ) -> None:
-    from bittern.evaluation.geneval.suite import evaluate as run
     from bittern.evaluation.shards import joined
 
-    models = {f"{name}_model": own.pop(name) for name in ("detector", "clip")}
-    chosen = {name: value for name, value in models.items() if value is not None}
-    own["out"] = own["out"] or Path("out/geneval")
+    names = [name for name in ("detector", "clip", "blip", "depth") if name in own]
+    models = {name: value for name in names if (value := own.pop(name)) is not None}
+    own["out"] = own["out"] or Path("out") / suite
     with joined() as shard:
-        found = run(
-            model, reference=reference, limit=limit, settings=settings, shard=shard, progress=output.progress,
-            **own, **chosen,
-        )  # fmt: skip
+        own |= {"reference": reference, "limit": limit, "settings": settings, "shard": shard}
+        own["progress"] = output.progress
+        if suite == "geneval":
+            from bittern.evaluation.geneval.suite import evaluate as run
+
+            found = run(model, **own, **{f"{name}_model": value for name, value in models.items()})
+            parts = _geneval_tables(found)
+        else:
+            from bittern.evaluation.compbench.judge import Models
+            from bittern.evaluation.compbench.suite import evaluate as run
+
+            found = run(model, models=Models(**models), **own)
+            parts = _compbench_tables(found)
         if shard.first:
-            output.result(found.to_dict(), *_geneval_tables(found))
+            output.result(found.to_dict(), *parts)
 
 
 def _cost(output: Output, model: str | None, reference: str | None, settings: Settings) -> None:
@@ -200,23 +244,40 @@ def _score_table(names: list[str], scores: list[Score]) -> RenderableType:
     return table(("task", *names), [*rows, ("overall", *(str(s.overall) for s in scores))])
 
 
-def _geneval_tables(found: GenEval) -> list[RenderableType]:
+def _judged_tables(found: Found, title: str, notes: list[str], right: str = "") -> list[RenderableType]:
     judged, told = [found.judged] + ([found.reference] if found.reference else []), found.to_dict()
     parts = [_score_table([each.model or "pictures" for each in judged], [each.score for each in judged])]
     if found.difference:
-        parts.append(f"GenEval score {found.difference.claim}")
+        parts.append(f"{title} score {found.difference.claim}")
+    made = f", seed {told['seed']}, {told['steps']} steps, path {told['path']}" if told["seed"] is not None else ""
+    counted = f"{told['images']} pictures of {told['prompts']} prompts{made} (± is one standard error over prompts)"
+    return [*parts, *notes, counted + right, f"results: {told['results']}"]
+
+
+def _geneval_tables(found: GenEval) -> list[RenderableType]:
+    told, notes = found.to_dict(), []
     if found.unknown:
-        parts.append(
+        notes.append(
             f"note: the detector does not know {len(found.unknown)} of the 80 classes, such as {found.unknown[0]!r}: "
             "no picture of them can be right"
         )
-    made = f", seed {told['seed']}, {told['steps']} steps, path {told['path']}" if told["seed"] is not None else ""
-    parts.append(
-        f"{told['images']} pictures of {told['prompts']} prompts{made} (± is one standard error over prompts); "
-        f"{told['correct_images']} pictures and {told['correct_prompts']} prompts right"
-    )
-    parts.append(f"results: {told['results']}")
-    return parts
+    right = f"; {told['correct_images']} pictures and {told['correct_prompts']} prompts right"
+    return _judged_tables(found, "GenEval", notes, right)
+
+
+def _compbench_tables(found: CompBench) -> list[RenderableType]:
+    notes = [f"{task} {one.claim}" for task, one in found.differences.items()]
+    if found.not_comparable:
+        notes.append(
+            f"note: {', '.join(found.not_comparable)} rest on another detector than published scores: compare them "
+            "with one another only"
+        )
+    if found.kinds is False:
+        notes.append(
+            "note: complex is the mean of three for every prompt; lay complex_val_spatial.txt and "
+            "complex_val_action.txt beside complex_val.txt, and prompts of one kind are scored as such"
+        )
+    return _judged_tables(found, "T2I-CompBench", notes)
 
 
 def _published(found: Published, pictures: int) -> list[str]:

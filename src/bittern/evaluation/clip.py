@@ -84,9 +84,15 @@ def prepare(image: Image.Image, side: int) -> Float[Tensor, "3 side side"]:
     width, height = (int(side * each / shorter) for each in image.size)
     resized = image.resize((width, height), Pil.Resampling.BICUBIC)
     left, top = round((width - side) / 2), round((height - side) / 2)
-    pixels = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32)
-    mean, spread = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _SPREAD))
-    return (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / spread
+    return to_pixels(resized.crop((left, top, left + side, top + side)))
+
+
+def to_pixels(
+    image: Image.Image, mean: Sequence[float] = _MEAN, spread: Sequence[float] = _SPREAD
+) -> Float[Tensor, "3 h w"]:
+    """An RGB picture less the mean, over the spread, of what a network was trained on; by default CLIP's."""
+    pixels = torch.from_numpy(np.asarray(image, np.float32)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(spread).view(3, 1, 1)
 
 
 def scores(clip: Clip, images: Sequence[Image.Image], prompts: Sequence[str], *, chunk: int = 16) -> list[float]:

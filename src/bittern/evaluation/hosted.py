@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,14 +71,46 @@ def load(kind: type, folder: Path, option: str, **options: Any) -> Any:
         raise UserError(f"{option} {folder} cannot be loaded as {kind.__name__}: {reason[:300]}") from error
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """An object in a model's folder; empty if the file is not there or holds something else.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): fetch the model again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def check_kind(folder: Path, option: str, kinds: Sequence[str], example: str) -> None:
+    """Refuses a model of another architecture, by its config alone.
+
+    Raises:
+        UserError: naming what it is, and a model that would do.
+    """
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in kinds:
+        raise UserError(f"{option} {folder} is a {kind!r}: expected a {' or '.join(kinds)} such as {example}")
+
+
 def load_model(kind: type, folder: Path, option: str, device: str) -> Any:
     """A model in float32 for inference; only safetensors are opened.
 
     Raises:
-        UserError: as `load`, and for weights that do not fit the config, which transformers would draw at random.
+        UserError: as `load`, for weights in another format, and for weights that do not fit the config, which
+            transformers would draw at random.
     """
     import torch
 
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{option} {folder} cannot be loaded: it has no .safetensors, the only weights that are opened; load it "
+            "with transformers where it was fetched, and write it again with save_pretrained"
+        )
     model, told = load(kind, folder, option, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     missing = sorted(told["missing_keys"])
     if missing:

@@ -1,16 +1,15 @@
-"""A random Mask2Former that finds plenty, a random CLIP, and metadata in the official form."""
+"""A random Mask2Former that finds plenty, and metadata in the official form."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 
 from bittern.evaluation.geneval.metadata import COLORS, OBJECTS, RELATIONS
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz-"
 
 
 def made_lines() -> list[dict]:
@@ -62,7 +61,7 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
               for line in [each for each in lines if each["tag"] == tag][:2]]  # fmt: skip
     file = tmp_path_factory.mktemp("geneval") / "twelve.jsonl"
     file.write_text(
-        "".join(json.dumps(line | {"prompt": f"prompt {LETTERS[i]}"}) + "\n" for i, line in enumerate(chosen))
+        "".join(json.dumps(line | {"prompt": f"prompt {ascii_lowercase[i]}"}) + "\n" for i, line in enumerate(chosen))
     )
     return file
 
@@ -89,33 +88,4 @@ def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     prepare = {"size": {"shortest_edge": 64, "longest_edge": 96}, "size_divisor": 32}
     (folder / "preprocessor_config.json").write_text(json.dumps(prepare))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CLIP whose tokenizer knows letters."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    tokens = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=40
-    )
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = small | {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 40,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CLIPModel(
-            CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8)
-        ).eval()
-    folder = tmp_path_factory.mktemp("geneval") / "clip"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder

@@ -9,7 +9,6 @@ network together; low bits may depend on what goes with what, so who needs the s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +70,7 @@ class Detector:
 
         names = known_labels(folder)
         network = hosted.load_model(Mask2FormerForUniversalSegmentation, folder, _OPTION, device)
-        prepare = _read_json(folder / "preprocessor_config.json")
+        prepare = hosted.read_json(folder / "preprocessor_config.json")
         return cls(network, names, prepare)
 
     def __call__(self, image: Image.Image) -> list[Detection]:
@@ -159,9 +158,8 @@ def known_labels(folder: Path) -> dict[int, str]:
     """
     from transformers import AutoConfig
 
+    hosted.check_kind(folder, _OPTION, ("mask2former",), DEFAULT)
     config = hosted.load(AutoConfig, folder, _OPTION)
-    if config.model_type != "mask2former":
-        raise UserError(f"{_OPTION} {folder} is a {config.model_type!r}: expected a mask2former such as {DEFAULT}")
     return label_names(config.id2label, str(folder))
 
 
@@ -184,13 +182,3 @@ def label_names(labels: dict[int, str], model: str) -> dict[int, str]:
             f"expected a detector trained on COCO, such as {DEFAULT}"
         )
     return named
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): fetch the model again") from error
-    return value if isinstance(value, dict) else {}
