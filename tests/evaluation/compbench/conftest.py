@@ -11,7 +11,10 @@ import pytest
 
 from bittern.evaluation.compbench.judge import Models
 from bittern.evaluation.compbench.phrases import Parsed
+from bittern.evaluation.compbench.suite import evaluate
+from bittern.evaluation.drawing import Settings
 
+QUICK = Settings(seed=3, steps=1, batch_size=5)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Prompts in the official forms and their words, taken apart by hand: noun phrases, and parts of speech for complex.
 PROMPTS = {
@@ -126,8 +129,12 @@ def owl_folder(saved: Callable[..., Path]) -> Path:
 
     def make() -> Any:
         model = Owlv2ForObjectDetection(config)
-        for layer in (model.class_head.logit_shift, model.class_head.logit_scale, model.box_head.dense2):
-            layer.weight.data.normal_().mul_(2)
+        heads = (model.class_head.logit_shift, model.class_head.logit_scale, model.box_head.dense2)
+        loud = [*(layer.weight for layer in heads), *model.owlv2.text_model.parameters()]
+        for weight in loud:
+            if weight.ndim == 2:
+                weight.data.normal_()
+        model.box_head.dense2.weight.data.mul_(0.3)
         return model
 
     return saved("owl", make, tokenizer)
@@ -153,3 +160,29 @@ def depth_folder(saved: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def models(blip_folder: Path, clip_folder: Path, owl_folder: Path, depth_folder: Path) -> Models:
     return Models(str(blip_folder), str(clip_folder), str(owl_folder), str(depth_folder))
+
+
+@pytest.fixture
+def run(
+    tiny_random_folder: Path, prompt_files: Path, models: Models, parser: Any, tmp_path: Path
+) -> Callable[..., Any]:
+    """The suite on the random pipeline; options override."""
+
+    def go(out: str = "out", **options: Any) -> Any:
+        given = {"model": str(tiny_random_folder), "prompts": prompt_files, "images_per_prompt": 2, "settings": QUICK}
+        chosen = given | {"models": models, "parser": parser} | options
+        return evaluate(chosen.pop("model"), chosen.pop("prompts"), tmp_path / out, **chosen)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_random_folder: Path, prompt_files: Path, models: Models, parser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A finished run's folder, not to be written to, and what was told of it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    found = evaluate(
+        str(tiny_random_folder), prompt_files, out, images_per_prompt=2, models=models, parser=parser, settings=QUICK
+    )
+    return out, json.loads(json.dumps(found.to_dict(), allow_nan=False))

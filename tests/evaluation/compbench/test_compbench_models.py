@@ -65,12 +65,13 @@ def test_blips_vocabulary_must_have_its_words(blip_folder: Path) -> None:
 
 def test_objects_are_looked_for_by_name(owl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detector, "_DUPLICATE", 1.0)
-    owl, image, names = NamedDetector.load(owl_folder), noise(20, 50, 3), ["bee", "cup", "bee"]
+    monkeypatch.setattr(detector, "THRESHOLD", 0.49)
+    owl, image, names = NamedDetector.load(owl_folder), noise(20, 50, 3), ["bee", "key", "bird", "bee"]
     found = owl(image, names)
     # A square of grey with the picture in its upper left corner, at the network's size.
     square = Image.new("RGB", (50, 50), (128, 128, 128))
     square.paste(image, (0, 0))
-    tokens = owl.tokenizer(["a photo of a bee", "a photo of a cup"], padding="max_length", max_length=32)
+    tokens = owl.tokenizer([f"a photo of a {name}" for name in names[:3]], padding="max_length", max_length=32)
     with torch.inference_mode():
         seen = owl.network(
             input_ids=torch.tensor(tokens["input_ids"]),
@@ -80,14 +81,14 @@ def test_objects_are_looked_for_by_name(owl_folder: Path, monkeypatch: pytest.Mo
     expected = []
     for logits, (x, y, w, h) in zip(seen.logits[0].tolist(), seen.pred_boxes[0].tolist(), strict=True):
         score = 1 / (1 + np.exp(-max(logits)))
-        if score > 0.2:
+        if score > 0.49:
             box = [50 * (x - w / 2), 50 * (y - h / 2), 50 * (x + w / 2), 50 * (y + h / 2)]
             limits = [50, 20, 50, 20]
             kept = [min(max(edge, 0), limit) for edge, limit in zip(box, limits, strict=True)]
-            expected.append((["bee", "cup"][int(np.argmax(logits))], score, kept))
+            expected.append((names[int(np.argmax(logits))], score, kept))
     expected.sort(key=lambda one: -one[1])
     assert [one.name for one in found] == [name for name, _, _ in expected]
-    assert {one.name for one in found} == {"bee", "cup"} and len(found) < 16
+    assert len({one.name for one in found}) > 1 and len(found) < 16
     for one, (_, score, box) in zip(found, expected, strict=True):
         assert one.score == pytest.approx(score, abs=1e-5) and one.box == pytest.approx(tuple(box), abs=1e-3)
 
