@@ -107,6 +107,23 @@ def test_interval_covers_the_truth_as_often_as_it_says(
     assert 930 <= hits <= 970
 
 
+@pytest.mark.parametrize("prompts", [(120,), (30, 20, 40), (3, 3, 3, 3, 3, 3, 3, 3)])
+def test_interval_of_measures_covers_the_truth_as_often_as_it_says(prompts: tuple[int, ...]) -> None:
+    # Cosines differ by thousandths and hardly ever agree: the rule of three would drown them.
+    rng, hits, widths = np.random.default_rng(13), 0, []
+    for trial in range(500):
+        model: dict[str, list[float]] = {}
+        reference: dict[str, list[float]] = {}
+        for task, n in enumerate(prompts):
+            base = rng.normal(0.3, 0.03, n)
+            reference[str(task)], model[str(task)] = list(base), list(base + rng.normal(0.002, 0.01, n))
+        found = stats.paired_difference(model, reference, shares=False, seed=trial, resamples=400)
+        hits += found.low <= 0.002 <= found.high
+        widths.append(found.high - found.low)
+    assert 455 <= hits <= 492
+    assert max(widths) < 0.02 and min(widths) > 0
+
+
 def test_several_pictures_of_a_prompt_are_one_witness() -> None:
     one = stats.proportion([True, False] * 20)
     assert stats.proportion([1.0, 0.0] * 20) == one

@@ -23,7 +23,7 @@ _TOGETHER = 8  # pictures that are judged at once; batches are the same for any 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one picture: its prompt's task and text, and how well it shows it, 0 to 1."""
+    """What became of one picture: its prompt's task and text, and how well it shows it, 1 at most."""
 
     task: str
     prompt: str
@@ -91,7 +91,7 @@ class Judge(ABC):
 
     @abstractmethod
     def value(self, note: Mapping[str, Any]) -> float:
-        """What a picture is worth, 0 to 1, by what was noted."""
+        """What a picture is worth, 1 at most, by what was noted."""
 
     @abstractmethod
     def tell(self, out: Path, told: Sequence[tuple[Picture[Any], Mapping[str, Any]]]) -> None:
