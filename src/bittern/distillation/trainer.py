@@ -50,7 +50,8 @@ class Trainer:
         self.params = [parameter for found in self.kinds.values() for parameter in found]
         self.ranges: dict[tuple[int, int], list[Tensor]] = {}
         for layer in student.layers.values():
-            self.ranges.setdefault((layer.lowest, layer.highest), []).append(layer.latent.data)
+            if layer.latent is not None:
+                self.ranges.setdefault((layer.lowest, layer.highest), []).append(layer.latent.data)
         self.average = [parameter.detach().clone() for parameter in self.params]
         self.rates = {kind: torch.zeros((), device=self.device) for kind in self.kinds}
         groups = [{"params": found, "lr": self.rates[kind]} for kind, found in self.kinds.items()]
