@@ -7,17 +7,22 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bittern.architectures import plan
 from bittern.distillation import memory, on_policy
 from bittern.distillation.bank import Bank, Pattern, draw_bank, join, pattern_of, together
+from bittern.distillation.course import Course, rate_at
 from bittern.distillation.fidelity import Watched, fidelity, watch
-from bittern.distillation.student import make_student
+from bittern.distillation.hosted import hosted
+from bittern.distillation.in_turn import distill_blocks, warm_start
+from bittern.distillation.student import learner, solve
 from bittern.distillation.texts import draw_texts, groups_of, split
 from bittern.distillation.trainer import Trainer
 from bittern.errors import UserError, memory_size
@@ -25,9 +30,10 @@ from bittern.quantization import Report, component
 from bittern.quantization.calibration import Limits, Progress
 from bittern.quantization.conductor import with_samples
 from bittern.quantization.jobs import check_seed
+from bittern.quantization.stored import blocks_of
 from bittern.quantization.workspace import Workspace
 from bittern.recipes import Distillation, Recipe
-from bittern.trajectories import check_prompts, default_prompts
+from bittern.trajectories import check_prompts, default_prompts, device_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,27 +43,6 @@ TRAINING = "training"
 
 _GLANCE = 20
 """Steps of a GPU between two looks at the clock, for which it has to come to rest."""
-
-
-@dataclass
-class Course:
-    """How a training has gone.
-
-    Attributes:
-        log: A record for each validation.
-        seconds: Of training and validation.
-        best: Least validation error.
-        missed: Validations since then.
-        best_average: The averaged parameters of that time, on the host.
-        replaced: Trajectories of the bank that are the student's own.
-    """
-
-    log: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    best: float = math.inf
-    missed: int = 0
-    best_average: list[Tensor] = field(default_factory=list)
-    replaced: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ class Distilled:
     model: nn.Module
     report: Report
     log: list[dict[str, Any]]
-    memory: memory.Memory
+    memory: memory.Memory | None
 
 
 def distill(
@@ -85,6 +70,8 @@ def distill(
     seed: int = 0,
     workspace: Workspace | None = None,
     start: Mapping[str, Tensor] | None = None,
+    device: str | torch.device | None = None,
+    solved: nn.Module | None = None,
     deadline: float | None = None,
     on_validation: Callable[[Trainer, Course], None] | None = None,
     limits: Limits | None = None,
@@ -104,6 +91,9 @@ def distill(
         seed: Of prompts, noise, batches and the solver.
         workspace: Keeps the bank and the training, so that a run that was killed goes on.
         start: What `latents` gave of an earlier training, to go on from with a fresh optimizer.
+        device: Where blocks learn one by one, and the pipeline draws meanwhile, while its weights wait on the CPU; None
+            for where the pipeline is. For mode "blocks" alone.
+        solved: What the recipe's solver made of the denoiser; None has it solved here. It becomes the result.
         deadline: When training ends, by `time.monotonic`, in place of the recipe's minutes.
         on_validation: Called after each validation.
         limits: Of the memory that a calibrated solver may take.
@@ -112,7 +102,7 @@ def distill(
 
     Raises:
         UserError: for a recipe that trains nothing, prompts that are held out for evaluation, a model that is
-            quantized or cannot be called as is needed, and too little memory.
+            quantized or cannot be called as is needed, a device for another mode, and too little memory.
     """
     recipe = with_samples(recipe, prompts, None)
     settings = recipe.distillation
@@ -123,13 +113,29 @@ def distill(
     given = default_prompts(pipe.config.get("_name_or_path")) if prompts is None else check_prompts(prompts)
     learned, watched_groups = split(groups_of(given))
     say = say or (lambda _line: None)
-    student = make_student(pipe, teacher, recipe, settings, prompts=given, seed=seed, limits=limits, progress=progress)
-    pattern = pattern_of(pipe, teacher, [group[0] for group in learned])
-    watched = watch(pipe, teacher, draw_texts(watched_groups, settings.validation, seed=0), pattern)
-    texts = draw_texts(learned, trajectories(settings, pattern), seed)
-    bank = teacher_bank(pipe, teacher, texts, pattern, seed, workspace, progress)
-    say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
-        f"{bank.nbytes / 2**30:.2f} GiB")  # fmt: skip
+    deployed = solved or solve(pipe, teacher, recipe, prompts=given, seed=seed, limits=limits, progress=progress)
+    blocks = blocks_of(teacher, plan(teacher, recipe))
+    home = device_of(teacher)
+    device = home if device is None else torch.device(device)
+    if settings.mode != "blocks" and device != home:
+        raise UserError(f"device {device} and a model on {home}: mode {settings.mode!r} trains a model where it is")
+    if settings.mode == "blocks" and start is not None:
+        raise UserError("a start is for the whole model: mode 'blocks' begins with what the solver gives; leave it out")
+    with ExitStack() as stack:
+        drawing = teacher if device == home else stack.enter_context(hosted(pipe, teacher, blocks, device))
+        pattern = pattern_of(pipe, drawing, [group[0] for group in learned])
+        watched = watch(pipe, drawing, draw_texts(watched_groups, settings.validation, seed=0), pattern, home)
+        texts = draw_texts(learned, trajectories(settings, pattern), seed)
+        bank = teacher_bank(pipe, drawing, texts, pattern, seed, home, workspace, progress)
+        say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
+            f"{bank.nbytes / 2**30:.2f} GiB")  # fmt: skip
+        if settings.mode == "blocks":
+            report, log = distill_blocks(
+                pipe, drawing, teacher, deployed, blocks, recipe, until(settings, deadline, 0.0), (bank, watched.bank),
+                watched, device, seed, workspace, progress, say,
+            )  # fmt: skip
+            return Distilled(deployed, report, log, None)
+    student = learner(teacher, deployed, settings)
     trainer = Trainer(student, bank, settings, seed=seed, dtype=next(teacher.parameters()).dtype)
     course = Course()
     if start is not None:
@@ -138,17 +144,26 @@ def distill(
     memory_needed = memory.needed(trainer, others, bank.nbytes + watched.bank.nbytes)
     say(str(memory_needed))
     memory.check(memory_needed, trainer.device, memory_needed.models + memory_needed.bank)
+    resumed = workspace is not None and workspace.has(TRAINING)
+    if settings.warm_start and not resumed:
+        warm_start(trainer, course, pipe, teacher, blocks, (bank, watched.bank), watched, workspace, progress, say)
     before = time.monotonic()
     trainer.prepare()
     say(f"step ready after {time.monotonic() - before:.0f} s")
-    if workspace is not None and workspace.has(TRAINING):
+    if workspace is not None and resumed:
         resume(trainer, course, workspace)
-    if deadline is not None:
-        minutes = (deadline - time.monotonic() + course.seconds) / 60
-        trainer.settings = settings.model_copy(update={"minutes": max(minutes, 1e-3), "steps": 2**62})
+    trainer.settings = until(settings, deadline, course.seconds)
     train(trainer, course, pipe, teacher, texts, watched, workspace, on_validation, progress, say)
     report = finish(trainer, course, teacher, recipe, seed)
     return Distilled(student.deployed, report, course.log, memory_needed)
+
+
+def until(settings: Distillation, deadline: float | None, spent: float) -> Distillation:
+    """The settings of a training that ends at a time, by `time.monotonic`, and has taken so many seconds."""
+    if deadline is None:
+        return settings
+    minutes = (deadline - time.monotonic() + spent) / 60
+    return settings.model_copy(update={"minutes": max(minutes, 1e-3), "steps": 2**62})
 
 
 def trajectories(settings: Distillation, pattern: Pattern) -> int:
@@ -172,10 +187,11 @@ def teacher_bank(
     texts: Sequence[str],
     pattern: Pattern,
     seed: int,
+    home: torch.device,
     workspace: Workspace | None,
     progress: Progress | None,
 ) -> Bank:
-    """The teacher's trajectories of these texts, drawn or read.
+    """The teacher's trajectories of these texts, drawn or read, on the device where they are to lie.
 
     Raises:
         UserError: if the disk has no room for them.
@@ -195,9 +211,10 @@ def teacher_bank(
         if progress:
             progress("drawing trajectories", start, count)
         if workspace is not None and workspace.has(name):
-            parts.append(Bank.of(pattern, workspace.load(name)[0]).to(pipe.device))
+            parts.append(Bank.of(pattern, workspace.load(name)[0]).to(home))
             continue
-        parts.append(draw_bank(pipe, teacher, texts[start : start + size], pattern=pattern, seed=seed, start=start))
+        part = draw_bank(pipe, teacher, texts[start : start + size], pattern=pattern, seed=seed, start=start)
+        parts.append(part.to(home))
         if workspace is not None:
             workspace.save(name, parts[-1].tensors(), {})
     if progress:
@@ -238,7 +255,7 @@ def train(
         if on_validation:
             on_validation(trainer, course)
 
-    if not course.log:
+    if not course.log or not course.best_average:
         validate()
     while True:
         if trainer.device.type != "cuda" or trainer.steps % _GLANCE == 0:
@@ -266,11 +283,6 @@ def train(
         validate()
     if workspace is not None:
         keep(trainer, course, workspace)
-
-
-def rate_at(step: int, done: float, settings: Distillation) -> float:
-    """Share of the learning rates: a rise over `warmup` steps, and a cosine over the whole training."""
-    return min(1.0, (step + 1) / max(1, settings.warmup)) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
 
 
 def finish(trainer: Trainer, course: Course, teacher: nn.Module, recipe: Recipe, seed: int) -> Report:

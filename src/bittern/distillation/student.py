@@ -73,14 +73,19 @@ class Student:
     def finish(self, teacher: nn.Module, recipe: Recipe, seed: int) -> Report:
         """Makes the deployed model one that says what it is and how far its weights are from the teacher's."""
         self.export()
+        finish(self.deployed, plan(teacher, recipe), recipe, seed, self.errors(teacher))
+        return inspect(self.deployed)
+
+    @torch.no_grad()
+    def errors(self, teacher: nn.Module) -> dict[str, float]:
+        """How far the few-bit weights are from the teacher's, relative, by path."""
         errors: dict[str, float] = {}
         for path, layer in self.layers.items():
             weight = flat_weight(_layer(teacher, path)).float()
             whole = frobenius(weight)
             missed = frobenius(layer.flat().detach().to(weight.device) - weight)
             errors[path] = float(f"{missed / whole:.6g}") if whole else 0.0
-        finish(self.deployed, plan(teacher, recipe), recipe, seed, errors)
-        return inspect(self.deployed)
+        return errors
 
 
 def make_student(
@@ -97,22 +102,37 @@ def make_student(
     """A student that starts where the recipe's solver ends. Pipeline and teacher stay as they are.
 
     Args:
+        settings: Of the training.
         pipe: The pipeline, in full precision.
         teacher: Its denoiser.
         recipe: Says what becomes few-bit, and how that is solved.
-        settings: Of the training.
         prompts: For a solver that is calibrated.
         seed: Of the solver.
         limits: Of the memory that a calibrated solver may take.
         progress: Called as layers are solved.
     """
+    solved = solve(pipe, teacher, recipe, prompts=prompts, seed=seed, limits=limits, progress=progress)
+    return learner(teacher, solved, settings)
+
+
+def solve(
+    pipe: DiffusionPipeline,
+    teacher: nn.Module,
+    recipe: Recipe,
+    *,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    limits: Limits | None = None,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> nn.Module:
+    """The few-bit model that the recipe's solver makes of the denoiser; the arguments are those of `make_student`."""
     start = recipe.model_copy(update={"distillation": None})
     deployed = copy.deepcopy(teacher)
     with in_place_of(pipe, teacher, deployed):
         quantize(
             pipe, start, prompts=prompts if start.calibrated else None, seed=seed, limits=limits, progress=progress
         )
-    return learner(teacher, deployed, settings)
+    return deployed
 
 
 def learner(

@@ -11,14 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from bittern.architectures import known
-from bittern.distillation.bank import Bank, output_of
 from bittern.distillation.student import Student, copy_to
 from bittern.errors import UserError
 from bittern.recipes import Distillation
@@ -31,20 +30,50 @@ _WARM_UP = 4
 """Steps before a capture, in which libraries set themselves up."""
 
 
+class States(Protocol):
+    """States to learn from, and what the teacher answers there: `Bank` for the whole model, `BlockBank` for a block."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is learned."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Of a trajectory."""
+        ...
+
+    def steps_of(self, rows: Tensor) -> Tensor:
+        """The steps of the trajectories that these rows are."""
+        ...
+
+    def call(self, rows: Tensor, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments in these states."""
+        ...
+
+    def missed(self, answer: Any, rows: Tensor) -> Tensor:
+        """The error of an answer in each of these states, float32."""
+        ...
+
+
 class Trainer:
     """Parameters, their averages, the optimizer and the batches.
 
     Args:
         student: Learns.
-        bank: States and targets, on the student's device.
+        bank: States and targets; the student is on its device.
         settings: How.
         seed: Of the batches.
         dtype: What the teacher computes in; states are given in it.
     """
 
-    def __init__(self, student: Student, bank: Bank, settings: Distillation, *, seed: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, student: Student, bank: States, settings: Distillation, *, seed: int, dtype: torch.dtype
+    ) -> None:
         self.student, self.bank, self.settings, self.seed, self.dtype = student, bank, settings, seed, dtype
-        self.device = bank.targets.device
+        self.device = bank.device
         self.steps = 0
         self.kinds = student.parameters(settings)
         self.params = [parameter for found in self.kinds.values() for parameter in found]
@@ -62,7 +91,7 @@ class Trainer:
         self.blend = torch.ones((), device=self.device)
         self.recent = torch.ones((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.step_error = torch.ones(bank.pattern.steps, device=self.device)
+        self.step_error = torch.ones(bank.steps, device=self.device)
         self.rows = torch.zeros(settings.batch, dtype=torch.int64, device=self.device)
         for parameter in self.params:
             parameter.grad = torch.zeros_like(parameter)
@@ -84,13 +113,13 @@ class Trainer:
         # Cached casts would be the first step's for ever in a graph.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
-    def errors(self, rows: Tensor, bank: Bank | None = None) -> Tensor:
+    def errors(self, rows: Tensor, bank: States | None = None) -> Tensor:
         """The mean squared error of each of these states, float32."""
         bank = bank or self.bank
         args, kwargs = bank.call(rows, self.dtype)
         with self._compute():
-            answer = output_of(self.student.model(*args, **kwargs))
-        return (answer.float() - bank.targets[rows].float()).square().flatten(1).mean(dim=1)
+            answer = self.student.model(*args, **kwargs)
+        return bank.missed(answer, rows)
 
     def _step(self) -> None:
         torch._foreach_zero_([parameter.grad for parameter in self.params])
