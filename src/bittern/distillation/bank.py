@@ -103,6 +103,10 @@ class Bank:
             "targets": self.targets,
         }
 
+    def everything(self) -> list[Tensor]:
+        """All tensors."""
+        return [*self.tensors().values(), *self.pattern.fixed.values()]
+
     @classmethod
     def of(cls, pattern: Pattern, tensors: Mapping[str, Tensor]) -> Bank:
         """The bank of which `tensors` gave these."""

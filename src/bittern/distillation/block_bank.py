@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from bittern.distillation.bank import Bank, narrow, wide
 from bittern.errors import UserError
 from bittern.threads import is_small, one_thread
-from bittern.trajectories import Skipping, State, call_order, dependence, most_bytes, pack, unpack
+from bittern.trajectories import Skipping, State, call_order, dependence, device_of, most_bytes, pack, unpack
 
 WATCHED = 8
 """One state in so many is watched, and not learned."""
@@ -61,10 +61,9 @@ class BlockBank:
     def __len__(self) -> int:
         return len(self.at)
 
-    @property
-    def nbytes(self) -> int:
-        """Of all its tensors."""
-        return sum(tensor.nbytes for tensor in (*self.given.values(), *self.answers))
+    def everything(self) -> list[Tensor]:
+        """All tensors."""
+        return [*self.fixed.values(), *self.given.values(), *self.answers, self.at]
 
     def steps_of(self, rows: Tensor) -> Tensor:
         """The steps of the trajectories that these states are."""
@@ -134,15 +133,15 @@ class Walk:
     ) -> None:
         self.teacher, self.banks, self.dtype, self.device = teacher, banks, dtype, device
         self.small = is_small(teacher)
-        one, two = (self._state(banks[0], torch.arange(count) % len(banks[0])) for count in (1, 2))
+        here = device_of(teacher)
+        states = [self._state(banks[0], torch.arange(count) % len(banks[0])).to(here) for count in (1, 2)]
+        one = states[0]
         called = call_order(teacher, blocks, one)
         self.order = sorted(called, key=called.__getitem__)
         uses = dependence(teacher, self.order, {path: turn for turn, path in enumerate(self.order)}, one)
-        with torch.no_grad():
-            shapes = [_shapes(teacher, self.order, state) for state in (one, two)]
-        self.grows = {path: _growing(path, shapes[0][path], shapes[1][path]) for path in self.order}
+        self.shapes = shapes_of(teacher, blocks, states)
         # The outputs that are kept for one state, and the state in hand once more.
-        self.state_bytes = max(bytes for _, bytes in self.grows.values()) + most_bytes(uses, 1)
+        self.state_bytes = max(shapes.nbytes for shapes in self.shapes.values()) + most_bytes(uses, 1)
         count = min(room // self.state_bytes, len(banks[0]) + len(banks[1]))
         if count < 2:
             raise UserError(
@@ -167,7 +166,7 @@ class Walk:
         Turns are in order; the first of a run may be any.
         """
         path = self.order[turn]
-        grows, _ = self.grows[path]
+        grows = self.shapes[path].grows
         home = self.banks[0].device
         found: list[tuple[dict[str, Tensor], list[Tensor]]] = []
         fixed: dict[str, Tensor] = {}
@@ -212,52 +211,81 @@ class Walk:
         return whole.split(self.learned)
 
 
-Shapes = tuple[dict[str, Tensor], list[Tensor]]
-"""On meta: what a block is given, by name, and what it gives."""
+@dataclass(frozen=True)
+class Shapes:
+    """What a block is given and gives in one state, on meta.
+
+    Attributes:
+        tree: Its arguments (see `trajectories.pack`).
+        given: Tensors of them, by name.
+        answers: What it gives.
+        grows: Names of the tensors that belong to a state.
+    """
+
+    tree: list[Any]
+    given: dict[str, Tensor]
+    answers: list[Tensor]
+    grows: set[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept of a state."""
+        return sum(narrow(t).nbytes for t in (*(self.given[name] for name in self.grows), *self.answers))
+
+    def bank(self, states: int, steps: int, device: torch.device) -> BlockBank:
+        """So many states on meta, as if they waited on the host to be learned on a device."""
+
+        def many(tensor: Tensor) -> Tensor:
+            return narrow(tensor).expand(states, *tensor.shape)
+
+        fixed = {name: torch.zeros_like(t, device=device) for name, t in self.given.items() if name not in self.grows}
+        given = {name: many(self.given[name]) for name in sorted(self.grows)}
+        at = torch.zeros(states, dtype=torch.int64, device=device)
+        answers = [many(answer) for answer in self.answers]
+        return BlockBank(self.tree, fixed, given, answers, [1.0] * len(answers), at, steps, device)
 
 
-def _shapes(model: nn.Module, blocks: Sequence[str], state: State) -> dict[str, Shapes]:
-    """Of each block in one replay.
+@torch.no_grad()
+def shapes_of(model: nn.Module, blocks: Sequence[str], states: Sequence[State]) -> dict[str, Shapes]:
+    """Of each block that is called.
+
+    Args:
+        model: The teacher; it may be on meta.
+        blocks: Paths.
+        states: One with one row, and one with two, where the model is.
 
     Raises:
-        UserError: for a block that is called more than once.
+        UserError: for a block that is called more than once, and for an answer that does not belong to a state.
     """
-    found: dict[str, Shapes] = {}
+    calls: list[dict[str, tuple[dict[str, Tensor], list[Any], list[Tensor]]]] = []
 
     def watch(path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if path in found:
+            if path in calls[-1]:
                 raise UserError(f"{path} is called more than once: it cannot learn by itself; take another `mode`")
-            tensors, _ = pack([State(0, 0, args, kwargs)])
-            found[path] = (
-                {name: t.to("meta") for name, t in tensors.items()},
-                [t.to("meta") for t in _tensors(output)],
-            )
+            tensors, tree = pack([State(0, 0, args, kwargs)])
+            given = {name: tensor.to("meta") for name, tensor in tensors.items()}
+            calls[-1][path] = given, tree, [tensor.to("meta") for tensor in _tensors(output)]
 
         return hook
 
     handles = [model.get_submodule(path).register_forward_hook(watch(path), with_kwargs=True) for path in blocks]
     try:
         with one_thread(is_small(model)):
-            state.replay(model)
+            for state in states:
+                calls.append({})
+                model(*state.args, **state.kwargs)
     finally:
         for handle in handles:
             handle.remove()
+    one, two = calls
+    found: dict[str, Shapes] = {}
+    for path, (given, tree, answers) in one.items():
+        grows = {name for name, t in given.items() if t.ndim and len(two[path][0][name]) == 2 * len(t)}
+        if not all(t.ndim and len(other) == 2 * len(t) for t, other in zip(answers, two[path][2], strict=True)):
+            raise UserError(f"{path} gives a tensor of no state: it cannot learn by itself; take another `mode`")
+        found[path] = Shapes(tree, given, answers, grows)
     return found
-
-
-def _growing(path: str, one: Shapes, two: Shapes) -> tuple[set[str], int]:
-    """Which of a block's arguments belong to a state, by name; and the bytes that are kept of a state.
-
-    Raises:
-        UserError: for an answer that does not belong to a state.
-    """
-    grows = {name for name, t in one[0].items() if t.ndim and len(two[0][name]) == 2 * len(t)}
-    if not all(t.ndim and len(other) == 2 * len(t) for t, other in zip(one[1], two[1], strict=True)):
-        raise UserError(
-            f"{path} gives a tensor that belongs to no state: it cannot learn by itself; take another `mode`"
-        )
-    return grows, sum(narrow(tensor).nbytes for tensor in (*(one[0][name] for name in grows), *one[1]))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

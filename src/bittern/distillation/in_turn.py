@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,8 @@ from bittern.distillation.block_bank import Walk
 from bittern.distillation.blocks import BlockWise, Learned, Notes
 from bittern.distillation.course import Course
 from bittern.distillation.fidelity import Watched, fidelity, fidelity_of
+from bittern.distillation.foresight import foreseen
+from bittern.distillation.memory import Memory, check
 from bittern.distillation.student import Student, learner
 from bittern.distillation.trainer import Trainer
 from bittern.layers import set_path
@@ -87,7 +89,7 @@ def distill_blocks(
     workspace: Workspace | None,
     progress: Progress | None,
     say: Say,
-) -> tuple[Report, list[dict[str, Any]]]:
+) -> tuple[Report, list[dict[str, Any]], Memory]:
     """Trains the blocks of a few-bit model one by one, each on a device for its time.
 
     Args:
@@ -107,12 +109,21 @@ def distill_blocks(
         say: Called with lines for people.
 
     Returns:
-        Every target, and the records of the validations.
+        Every target, the records of the validations, and the memory that was foretold.
     """
     dtype, home = next(teacher.parameters()).dtype, next(teacher.parameters()).device
     clock = time.monotonic()
     walk = walk_of(drawing, blocks, banks, settings, dtype, device, seed)
     say(f"{len(walk.order)} blocks learn from {walk.learned} states each")
+    most = largest(teacher, walk.shapes)
+    bank = walk.shapes[most].bank(walk.learned, walk.banks[0].steps, device)
+    others = [*drawing.parameters(), *drawing.buffers(), *banks[0].everything(), *banks[1].everything()]
+    told = foreseen(
+        teacher.get_submodule(most), deployed.get_submodule(most), bank, settings,
+        dtype, others,
+    )  # fmt: skip
+    say(f"{told} ({most}, the largest block)")
+    check(told, device, told.models)
 
     def errors_of(rows: Tensor) -> Tensor:
         answer = State(0, 0, *watched.bank.call(rows, dtype)).replay(deployed)
@@ -154,7 +165,7 @@ def distill_blocks(
     learned, notes = in_turn.learn(begin, done)
     errors = {path: error for block in learned for path, error in block.errors.items()}
     finish(deployed, plan(teacher, recipe), recipe, seed, errors)
-    return inspect(deployed), list(notes["log"])
+    return inspect(deployed), list(notes["log"]), told
 
 
 def walk_of(
@@ -169,6 +180,11 @@ def walk_of(
     """The teacher block by block, with as many states as the settings have room for."""
     room = int(settings.bank_gib * 2**30)
     return Walk(teacher, blocks, banks, room=room, batch=settings.batch, dtype=dtype, device=device, seed=seed)
+
+
+def largest(teacher: nn.Module, blocks: Iterable[str]) -> str:
+    """The block with the most weights; of several the first."""
+    return max(blocks, key=lambda path: sum(p.numel() for p in teacher.get_submodule(path).parameters()))
 
 
 def _told(learned: Learned) -> str:

@@ -6,7 +6,8 @@
     bank                     states and targets
     activations              what a forward pass keeps for its backward pass: batch · states + weights
 
-The last line is measured: forward passes with two states and with three tell what grows with the batch.
+The last line is measured: forward passes with two states and with three tell what grows with the batch. Where a
+model hardly fits it is foreseen from shapes (`foresight`).
 """
 
 from __future__ import annotations
@@ -56,16 +57,24 @@ def needed(trainer: Trainer, others: Iterable[Tensor], banks: int) -> Memory:
         others: The tensors of the teacher and of the deployed model.
         banks: Bytes of all banks.
     """
-    learns = {parameter.data_ptr() for parameter in trainer.params}
-    held = {
-        tensor.data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*trainer.student.model.parameters(), *trainer.student.model.buffers(), *others)
-        if tensor.data_ptr() not in learns
-    }
+    held = held_bytes(trainer, others)
     # Of a single state some tensors are kept as views of others.
     two, three = kept_bytes(trainer, 2), kept_bytes(trainer, 3)
     activations = two + (trainer.settings.batch - 2) * (three - two)
-    return Memory(20 * sum(parameter.numel() for parameter in trainer.params), sum(held.values()), banks, activations)
+    return Memory(learning_bytes(trainer), held, banks, activations)
+
+
+def learning_bytes(trainer: Trainer) -> int:
+    """Of what learns: value, gradient, two moments, average."""
+    return 20 * sum(parameter.numel() for parameter in trainer.params)
+
+
+def held_bytes(trainer: Trainer, others: Iterable[Tensor] = ()) -> int:
+    """Of the student's tensors that do not learn, and of others, each counted once."""
+    learns = {parameter.untyped_storage()._cdata for parameter in trainer.params}
+    model = trainer.student.model
+    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *others))
+    return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in learns}.values())
 
 
 def kept_bytes(trainer: Trainer, states: int) -> int:

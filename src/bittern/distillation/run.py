@@ -59,7 +59,7 @@ class Distilled:
     model: nn.Module
     report: Report
     log: list[dict[str, Any]]
-    memory: memory.Memory | None
+    memory: memory.Memory
 
 
 def distill(
@@ -130,11 +130,11 @@ def distill(
         say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
             f"{bank.nbytes / 2**30:.2f} GiB")  # fmt: skip
         if settings.mode == "blocks":
-            report, log = distill_blocks(
+            report, log, told = distill_blocks(
                 pipe, drawing, teacher, deployed, blocks, recipe, until(settings, deadline, 0.0), (bank, watched.bank),
                 watched, device, seed, workspace, progress, say,
             )  # fmt: skip
-            return Distilled(deployed, report, log, None)
+            return Distilled(deployed, report, log, told)
     student = learner(teacher, deployed, settings)
     trainer = Trainer(student, bank, settings, seed=seed, dtype=next(teacher.parameters()).dtype)
     course = Course()

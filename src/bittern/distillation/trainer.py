@@ -45,6 +45,10 @@ class States(Protocol):
         """Of a trajectory."""
         ...
 
+    def everything(self) -> list[Tensor]:
+        """All tensors."""
+        ...
+
     def steps_of(self, rows: Tensor) -> Tensor:
         """The steps of the trajectories that these rows are."""
         ...
