@@ -22,6 +22,7 @@ class Course:
         missed: Validations since then.
         best_average: The averaged parameters of that time, on the host.
         replaced: Trajectories of the bank that are the student's own.
+        saves: How often it was written down, by one of several processes.
     """
 
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -30,6 +31,7 @@ class Course:
     missed: int = 0
     best_average: list[Tensor] = field(default_factory=list)
     replaced: int = 0
+    saves: int = 0
 
 
 def rate_at(step: int, done: float, settings: Distillation) -> float:

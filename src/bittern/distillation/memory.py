@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bittern.distillation.sharding import local
 from bittern.distillation.trainer import Trainer
 from bittern.errors import UserError, memory_size
 
@@ -73,25 +73,23 @@ def held_bytes(trainer: Trainer, others: Iterable[Tensor] = ()) -> int:
     """Of the student's tensors that do not learn, and of others, each counted once."""
     learns = {parameter.untyped_storage()._cdata for parameter in trainer.params}
     model = trainer.student.model
-    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *others))
+    storages = (local(tensor).untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *others))
     return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in learns}.values())
 
 
 def kept_bytes(trainer: Trainer, states: int) -> int:
     """Bytes that a forward pass with so many states keeps for the backward pass, parameters aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in trainer.student.model.parameters()}
-    own |= {tensor.untyped_storage().data_ptr() for tensor in trainer.student.model.buffers()}
-    kept: dict[int, int] = {}
-    alive: list[Any] = []
+    held = (*trainer.student.model.parameters(), *trainer.student.model.buffers())
+    own = {local(tensor).untyped_storage()._cdata for tensor in held}
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
             # An address that is given out again would hide what lies there. Without its history: a saved tensor that
             # knows it keeps all of it alive, and a step that is captured later must find no gradients of another
             # stream.
-            alive.append(tensor.detach())
+            kept[storage._cdata] = tensor.detach()
         return 0
 
     def unpack(_: int) -> Tensor:
@@ -99,7 +97,8 @@ def kept_bytes(trainer: Trainer, states: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         trainer.errors(torch.arange(states, device=trainer.device) % len(trainer.bank)).mean()
-    return sum(kept.values())
+    # Only now: weights that were put together for a block are gone by the end of it.
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def check(memory: Memory, device: torch.device, held: int) -> None:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from bittern.architectures import plan
-from bittern.distillation import memory, on_policy
+from bittern.distillation import memory, on_policy, sharding
 from bittern.distillation.bank import Bank, Pattern, draw_bank, join, pattern_of, together
 from bittern.distillation.course import Course, rate_at
 from bittern.distillation.fidelity import Watched, fidelity, watch
+from bittern.distillation.foresight import foreseen
 from bittern.distillation.hosted import hosted
 from bittern.distillation.in_turn import distill_blocks, warm_start
 from bittern.distillation.student import learner, solve
 from bittern.distillation.texts import draw_texts, groups_of, split
-from bittern.distillation.trainer import Trainer
+from bittern.distillation.trainer import Trainer, compile_blocks
 from bittern.errors import UserError, memory_size
 from bittern.quantization import Report, component
 from bittern.quantization.calibration import Limits, Progress
@@ -112,7 +113,10 @@ def distill(
     teacher = component(pipe).eval().requires_grad_(False)
     given = default_prompts(pipe.config.get("_name_or_path")) if prompts is None else check_prompts(prompts)
     learned, watched_groups = split(groups_of(given))
-    say = say or (lambda _line: None)
+    if say is None or sharding.rank():
+        say = _silent
+    progress = None if sharding.rank() else progress
+    refuse_shared(settings, start)
     deployed = solved or solve(pipe, teacher, recipe, prompts=given, seed=seed, limits=limits, progress=progress)
     blocks = blocks_of(teacher, plan(teacher, recipe))
     home = device_of(teacher)
@@ -125,9 +129,10 @@ def distill(
         drawing = teacher if device == home else stack.enter_context(hosted(pipe, teacher, blocks, device))
         pattern = pattern_of(pipe, drawing, [group[0] for group in learned])
         watched = watch(pipe, drawing, draw_texts(watched_groups, settings.validation, seed=0), pattern, home)
-        texts = draw_texts(learned, trajectories(settings, pattern), seed)
+        share = trajectories(settings, pattern)
+        texts = draw_texts(learned, share * sharding.count(), seed)[sharding.rank() * share :][:share]
         bank = teacher_bank(pipe, drawing, texts, pattern, seed, home, workspace, progress)
-        say(f"bank: {len(bank) // pattern.steps // pattern.branches} trajectories, {len(bank)} states, "
+        say(f"{sharding.told()}bank: {share} trajectories, {len(bank)} states, "
             f"{bank.nbytes / 2**30:.2f} GiB")  # fmt: skip
         if settings.mode == "blocks":
             report, log, told = distill_blocks(
@@ -136,22 +141,30 @@ def distill(
             )  # fmt: skip
             return Distilled(deployed, report, log, told)
     student = learner(teacher, deployed, settings)
+    if sharding.count() > 1:
+        if settings.compile and device.type == "cuda":
+            compile_blocks(student.model)
+        sharding.shard(student.model, blocks, device)
     trainer = Trainer(student, bank, settings, seed=seed, dtype=next(teacher.parameters()).dtype)
     course = Course()
     if start is not None:
         load_latents(trainer, start)
-    others = [tensor for model in (teacher, student.deployed) for tensor in model.state_dict().values()]
-    memory_needed = memory.needed(trainer, others, bank.nbytes + watched.bank.nbytes)
+    if settings.mode == "scales" and sharding.count() == 1:
+        others = [*teacher.parameters(), *deployed.parameters(), *deployed.buffers(), *watched.bank.everything()]
+        memory_needed = foreseen(teacher, deployed, bank, settings, trainer.dtype, others)
+    else:
+        others = [tensor for model in (teacher, student.deployed) for tensor in model.state_dict().values()]
+        memory_needed = memory.needed(trainer, others, bank.nbytes + watched.bank.nbytes)
     say(str(memory_needed))
     memory.check(memory_needed, trainer.device, memory_needed.models + memory_needed.bank)
-    resumed = workspace is not None and workspace.has(TRAINING)
-    if settings.warm_start and not resumed:
+    kept = None if workspace is None else checkpoint(workspace)
+    if settings.warm_start and kept is None:
         warm_start(trainer, course, pipe, teacher, blocks, (bank, watched.bank), watched, workspace, progress, say)
     before = time.monotonic()
     trainer.prepare()
     say(f"step ready after {time.monotonic() - before:.0f} s")
-    if workspace is not None and resumed:
-        resume(trainer, course, workspace)
+    if workspace is not None and kept is not None:
+        resume(trainer, course, workspace, kept)
     trainer.settings = until(settings, deadline, course.seconds)
     train(trainer, course, pipe, teacher, texts, watched, workspace, on_validation, progress, say)
     report = finish(trainer, course, teacher, recipe, seed)
@@ -166,8 +179,23 @@ def until(settings: Distillation, deadline: float | None, spent: float) -> Disti
     return settings.model_copy(update={"minutes": max(minutes, 1e-3), "steps": 2**62})
 
 
+def refuse_shared(settings: Distillation, start: Mapping[str, Tensor] | None) -> None:
+    """Refuses what several processes cannot do together.
+
+    Raises:
+        UserError: naming it.
+    """
+    if sharding.count() == 1:
+        return
+    sharding.check_batch(settings.batch)
+    if settings.mode == "blocks" or settings.warm_start:
+        raise UserError("blocks that learn by themselves do so in one process: start without torchrun")
+    if start is not None:
+        raise UserError("a start is for one process: leave it out, or start without torchrun")
+
+
 def trajectories(settings: Distillation, pattern: Pattern) -> int:
-    """As many as the settings want and their limit allows.
+    """As many for each process as the settings want of all of them and their limit allows.
 
     Raises:
         UserError: if the limit allows none.
@@ -178,7 +206,7 @@ def trajectories(settings: Distillation, pattern: Pattern) -> int:
             f"bank_gib {settings.bank_gib:g}: one trajectory takes {pattern.trajectory_bytes / 2**30:.2g} GiB; "
             "expected room for one at least"
         )
-    return min(settings.trajectories, room)
+    return min(max(1, settings.trajectories // sharding.count()), room)
 
 
 def teacher_bank(
@@ -197,6 +225,7 @@ def teacher_bank(
         UserError: if the disk has no room for them.
     """
     count, size = len(texts), together(pipe)
+    first = sharding.rank() * count
     if workspace is not None:
         there = sum(file.stat().st_size for file in workspace.folder.glob("bank-*"))
         lacking = count * pattern.trajectory_bytes - there - shutil.disk_usage(workspace.folder).free
@@ -213,7 +242,7 @@ def teacher_bank(
         if workspace is not None and workspace.has(name):
             parts.append(Bank.of(pattern, workspace.load(name)[0]).to(home))
             continue
-        part = draw_bank(pipe, teacher, texts[start : start + size], pattern=pattern, seed=seed, start=start)
+        part = draw_bank(pipe, teacher, texts[start : start + size], pattern=pattern, seed=seed, start=first + start)
         parts.append(part.to(home))
         if workspace is not None:
             workspace.save(name, parts[-1].tensors(), {})
@@ -239,10 +268,14 @@ def train(
     before, begun = course.seconds, time.monotonic()
     saved = begun
 
+    def agreed(values: Sequence[float]) -> list[float]:
+        return sharding.agreed(values, trainer.device)
+
     def validate() -> None:
         found = fidelity(trainer, pipe, teacher, watched)
-        course.seconds = before + time.monotonic() - begun
-        loss = float(trainer.loss)
+        elapsed = time.monotonic() - begun
+        course.seconds, loss, *told = agreed([before + elapsed, float(trainer.loss), *found.values()])
+        found = dict(zip(found, told, strict=True))
         course.log.append({"step": trainer.steps, "seconds": round(course.seconds, 1), "loss": loss, **found})
         say(json.dumps({key: round(value, 5) for key, value in course.log[-1].items()}))
         if not math.isfinite(found["error"]):
@@ -261,7 +294,8 @@ def train(
         if trainer.device.type != "cuda" or trainer.steps % _GLANCE == 0:
             if trainer.device.type == "cuda":
                 torch.cuda.synchronize(trainer.device)
-            course.seconds = before + time.monotonic() - begun
+            now = time.monotonic()
+            course.seconds, unsaved = agreed([before + now - begun, now - saved])
             done = trainer.steps / settings.steps
             if settings.minutes is not None:
                 done = max(done, course.seconds / (60 * settings.minutes))
@@ -269,7 +303,7 @@ def train(
                 progress("distilling", min(done, 1.0), 1.0)
             if done >= 1 or course.missed >= settings.patience:
                 break
-            if workspace is not None and time.monotonic() - saved > 60 * settings.save_minutes:
+            if workspace is not None and unsaved > 60 * settings.save_minutes:
                 keep(trainer, course, workspace)
                 saved = time.monotonic()
         trainer.advance(rate_at(trainer.steps, done, settings))
@@ -298,19 +332,36 @@ def keep(trainer: Trainer, course: Course, workspace: Workspace) -> None:
     best = {f"best.{index}": tensor for index, tensor in enumerate(course.best_average)}
     notes = {"steps": trainer.steps, "log": course.log, "seconds": course.seconds, "best": course.best,
              "missed": course.missed, "replaced": course.replaced}  # fmt: skip
-    workspace.save(TRAINING, {**trainer.tensors(), **best}, notes)
+    name = TRAINING
+    if sharding.count() > 1:
+        # A process may be killed when another has saved: the checkpoint before is there still.
+        name = f"{TRAINING}-{course.saves % 2}"
+        course.saves += 1
+    workspace.save(name, {**trainer.tensors(), **best}, notes)
 
 
-def resume(trainer: Trainer, course: Course, workspace: Workspace) -> None:
+def checkpoint(workspace: Workspace) -> str | None:
+    """The name of the latest checkpoint that all processes have; None where there is none."""
+    names = (TRAINING,) if sharding.count() == 1 else (f"{TRAINING}-0", f"{TRAINING}-1")
+    own = {int(workspace.load(name)[1]["steps"]): name for name in names if workspace.has(name)}
+    common = sharding.common(list(own))
+    return own[max(common)] if common else None
+
+
+def resume(trainer: Trainer, course: Course, workspace: Workspace, name: str) -> None:
     """Goes on where `keep` was."""
-    tensors, notes = workspace.load(TRAINING)
+    tensors, notes = workspace.load(name)
     best = {name: tensor for name, tensor in tensors.items() if name.startswith("best.")}
     trainer.load({name: tensor for name, tensor in tensors.items() if name not in best}, int(notes["steps"]))
     course.best_average = [best[f"best.{index}"] for index in range(len(best))]
     course.log, course.seconds = list(notes["log"]), float(notes["seconds"])
     course.best, course.missed = float(notes["best"]), int(notes["missed"])
-    course.replaced = int(notes["replaced"])
+    course.replaced, course.saves = int(notes["replaced"]), int(name[-1] == "0")
     on_policy.restore(trainer, course.replaced, workspace)
+
+
+def _silent(_line: str) -> None:
+    """Says nothing."""
 
 
 def latents(trainer: Trainer) -> dict[str, Tensor]:

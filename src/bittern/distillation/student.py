@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bittern.architectures import plan
+from bittern.distillation.sharding import full, whole
 from bittern.distillation.trainable import TrainableLayer, trainable
 from bittern.layers import flat_weight, quant_layers
 from bittern.quantization import quantize
@@ -58,10 +59,12 @@ class Student:
     @torch.no_grad()
     def export(self) -> None:
         """Writes what was learned into the deployed model."""
+        few_bit = quant_layers(self.deployed)
         for path, layer in self.layers.items():
-            layer.export(quant_layers(self.deployed)[path])
+            with whole(layer):
+                layer.export(few_bit[path])
         for name, parameter in _beside(self):
-            self.deployed.get_parameter(name).copy_(parameter)
+            self.deployed.get_parameter(name).copy_(full(parameter))
 
     def block(self, path: str) -> Student:
         """A part of the student as one of its own; the tensors are the same."""
@@ -82,9 +85,10 @@ class Student:
         errors: dict[str, float] = {}
         for path, layer in self.layers.items():
             weight = flat_weight(_layer(teacher, path)).float()
-            whole = frobenius(weight)
-            missed = frobenius(layer.flat().detach().to(weight.device) - weight)
-            errors[path] = float(f"{missed / whole:.6g}") if whole else 0.0
+            with whole(layer):
+                missed = frobenius(layer.flat().detach().to(weight.device) - weight)
+            size = frobenius(weight)
+            errors[path] = float(f"{missed / size:.6g}") if size else 0.0
         return errors
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from bittern.architectures import known
+from bittern.distillation.sharding import check_batch, local, local_parameter, mean, rank, summed
 from bittern.distillation.student import Student, copy_to
 from bittern.errors import UserError
 from bittern.recipes import Distillation
@@ -79,15 +80,19 @@ class Trainer:
         self.student, self.bank, self.settings, self.seed, self.dtype = student, bank, settings, seed, dtype
         self.device = bank.device
         self.steps = 0
-        self.kinds = student.parameters(settings)
-        self.params = [parameter for found in self.kinds.values() for parameter in found]
+        found = student.parameters(settings)
+        # Of a model that is shared among processes each has its own part.
+        self.kinds = {kind: [local_parameter(parameter) for parameter in each] for kind, each in found.items()}
+        self.params = [parameter for each in self.kinds.values() for parameter in each]
+        whole = [parameter for each in found.values() for parameter in each]
+        self.shared = [(own, one) for own, one in zip(self.params, whole, strict=True) if own is not one]
         self.ranges: dict[tuple[int, int], list[Tensor]] = {}
         for layer in student.layers.values():
             if layer.latent is not None:
-                self.ranges.setdefault((layer.lowest, layer.highest), []).append(layer.latent.data)
+                self.ranges.setdefault((layer.lowest, layer.highest), []).append(local(layer.latent.data))
         self.average = [parameter.detach().clone() for parameter in self.params]
         self.rates = {kind: torch.zeros((), device=self.device) for kind in self.kinds}
-        groups = [{"params": found, "lr": self.rates[kind]} for kind, found in self.kinds.items()]
+        groups = [{"params": each, "lr": self.rates[kind]} for kind, each in self.kinds.items()]
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             groups, betas=settings.betas, weight_decay=0.0, fused=True, capturable=on_gpu
@@ -96,7 +101,7 @@ class Trainer:
         self.recent = torch.ones((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
         self.step_error = torch.ones(bank.steps, device=self.device)
-        self.rows = torch.zeros(settings.batch, dtype=torch.int64, device=self.device)
+        self.rows = torch.zeros(check_batch(settings.batch), dtype=torch.int64, device=self.device)
         for parameter in self.params:
             parameter.grad = torch.zeros_like(parameter)
         self._chunk: tuple[int, Tensor] | None = None
@@ -133,15 +138,19 @@ class Trainer:
             with torch.no_grad():
                 # A product instead of a scattered sum, whose order would be any.
                 belongs = (steps[None] == torch.arange(len(self.step_error), device=self.device)[:, None]).float()
-                count = belongs.sum(dim=1)
-                mean = torch.where(count > 0, belongs @ errors / count.clamp(min=1), self.step_error)
-                self.step_error.lerp_(mean, 0.02)
+                count, total = summed(belongs.sum(dim=1)), summed(belongs @ errors)
+                found = torch.where(count > 0, total / count.clamp(min=1), self.step_error)
+                self.step_error.lerp_(found, 0.02)
                 weight = 1 / self.step_error[steps]
-                weight = weight / weight.mean()
+                weight = weight / mean(weight)
             loss = (errors * weight).mean()
         else:
             loss = errors.mean()
         loss.backward()
+        for own, one in self.shared:
+            if one.grad is not None:
+                own.grad.copy_(local(one.grad))
+                one.grad = None
         self.optimizer.step()
         reach = self.settings.reach
         with torch.no_grad():
@@ -151,11 +160,14 @@ class Trainer:
             moved = torch._foreach_sub([parameter.data for parameter in self.params], self.average)
             torch._foreach_mul_(moved, self.blend)
             torch._foreach_add_(self.average, moved)
-            self.loss.lerp_(errors.detach().mean(), self.recent)
+            self.loss.lerp_(mean(errors.detach()), self.recent)
 
     def prepare(self) -> None:
         """Compiles and captures the step on a GPU; nothing has changed afterwards. On a CPU there is nothing to do."""
         if self.device.type != "cuda":
+            return
+        if self.shared:
+            # Shares travel at every block, which a graph would have to hold.
             return
         if self.settings.compile:
             compile_blocks(self.student.model)
@@ -194,9 +206,10 @@ class Trainer:
         """The batch of a step, which depends on the seed and the step alone."""
         chunk = step // _CHUNK
         if self._chunk is None or self._chunk[0] != chunk:
-            own = random.Random(f"batches:{self.seed}:{chunk}").getrandbits(63)
+            process = f":{rank()}" if rank() else ""
+            own = random.Random(f"batches:{self.seed}:{chunk}{process}").getrandbits(63)
             generator = torch.Generator("cpu").manual_seed(own)
-            drawn = torch.randint(len(self.bank), (_CHUNK, self.settings.batch), generator=generator)
+            drawn = torch.randint(len(self.bank), (_CHUNK, len(self.rows)), generator=generator)
             self._chunk = chunk, drawn.to(self.device)
         return self._chunk[1][step % _CHUNK]
 
