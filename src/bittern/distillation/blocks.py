@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bittern.distillation.block_bank import BlockBank, Walk
 from bittern.distillation.course import rate_at
 from bittern.distillation.student import Student
-from bittern.distillation.trainer import Trainer
+from bittern.distillation.trainer import Trainer, compile_block
 from bittern.errors import UserError
 from bittern.quantization.calibration import Progress
 from bittern.quantization.workspace import Workspace
@@ -127,7 +127,7 @@ class BlockWise:
         learned, watched = self.walk.record(turn)
         trainer = Trainer(self.student_of(path), learned, self.settings, seed=self.seed, dtype=self.walk.dtype)
         if self.settings.compile and trainer.device.type == "cuda":
-            trainer.student.model.compile(fullgraph=True, dynamic=False)
+            compile_block(trainer.student.model)
         course = self._resume(trainer, turn) or _Course(self._error(trainer, watched), trainer)
         begun = saved = time.monotonic()
         left = None if self.seconds is None else max(self.seconds - spent, 1.0) / (len(self.walk.order) - turn)

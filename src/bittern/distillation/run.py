@@ -25,7 +25,7 @@ from bittern.distillation.hosted import hosted
 from bittern.distillation.in_turn import distill_blocks, warm_start
 from bittern.distillation.student import learner, solve
 from bittern.distillation.texts import draw_texts, groups_of, split
-from bittern.distillation.trainer import Trainer, compile_blocks
+from bittern.distillation.trainer import Trainer
 from bittern.errors import UserError, memory_size
 from bittern.quantization import Report, component
 from bittern.quantization.calibration import Limits, Progress
@@ -142,8 +142,6 @@ def distill(
             return Distilled(deployed, report, log, told)
     student = learner(teacher, deployed, settings)
     if sharding.count() > 1:
-        if settings.compile and device.type == "cuda":
-            compile_blocks(student.model)
         sharding.shard(student.model, blocks, device)
     trainer = Trainer(student, bank, settings, seed=seed, dtype=next(teacher.parameters()).dtype)
     course = Course()

@@ -167,7 +167,7 @@ class Trainer:
         if self.device.type != "cuda":
             return
         if self.shared:
-            # Shares travel at every block, which a graph would have to hold.
+            # Shares travel at every block, which neither a graph nor a compiled block holds.
             return
         if self.settings.compile:
             compile_blocks(self.student.model)
@@ -271,10 +271,15 @@ def compile_blocks(model: nn.Module) -> None:
     family = known(type(model).__name__)
     if family is None:
         return
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     sites = (family.site(path) for path, module in model.named_modules() if isinstance(module, nn.Module) and path)
     parents = {site.parent for site in sites if site is not None}
     for parent in sorted(parents):
         # A block within a block is compiled with it.
         if not any(parent.startswith(f"{other}.") for other in parents):
-            model.get_submodule(parent).compile(fullgraph=True, dynamic=False)
+            compile_block(model.get_submodule(parent))
+
+
+def compile_block(block: nn.Module) -> None:
+    """Compiles one of many blocks, of which there are a few kinds."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    block.compile(fullgraph=True, dynamic=False)
