@@ -139,4 +139,4 @@ def test_scales_of_flux_learn_within_80_gib() -> None:
     # Teacher and deployed model are there, too, and 8 GiB of the teacher's trajectories.
     others = sum(p.nbytes for p in teacher.parameters()) + sum(t.nbytes for t in deployed.buffers())
     assert 30 * GIB < told.total + others + 8 * GIB < 78 * GIB
-    assert told.learning < 3 * GIB
+    assert told.learning < 4 * GIB

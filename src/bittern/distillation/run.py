@@ -151,7 +151,8 @@ def distill(
         others = [*teacher.parameters(), *deployed.parameters(), *deployed.buffers(), *watched.bank.everything()]
         memory_needed = foreseen(teacher, deployed, bank, settings, trainer.dtype, others)
     else:
-        others = [tensor for model in (teacher, student.deployed) for tensor in model.state_dict().values()]
+        models = teacher, student.deployed
+        others = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
         memory_needed = memory.needed(trainer, others, bank.nbytes + watched.bank.nbytes)
     say(str(memory_needed))
     memory.check(memory_needed, trainer.device, memory_needed.models + memory_needed.bank)
