@@ -6,7 +6,7 @@ let go before the next one.
 
     bytes = states · (what a block is given and gives + outputs of blocks before it that are still asked for)
 
-Of FLUX.1 at 1024 x 1024 that is 85 MB a state; of tiny-flux 0.2 MB.
+Of FLUX.1 at 1024 x 1024 that is 85 MB a state.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ class Walk:
         self.order = sorted(called, key=called.__getitem__)
         uses = dependence(teacher, self.order, {path: turn for turn, path in enumerate(self.order)}, one)
         self.shapes = shapes_of(teacher, blocks, states)
-        # The outputs that are kept for one state, and the state in hand once more.
-        self.state_bytes = max(shapes.nbytes for shapes in self.shapes.values()) + most_bytes(uses, 1)
+        # Outputs that are kept: those of a state in hand are there twice, which is little of many.
+        self.state_bytes = max(shapes.nbytes for shapes in self.shapes.values()) + most_bytes(uses, 1) // 2
         count = min(room // self.state_bytes, len(banks[0]) + len(banks[1]))
         if count < 2:
             raise UserError(
