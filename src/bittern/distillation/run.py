@@ -117,14 +117,17 @@ def distill(
         say = _silent
     progress = None if sharding.rank() else progress
     refuse_shared(settings, start)
-    deployed = solved or solve(pipe, teacher, recipe, prompts=given, seed=seed, limits=limits, progress=progress)
     blocks = blocks_of(teacher, plan(teacher, recipe))
     home = device_of(teacher)
     device = home if device is None else torch.device(device)
-    if settings.mode != "blocks" and device != home:
+    elsewhere = device.type != home.type or device.index not in (None, home.index)
+    if settings.mode != "blocks" and elsewhere:
         raise UserError(f"device {device} and a model on {home}: mode {settings.mode!r} trains a model where it is")
     if settings.mode == "blocks" and start is not None:
         raise UserError("a start is for the whole model: mode 'blocks' begins with what the solver gives; leave it out")
+    # "cuda" is "cuda:0" to tensors.
+    device = torch.empty(0, device=device).device if elsewhere else home
+    deployed = solved or solve(pipe, teacher, recipe, prompts=given, seed=seed, limits=limits, progress=progress)
     with ExitStack() as stack:
         drawing = teacher if device == home else stack.enter_context(hosted(pipe, teacher, blocks, device))
         pattern = pattern_of(pipe, drawing, [group[0] for group in learned])
