@@ -130,6 +130,17 @@ def test_a_pipeline_that_waits_on_the_host_draws_the_same(new_tiny_random_pipeli
     assert torch.equal(draw_images(pipe, TEXTS[:1]), images)
 
 
+def test_blocks_of_a_model_that_waits_on_the_host_learn_the_same(new_tiny_random_pipeline: Callable) -> None:
+    recipe = recipe_of(mode="blocks", trajectories=1, steps=3, batch=4, validate_every=3)
+    pipe = new_tiny_random_pipeline()
+    # A number makes it another device than the pipeline's.
+    waiting = distill(pipe, recipe, prompts=TEXTS, device="cpu:0")
+    there = distill(new_tiny_random_pipeline(), recipe, prompts=TEXTS)
+    assert [record["error"] for record in waiting.log] == [record["error"] for record in there.log]
+    assert len({record["error"] for record in there.log}) == 3
+    assert not any(parameter.is_meta for parameter in pipe.transformer.parameters())
+
+
 class Killed(BaseException):
     pass
 

@@ -129,7 +129,7 @@ def distill(
     device = torch.empty(0, device=device).device if elsewhere else home
     deployed = solved or solve(pipe, teacher, recipe, prompts=given, seed=seed, limits=limits, progress=progress)
     with ExitStack() as stack:
-        drawing = teacher if device == home else stack.enter_context(hosted(pipe, teacher, blocks, device))
+        drawing = stack.enter_context(hosted(pipe, teacher, blocks, device)) if elsewhere else teacher
         pattern = pattern_of(pipe, drawing, [group[0] for group in learned])
         watched = watch(pipe, drawing, draw_texts(watched_groups, settings.validation, seed=0), pattern, home)
         share = trajectories(settings, pattern)
