@@ -14,7 +14,7 @@ from torch import nn
 import bittern
 from bittern.architectures import Plan
 from bittern.checkpoints import weight_files
-from bittern.distillation import card_section, distill, training_report
+from bittern.distillation import card_section, distill, sharding, training_report
 from bittern.errors import UnusableModel, UserError
 from bittern.outputs import INDEX, bytes_of, check_out, disk_problem, existing_parent, new_folder
 from bittern.pipelines import (
@@ -169,39 +169,63 @@ def _distill_folder(
     progress: Progress | None,
     say: Callable[[str], object],
 ) -> Report:
-    """`quantize_folder` for a recipe that trains."""
+    """`quantize_folder` for a recipe that trains, in one of several processes too: the first one writes."""
     source = resolve(model)
     place = source / denoiser_name(source)
     others = [source / INDEX, *other_components(source, place.name)]
     given = default_prompts(source) if prompts is None else check_prompts(prompts)
-    manifest = run_manifest(place, recipe, seed, bittern.__version__, given)
-    # CPUs multiply 16-bit numbers slowly; what learns is float32 in any case.
-    pipe = load(model, dtype=torch.float32 if torch.device(device).type == "cpu" else None, device=device)
-    with Workspace(workspace_of(out), manifest, restart=restart) as workspace:
-        try:
-            with memory_told():
-                done = distill(
-                    pipe,
-                    recipe,
-                    prompts=given,
-                    seed=seed,
-                    workspace=workspace,
-                    limits=limits,
-                    progress=progress,
-                    say=say,
-                )
-        except BaseException:
-            # A mistake that is mended makes another run of it: nothing may stand in its way but work.
-            if not any(workspace.folder.glob("*.safetensors")):
-                workspace.remove()
-            raise
-        # Diffusers' own `to` refuses quantized models, whose layers here know what not to cast.
-        nn.Module.to(done.model, folder_dtype(place))
-        report = inspect(done.model)
-        files, section = training_report(done.log), card_section(done.log)
-        _write(done.model, model, out, others, report, place, seed, force, files, section)
-        workspace.remove()
+    in_turn = recipe.distillation is not None and recipe.distillation.mode == "blocks"
+    with sharding.joined(device) as device:
+        manifest = {
+            **run_manifest(place, recipe, seed, bittern.__version__, given),
+            **({"processes": sharding.count()} if sharding.count() > 1 else {}),
+        }
+        work = workspace_of(out) / (f"process-{sharding.rank()}" if sharding.rank() else "")
+        with Workspace(work, manifest, restart=restart) as workspace:
+            try:
+                with memory_told():
+                    # CPUs multiply 16-bit numbers slowly; what learns is float32 in any case.
+                    dtype = torch.float32 if device.type == "cpu" else None
+                    pipe = load(model, dtype=dtype, device="cpu" if in_turn else device)
+                    solved = _solved(place, recipe, workspace, seed, device, progress) if in_turn else None
+                    done = distill(
+                        pipe,
+                        recipe,
+                        prompts=given,
+                        seed=seed,
+                        workspace=workspace,
+                        device=device,
+                        solved=None if solved is None else nn.Module.to(solved, dtype),
+                        limits=limits,
+                        progress=progress,
+                        say=say,
+                    )
+            except BaseException:
+                # A mistake that is mended makes another run of it: nothing may stand in its way but work.
+                if not any(workspace.folder.glob("*.safetensors")):
+                    workspace.remove()
+                raise
+            # Diffusers' own `to` refuses quantized models, whose layers here know what not to cast.
+            nn.Module.to(done.model, folder_dtype(place))
+            report = inspect(done.model)
+            if sharding.rank() == 0:
+                files, section = training_report(done.log), card_section(done.log)
+                _write(done.model, model, out, others, report, place, seed, force, files, section)
+            sharding.wait()
+            workspace.remove()
     return report
+
+
+def _solved(
+    place: Path, recipe: Recipe, workspace: Workspace, seed: int, device: torch.device, progress: Progress | None
+) -> nn.Module | None:
+    """The few-bit model from which blocks start, made while its weights are read; None where it must be in memory."""
+    start = recipe.model_copy(update={"distillation": None})
+    with one_line(place):
+        blank, _ = skeleton(place)
+    if start.calibrated or not can_stream(blank, place):
+        return None
+    return quantize_streaming(blank, place, start, workspace, seed=seed, device=device, progress=progress)
 
 
 def workspace_of(out: str | Path) -> Path:

@@ -103,6 +103,10 @@ class Bank:
             "targets": self.targets,
         }
 
+    def everything(self) -> list[Tensor]:
+        """All tensors."""
+        return [*self.tensors().values(), *self.pattern.fixed.values()]
+
     @classmethod
     def of(cls, pattern: Pattern, tensors: Mapping[str, Tensor]) -> Bank:
         """The bank of which `tensors` gave these."""
@@ -118,6 +122,20 @@ class Bank:
         pattern = replace(self.pattern, fixed={name: t.to(device) for name, t in self.pattern.fixed.items()})
         return Bank.of(pattern, {name: tensor.to(device) for name, tensor in self.tensors().items()})
 
+    @property
+    def device(self) -> torch.device:
+        """Where states and targets lie."""
+        return self.targets.device
+
+    @property
+    def steps(self) -> int:
+        """Of a trajectory."""
+        return self.pattern.steps
+
+    def missed(self, answer: Any, rows: Tensor) -> Tensor:
+        """The mean squared error of a denoiser's answer in each of these states, float32."""
+        return (output_of(answer).float() - self.targets[rows].float()).square().flatten(1).mean(dim=1)
+
     def steps_of(self, rows: Tensor) -> Tensor:
         """The steps of the trajectories that these rows are."""
         return rows // self.pattern.branches % self.pattern.steps
@@ -128,8 +146,8 @@ class Bank:
         owners = rows // (steps * branches) * branches + rows % branches
         tensors = {
             **self.pattern.fixed,
-            **{name: _wide(tensor[owners], dtype) for name, tensor in self.context.items()},
-            **{name: _wide(tensor[rows], dtype) for name, tensor in self.states.items()},
+            **{name: wide(tensor[owners], dtype) for name, tensor in self.context.items()},
+            **{name: wide(tensor[rows], dtype) for name, tensor in self.states.items()},
         }
         (state,) = unpack(tensors, self.pattern.tree)
         return state.args, state.kwargs
@@ -178,9 +196,9 @@ def pattern_of(pipe: DiffusionPipeline, denoiser: nn.Module, texts: Sequence[str
             )
         kind = "context" if same else "states"
         kept[kind].append(name)
-        row = _narrow(tensor[:1] if grows else tensor.reshape(1))
+        row = narrow(tensor[:1] if grows else tensor.reshape(1))
         sizes[kind] += row.nbytes
-    target = _narrow(one.output[:1])
+    target = narrow(one.output[:1])
     return Pattern(
         one.tree, fixed, tuple(kept["context"]), tuple(kept["states"]), rows, defaults(pipe).steps,
         sizes["context"], sizes["states"] + target.nbytes,
@@ -224,7 +242,7 @@ def draw_bank(
     def by_branch(tensor: Tensor) -> Tensor:
         # A call has all prompts of a branch after one another; the bank has a prompt's branches side by side.
         rows_of = tensor.expand(rows) if tensor.ndim == 0 or len(tensor) != rows else tensor
-        return _narrow(rows_of.unflatten(0, (pattern.branches, len(texts))).transpose(0, 1))
+        return narrow(rows_of.unflatten(0, (pattern.branches, len(texts))).transpose(0, 1))
 
     def called(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         tensors, _ = pack([State(0, 0, args, kwargs)])
@@ -303,12 +321,12 @@ def _watching(
         handle.remove()
 
 
-def _narrow(tensor: Tensor) -> Tensor:
+def narrow(tensor: Tensor) -> Tensor:
     """What is stored of rows."""
     few = tensor[0].numel() <= _FEW if tensor.ndim else True
     return tensor.clone() if few or not tensor.is_floating_point() else tensor.to(torch.bfloat16)
 
 
-def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows as the denoiser takes them."""
     return tensor.to(dtype) if tensor.dtype == torch.bfloat16 else tensor

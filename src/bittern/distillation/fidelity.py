@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,14 @@ class Watched:
     images: Tensor
 
 
-def watch(pipe: DiffusionPipeline, teacher: nn.Module, texts: Sequence[str], pattern: Pattern) -> Watched:
-    """Draws with the teacher."""
+def watch(
+    pipe: DiffusionPipeline, teacher: nn.Module, texts: Sequence[str], pattern: Pattern, home: torch.device
+) -> Watched:
+    """Draws with the teacher; its trajectories lie on a device then."""
     size, banks = together(pipe), []
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
-        banks.append(draw_bank(pipe, teacher, part, pattern=pattern, name=NAME, start=start))
+        banks.append(draw_bank(pipe, teacher, part, pattern=pattern, name=NAME, start=start).to(home))
     return Watched(list(texts), join(banks), draw_images(pipe, texts))
 
 
@@ -71,14 +73,39 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 
 def fidelity(trainer: Trainer, pipe: DiffusionPipeline, teacher: nn.Module, watched: Watched) -> dict[str, float]:
     """Of the averaged student: squared error and relative error of its answers, and PSNR of its pictures, dB."""
-    bank = watched.bank
     with trainer.averaged() as model:
         model.eval()
-        rows = torch.arange(len(bank), device=trainer.device)
-        errors = torch.cat([trainer.errors(part, bank) for part in rows.split(trainer.settings.batch)])
-        with in_place_of(pipe, teacher, model):
-            images = draw_images(pipe, watched.texts)
+        found = fidelity_of(
+            model, lambda rows: trainer.errors(rows, watched.bank), pipe, teacher, watched, trainer.settings.batch
+        )
         model.train()
+    return found
+
+
+@torch.no_grad()
+def fidelity_of(
+    model: nn.Module,
+    errors_of: Callable[[Tensor], Tensor],
+    pipe: DiffusionPipeline,
+    teacher: nn.Module,
+    watched: Watched,
+    batch: int,
+) -> dict[str, float]:
+    """The same of any model.
+
+    Args:
+        model: In place of the teacher.
+        errors_of: Gives its mean squared error in each of some watched states.
+        pipe: The pipeline.
+        teacher: Its denoiser.
+        watched: What the teacher makes of prompts that are not learned.
+        batch: States that are looked at together.
+    """
+    bank = watched.bank
+    rows = torch.arange(len(bank), device=bank.device)
+    errors = torch.cat([errors_of(part) for part in rows.split(batch)])
+    with in_place_of(pipe, teacher, model):
+        images = draw_images(pipe, watched.texts)
     size = bank.targets.float().square().mean()
     return {
         "error": float(errors.mean()),

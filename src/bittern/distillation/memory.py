@@ -6,18 +6,19 @@
     bank                     states and targets
     activations              what a forward pass keeps for its backward pass: batch · states + weights
 
-The last line is measured: forward passes with two states and with three tell what grows with the batch.
+The last line is measured: forward passes with two states and with three tell what grows with the batch. Where a
+model hardly fits it is foreseen from shapes (`foresight`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bittern.distillation.sharding import local
 from bittern.distillation.trainer import Trainer
 from bittern.errors import UserError, memory_size
 
@@ -56,33 +57,39 @@ def needed(trainer: Trainer, others: Iterable[Tensor], banks: int) -> Memory:
         others: The tensors of the teacher and of the deployed model.
         banks: Bytes of all banks.
     """
-    learns = {parameter.data_ptr() for parameter in trainer.params}
-    held = {
-        tensor.data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*trainer.student.model.parameters(), *trainer.student.model.buffers(), *others)
-        if tensor.data_ptr() not in learns
-    }
+    held = held_bytes(trainer, others)
     # Of a single state some tensors are kept as views of others.
     two, three = kept_bytes(trainer, 2), kept_bytes(trainer, 3)
     activations = two + (trainer.settings.batch - 2) * (three - two)
-    return Memory(20 * sum(parameter.numel() for parameter in trainer.params), sum(held.values()), banks, activations)
+    return Memory(learning_bytes(trainer), held, banks, activations)
+
+
+def learning_bytes(trainer: Trainer) -> int:
+    """Of what learns: value, gradient, two moments, average."""
+    return 20 * sum(parameter.numel() for parameter in trainer.params)
+
+
+def held_bytes(trainer: Trainer, others: Iterable[Tensor] = ()) -> int:
+    """Of the student's tensors that do not learn, and of others, each counted once."""
+    learns = {parameter.untyped_storage()._cdata for parameter in trainer.params}
+    model = trainer.student.model
+    storages = (local(tensor).untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *others))
+    return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in learns}.values())
 
 
 def kept_bytes(trainer: Trainer, states: int) -> int:
     """Bytes that a forward pass with so many states keeps for the backward pass, parameters aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in trainer.student.model.parameters()}
-    own |= {tensor.untyped_storage().data_ptr() for tensor in trainer.student.model.buffers()}
-    kept: dict[int, int] = {}
-    alive: list[Any] = []
+    held = (*trainer.student.model.parameters(), *trainer.student.model.buffers())
+    own = {local(tensor).untyped_storage()._cdata for tensor in held}
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
             # An address that is given out again would hide what lies there. Without its history: a saved tensor that
             # knows it keeps all of it alive, and a step that is captured later must find no gradients of another
             # stream.
-            alive.append(tensor.detach())
+            kept[storage._cdata] = tensor.detach()
         return 0
 
     def unpack(_: int) -> Tensor:
@@ -90,7 +97,8 @@ def kept_bytes(trainer: Trainer, states: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         trainer.errors(torch.arange(states, device=trainer.device) % len(trainer.bank)).mean()
-    return sum(kept.values())
+    # Only now: weights that were put together for a block are gone by the end of it.
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def check(memory: Memory, device: torch.device, held: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.distillation.bank import Bank, draw_bank, output_of, together
+from bittern.distillation.sharding import rank
 from bittern.distillation.student import in_place_of
 from bittern.distillation.trainer import Trainer
 from bittern.quantization.workspace import Workspace
@@ -46,7 +47,7 @@ def replace_states(
         trainer: Its bank is changed where it is.
         pipe: The pipeline.
         teacher: Its denoiser.
-        texts: Of all trajectories of the bank.
+        texts: Of all trajectories of the bank; each process has as many.
         start: The first trajectory.
         stop: The one after the last.
         workspace: Keeps the states, for a run that goes on.
@@ -57,7 +58,8 @@ def replace_states(
         with trainer.averaged() as model, in_place_of(pipe, teacher, model):
             model.eval()
             part = draw_bank(
-                pipe, model, part_texts, pattern=bank.pattern, seed=trainer.seed, name=NAME, start=first
+                pipe, model, part_texts, pattern=bank.pattern, seed=trainer.seed, name=NAME,
+                start=rank() * len(texts) + first,
             )  # fmt: skip
             model.train()
         part = replace(part, targets=answers(part, teacher, trainer.dtype))

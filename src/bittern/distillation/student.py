@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bittern.architectures import plan
+from bittern.distillation.sharding import full, whole
 from bittern.distillation.trainable import TrainableLayer, trainable
-from bittern.layers import flat_weight, quant_layers, swap
+from bittern.layers import flat_weight, quant_layers
 from bittern.quantization import quantize
 from bittern.quantization.calibration import Limits
 from bittern.quantization.jobs import finish
@@ -58,25 +59,37 @@ class Student:
     @torch.no_grad()
     def export(self) -> None:
         """Writes what was learned into the deployed model."""
+        few_bit = quant_layers(self.deployed)
         for path, layer in self.layers.items():
-            layer.export(quant_layers(self.deployed)[path])
-        own = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) not in own:
-                self.deployed.get_parameter(name).copy_(parameter)
+            with whole(layer):
+                layer.export(few_bit[path])
+        for name, parameter in _beside(self):
+            self.deployed.get_parameter(name).copy_(full(parameter))
+
+    def block(self, path: str) -> Student:
+        """A part of the student as one of its own; the tensors are the same."""
+        inside = f"{path}."
+        layers = {name.removeprefix(inside): layer for name, layer in self.layers.items() if name.startswith(inside)}
+        return Student(self.model.get_submodule(path), self.deployed.get_submodule(path), layers)
 
     @torch.no_grad()
     def finish(self, teacher: nn.Module, recipe: Recipe, seed: int) -> Report:
         """Makes the deployed model one that says what it is and how far its weights are from the teacher's."""
         self.export()
+        finish(self.deployed, plan(teacher, recipe), recipe, seed, self.errors(teacher))
+        return inspect(self.deployed)
+
+    @torch.no_grad()
+    def errors(self, teacher: nn.Module) -> dict[str, float]:
+        """How far the few-bit weights are from the teacher's, relative, by path."""
         errors: dict[str, float] = {}
         for path, layer in self.layers.items():
             weight = flat_weight(_layer(teacher, path)).float()
-            whole = frobenius(weight)
-            missed = frobenius(layer.flat().detach().to(weight.device) - weight)
-            errors[path] = float(f"{missed / whole:.6g}") if whole else 0.0
-        finish(self.deployed, plan(teacher, recipe), recipe, seed, errors)
-        return inspect(self.deployed)
+            with whole(layer):
+                missed = frobenius(layer.flat().detach().to(weight.device) - weight)
+            size = frobenius(weight)
+            errors[path] = float(f"{missed / size:.6g}") if size else 0.0
+        return errors
 
 
 def make_student(
@@ -93,31 +106,72 @@ def make_student(
     """A student that starts where the recipe's solver ends. Pipeline and teacher stay as they are.
 
     Args:
+        settings: Of the training.
         pipe: The pipeline, in full precision.
         teacher: Its denoiser.
         recipe: Says what becomes few-bit, and how that is solved.
-        settings: Of the training.
         prompts: For a solver that is calibrated.
         seed: Of the solver.
         limits: Of the memory that a calibrated solver may take.
         progress: Called as layers are solved.
     """
+    solved = solve(pipe, teacher, recipe, prompts=prompts, seed=seed, limits=limits, progress=progress)
+    return learner(teacher, solved, settings)
+
+
+def solve(
+    pipe: DiffusionPipeline,
+    teacher: nn.Module,
+    recipe: Recipe,
+    *,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    limits: Limits | None = None,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> nn.Module:
+    """The few-bit model that the recipe's solver makes of the denoiser; the arguments are those of `make_student`."""
     start = recipe.model_copy(update={"distillation": None})
     deployed = copy.deepcopy(teacher)
     with in_place_of(pipe, teacher, deployed):
         quantize(
             pipe, start, prompts=prompts if start.calibrated else None, seed=seed, limits=limits, progress=progress
         )
-    model = copy.deepcopy(teacher).float().train()
-    layers: dict[str, TrainableLayer] = {}
-    for path, few_bit in quant_layers(deployed).items():
-        layers[path] = trainable(_layer(teacher, path), few_bit, settings.reach).to(few_bit.tensors()["codes"].device)
-        swap(model, path, layers[path])
-    kinds = Student(model, deployed, layers).parameters(settings)
-    learned = {id(parameter) for found in kinds.values() for parameter in found}
+    return deployed
+
+
+def learner(
+    teacher: nn.Module, deployed: nn.Module, settings: Distillation, device: torch.device | None = None
+) -> Student:
+    """The student of a whole denoiser, or of one of its blocks.
+
+    Args:
+        teacher: In full precision.
+        deployed: The same with few-bit layers, from which the student starts.
+        settings: Of the training.
+        device: Where it learns; None for where the teacher is.
+    """
+    reach = None if settings.mode == "scales" else settings.reach
+    layers = {
+        path: trainable(_layer(teacher, path), few_bit, reach).to(device or few_bit.tensors()["codes"].device)
+        for path, few_bit in quant_layers(deployed).items()
+    }
+    # Dense weights in float32 would be most of the memory that the student takes, and are not needed.
+    model = copy.deepcopy(teacher, {id(_layer(teacher, path)): layer for path, layer in layers.items()})
+    model = model.to(device).float().train()
+    student = Student(model, deployed, layers)
+    # What lies beside the layers may have learned already.
+    for name, parameter in _beside(student):
+        parameter.data.copy_(deployed.get_parameter(name))
+    learned = {id(parameter) for found in student.parameters(settings).values() for parameter in found}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learned)
-    return Student(model, deployed, layers)
+    return student
+
+
+def _beside(student: Student) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of no few-bit layer, by name."""
+    own = {id(parameter) for layer in student.layers.values() for parameter in layer.parameters()}
+    return [(name, parameter) for name, parameter in student.model.named_parameters() if id(parameter) not in own]
 
 
 @contextmanager

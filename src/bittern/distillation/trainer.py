@@ -11,14 +11,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from bittern.architectures import known
-from bittern.distillation.bank import Bank, output_of
+from bittern.distillation.sharding import check_batch, local, local_parameter, mean, rank, summed
 from bittern.distillation.student import Student, copy_to
 from bittern.errors import UserError
 from bittern.recipes import Distillation
@@ -31,29 +31,68 @@ _WARM_UP = 4
 """Steps before a capture, in which libraries set themselves up."""
 
 
+class States(Protocol):
+    """States to learn from, and what the teacher answers there: `Bank` for the whole model, `BlockBank` for a block."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is learned."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Of a trajectory."""
+        ...
+
+    def everything(self) -> list[Tensor]:
+        """All tensors."""
+        ...
+
+    def steps_of(self, rows: Tensor) -> Tensor:
+        """The steps of the trajectories that these rows are."""
+        ...
+
+    def call(self, rows: Tensor, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments in these states."""
+        ...
+
+    def missed(self, answer: Any, rows: Tensor) -> Tensor:
+        """The error of an answer in each of these states, float32."""
+        ...
+
+
 class Trainer:
     """Parameters, their averages, the optimizer and the batches.
 
     Args:
         student: Learns.
-        bank: States and targets, on the student's device.
+        bank: States and targets; the student is on its device.
         settings: How.
         seed: Of the batches.
         dtype: What the teacher computes in; states are given in it.
     """
 
-    def __init__(self, student: Student, bank: Bank, settings: Distillation, *, seed: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, student: Student, bank: States, settings: Distillation, *, seed: int, dtype: torch.dtype
+    ) -> None:
         self.student, self.bank, self.settings, self.seed, self.dtype = student, bank, settings, seed, dtype
-        self.device = bank.targets.device
+        self.device = bank.device
         self.steps = 0
-        self.kinds = student.parameters(settings)
-        self.params = [parameter for found in self.kinds.values() for parameter in found]
+        found = student.parameters(settings)
+        # Of a model that is shared among processes each has its own part.
+        self.kinds = {kind: [local_parameter(parameter) for parameter in each] for kind, each in found.items()}
+        self.params = [parameter for each in self.kinds.values() for parameter in each]
+        whole = [parameter for each in found.values() for parameter in each]
+        self.shared = [(own, one) for own, one in zip(self.params, whole, strict=True) if own is not one]
         self.ranges: dict[tuple[int, int], list[Tensor]] = {}
         for layer in student.layers.values():
-            self.ranges.setdefault((layer.lowest, layer.highest), []).append(layer.latent.data)
+            if layer.latent is not None:
+                self.ranges.setdefault((layer.lowest, layer.highest), []).append(local(layer.latent.data))
         self.average = [parameter.detach().clone() for parameter in self.params]
         self.rates = {kind: torch.zeros((), device=self.device) for kind in self.kinds}
-        groups = [{"params": found, "lr": self.rates[kind]} for kind, found in self.kinds.items()]
+        groups = [{"params": each, "lr": self.rates[kind]} for kind, each in self.kinds.items()]
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             groups, betas=settings.betas, weight_decay=0.0, fused=True, capturable=on_gpu
@@ -61,8 +100,8 @@ class Trainer:
         self.blend = torch.ones((), device=self.device)
         self.recent = torch.ones((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.step_error = torch.ones(bank.pattern.steps, device=self.device)
-        self.rows = torch.zeros(settings.batch, dtype=torch.int64, device=self.device)
+        self.step_error = torch.ones(bank.steps, device=self.device)
+        self.rows = torch.zeros(check_batch(settings.batch), dtype=torch.int64, device=self.device)
         for parameter in self.params:
             parameter.grad = torch.zeros_like(parameter)
         self._chunk: tuple[int, Tensor] | None = None
@@ -83,13 +122,13 @@ class Trainer:
         # Cached casts would be the first step's for ever in a graph.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
-    def errors(self, rows: Tensor, bank: Bank | None = None) -> Tensor:
+    def errors(self, rows: Tensor, bank: States | None = None) -> Tensor:
         """The mean squared error of each of these states, float32."""
         bank = bank or self.bank
         args, kwargs = bank.call(rows, self.dtype)
         with self._compute():
-            answer = output_of(self.student.model(*args, **kwargs))
-        return (answer.float() - bank.targets[rows].float()).square().flatten(1).mean(dim=1)
+            answer = self.student.model(*args, **kwargs)
+        return bank.missed(answer, rows)
 
     def _step(self) -> None:
         torch._foreach_zero_([parameter.grad for parameter in self.params])
@@ -99,15 +138,19 @@ class Trainer:
             with torch.no_grad():
                 # A product instead of a scattered sum, whose order would be any.
                 belongs = (steps[None] == torch.arange(len(self.step_error), device=self.device)[:, None]).float()
-                count = belongs.sum(dim=1)
-                mean = torch.where(count > 0, belongs @ errors / count.clamp(min=1), self.step_error)
-                self.step_error.lerp_(mean, 0.02)
+                count, total = summed(belongs.sum(dim=1)), summed(belongs @ errors)
+                found = torch.where(count > 0, total / count.clamp(min=1), self.step_error)
+                self.step_error.lerp_(found, 0.02)
                 weight = 1 / self.step_error[steps]
-                weight = weight / weight.mean()
+                weight = weight / mean(weight)
             loss = (errors * weight).mean()
         else:
             loss = errors.mean()
         loss.backward()
+        for own, one in self.shared:
+            if one.grad is not None:
+                own.grad.copy_(local(one.grad))
+                one.grad = None
         self.optimizer.step()
         reach = self.settings.reach
         with torch.no_grad():
@@ -117,11 +160,14 @@ class Trainer:
             moved = torch._foreach_sub([parameter.data for parameter in self.params], self.average)
             torch._foreach_mul_(moved, self.blend)
             torch._foreach_add_(self.average, moved)
-            self.loss.lerp_(errors.detach().mean(), self.recent)
+            self.loss.lerp_(mean(errors.detach()), self.recent)
 
     def prepare(self) -> None:
         """Compiles and captures the step on a GPU; nothing has changed afterwards. On a CPU there is nothing to do."""
         if self.device.type != "cuda":
+            return
+        if self.shared:
+            # Shares travel at every block, which neither a graph nor a compiled block holds.
             return
         if self.settings.compile:
             compile_blocks(self.student.model)
@@ -160,9 +206,10 @@ class Trainer:
         """The batch of a step, which depends on the seed and the step alone."""
         chunk = step // _CHUNK
         if self._chunk is None or self._chunk[0] != chunk:
-            own = random.Random(f"batches:{self.seed}:{chunk}").getrandbits(63)
+            process = f":{rank()}" if rank() else ""
+            own = random.Random(f"batches:{self.seed}:{chunk}{process}").getrandbits(63)
             generator = torch.Generator("cpu").manual_seed(own)
-            drawn = torch.randint(len(self.bank), (_CHUNK, self.settings.batch), generator=generator)
+            drawn = torch.randint(len(self.bank), (_CHUNK, len(self.rows)), generator=generator)
             self._chunk = chunk, drawn.to(self.device)
         return self._chunk[1][step % _CHUNK]
 
@@ -224,10 +271,15 @@ def compile_blocks(model: nn.Module) -> None:
     family = known(type(model).__name__)
     if family is None:
         return
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     sites = (family.site(path) for path, module in model.named_modules() if isinstance(module, nn.Module) and path)
     parents = {site.parent for site in sites if site is not None}
     for parent in sorted(parents):
         # A block within a block is compiled with it.
         if not any(parent.startswith(f"{other}.") for other in parents):
-            model.get_submodule(parent).compile(fullgraph=True, dynamic=False)
+            compile_block(model.get_submodule(parent))
+
+
+def compile_block(block: nn.Module) -> None:
+    """Compiles one of many blocks, of which there are a few kinds."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    block.compile(fullgraph=True, dynamic=False)

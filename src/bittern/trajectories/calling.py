@@ -57,7 +57,9 @@ def defaults(pipe: DiffusionPipeline) -> CallDefaults:
     height, width = (size, size) if isinstance(size, int) else (call[side].default or 1024 for side in _SIDES)
     steps, guidance = int(call["num_inference_steps"].default), float(call["guidance_scale"].default or 0.0)
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
-    if type(denoiser).__name__.startswith("Flux") and denoiser.config.get("guidance_embeds") is False:
+    # A model that is shared among processes is of a class of its own.
+    is_flux = any(kind.__name__.startswith("Flux") for kind in type(denoiser).__mro__)
+    if is_flux and denoiser.config.get("guidance_embeds") is False:
         # FLUX.1-schnell was distilled to 4 steps.
         steps, guidance = 4, 0.0
     if isinstance(size, int) and size < 512:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from bittern.errors import UserError, memory_size
 
 
-def place(model: nn.Module, blocks: Iterable[str], device: torch.device, room: int | None = None) -> int:
+def place(
+    model: nn.Module, blocks: Iterable[str], device: torch.device, room: int | None = None, *, pin: bool = True
+) -> int:
     """Puts a model that is on the CPU on a device, as far as there is room.
 
     Args:
@@ -23,6 +25,7 @@ def place(model: nn.Module, blocks: Iterable[str], device: torch.device, room: i
         blocks: Paths of its blocks in the order of their calls, none within another.
         device: Where it is to compute.
         room: Bytes for weights on the device; None takes what the model needs.
+        pin: Whether what waits is copied to memory that a GPU reads by itself, and faster.
 
     Returns:
         Bytes of the weights that wait on the host.
@@ -54,7 +57,7 @@ def place(model: nn.Module, blocks: Iterable[str], device: torch.device, room: i
     for path in waiting:
         block = model.get_submodule(path)
         held = {name: tensor.detach() for name, tensor in block.state_dict().items()}
-        if device.type == "cuda":
+        if pin and device.type == "cuda":
             held = {name: tensor.pin_memory() for name, tensor in held.items()}
         cpu_offload(block, execution_device=device, state_dict=held)
     return sum(sizes[path] for path in waiting)
