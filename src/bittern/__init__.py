@@ -14,6 +14,7 @@ from bittern.integrations.import_hook import install as _install
 if TYPE_CHECKING:
     from bittern.distillation import Distilled, distill
     from bittern.integrations.diffusers import QuantizationConfig
+    from bittern.integrations.loras import fuse_loras, save_fused, set_lora_strengths, unfuse_loras
     from bittern.ops import use_backend
     from bittern.quantization import Report, inspect, predict, predict_size, quantize
     from bittern.recipes import Recipe
@@ -29,10 +30,14 @@ __all__ = [
     "UserError",
     "__version__",
     "distill",
+    "fuse_loras",
     "inspect",
     "predict",
     "predict_size",
     "quantize",
+    "save_fused",
+    "set_lora_strengths",
+    "unfuse_loras",
     "use_backend",
 ]
 
@@ -42,10 +47,14 @@ _HOMES = {
     "Recipe": "bittern.recipes",
     "Report": "bittern.quantization",
     "distill": "bittern.distillation",
+    "fuse_loras": "bittern.integrations.loras",
     "inspect": "bittern.quantization",
     "predict": "bittern.quantization",
     "predict_size": "bittern.quantization",
     "quantize": "bittern.quantization",
+    "save_fused": "bittern.integrations.loras",
+    "set_lora_strengths": "bittern.integrations.loras",
+    "unfuse_loras": "bittern.integrations.loras",
     "use_backend": "bittern.ops",
 }
 
