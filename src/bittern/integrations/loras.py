@@ -12,27 +12,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from bittern.errors import UserError, did_you_mean
-from bittern.layers import FewBitLayer, flat_weight, quant_layers, swap
-from bittern.layers.branch import Product, WidenedBranch
-from bittern.outputs import new_folder
+from bittern.integrations.peft_layers import (
+    active_adapters,
+    check_plain,
+    common_strengths,
+    peft_layers,
+    product_of,
+)
+from bittern.layers import FewBitLayer, quant_layers, swap
+from bittern.layers.branch import Product, WidenedBranch, placed
 from bittern.quantization import component
 from bittern.solvers import recompress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from bittern.checkpoints import CheckpointConfig
-
-    Target = DiffusionPipeline | nn.Module
+Target: TypeAlias = "DiffusionPipeline | nn.Module"
 
 _PEFT = ("peft_config", "_hf_peft_config_loaded")
 """What diffusers and peft note on a model that wears adapters."""
@@ -122,7 +124,7 @@ def fuse_loras(
         UserError: if the model has no few-bit layers, wears no active adapter, has fused ones already, or an adapter is
             no plain LoRA (DoRA, LoKr, LoHa, biases): such stay loaded. Nothing has changed then.
     """
-    model = _denoiser(pipe)
+    model = denoiser(pipe)
     if before := fused(model):
         raise UserError(
             f"adapters {', '.join(before.strengths)} are fused already: bittern.unfuse_loras(pipe) gives them back; "
@@ -136,20 +138,20 @@ def fuse_loras(
         raise UserError(f"max_rank {max_rank}: expected 1 or more")
     if strengths is not None:
         _activate(pipe, model, strengths)
-    wrappers = dict(_peft_layers(model))
-    active = {path: names for path, wrapper in wrappers.items() if (names := _active(wrapper))}
+    wrappers = dict(peft_layers(model))
+    active = {path: names for path, wrapper in wrappers.items() if (names := active_adapters(wrapper))}
     if not active:
         raise UserError("no adapter is active: expected pipe.load_lora_weights(...) before, or pipe.enable_lora()")
     for path, names in active.items():
         for name in names:
-            _check(path, wrappers[path], name)
+            check_plain(path, wrappers[path], name)
 
     products: dict[FewBitLayer, list[Product]] = {}
     record = Fused({}, wrappers=wrappers, peft={key: getattr(model, key) for key in _PEFT if hasattr(model, key)})
     for path, names in active.items():
         base = wrappers[path].get_base_layer()
         if isinstance(base, FewBitLayer):
-            products.setdefault(base.holder, []).extend(_product(wrappers[path], base, name) for name in names)
+            products.setdefault(base.holder, []).extend(product_of(wrappers[path], base, name) for name in names)
         else:
             record.merged.append(_Merged(wrappers[path], list(names), base.weight.detach().clone()))
     cuts = [_cut(of_holder, max_rank) for of_holder in products.values()] if max_rank else []
@@ -164,7 +166,7 @@ def fuse_loras(
         raise
     for merged in record.merged:
         merged.write()
-    record.strengths = _strengths(wrappers, active)
+    record.strengths = common_strengths(wrappers, active)
     for path, wrapper in wrappers.items():
         swap(model, path, wrapper.get_base_layer())
     for key in record.peft:
@@ -194,13 +196,13 @@ def set_lora_strengths(pipe: Target, strengths: Mapping[str, float]) -> None:
     Raises:
         UserError: if nothing is fused, for an unknown name, or a strength that is not finite.
     """
-    model = _denoiser(pipe)
-    record = _fused(model, "pipe.set_adapters(names, weights) sets those that are loaded")
+    model = denoiser(pipe)
+    record = fused_record(model, "pipe.set_adapters(names, weights) sets those that are loaded")
     for name, strength in strengths.items():
         if name not in record.strengths:
             raise UserError(f"no adapter {name!r} is fused: {did_you_mean(name, record.strengths)}")
         _check_strength(name, strength)
-    encoders = [layer for other in _components(pipe, model) for _, layer in _peft_layers(other)]
+    encoders = [layer for _, other in other_components(pipe, model) for _, layer in peft_layers(other)]
     for name, strength in strengths.items():
         for layer in [*record.wrappers.values(), *encoders]:
             layer.set_scale(name, strength)
@@ -220,10 +222,10 @@ def unfuse_loras(pipe: Target) -> None:
     Raises:
         UserError: if nothing is fused, or adapters were loaded since.
     """
-    model = _denoiser(pipe)
-    record = _fused(model, "pipe.unload_lora_weights() takes off those that are loaded")
+    model = denoiser(pipe)
+    record = fused_record(model, "pipe.unload_lora_weights() takes off those that are loaded")
     since = list(getattr(model, "peft_config", {}))
-    if since or any(True for _ in _peft_layers(model)):
+    if since or any(True for _ in peft_layers(model)):
         raise UserError(
             f"adapters {', '.join(since) or 'of peft'} were loaded after others were fused: take them off first, with "
             "pipe.unload_lora_weights() or pipe.delete_adapters(names)"
@@ -243,107 +245,30 @@ def unfuse_loras(pipe: Target) -> None:
     _reapply_offloading(model)
 
 
-def save_fused(pipe: Target, folder: str | Path, *, force: bool = False) -> None:
-    """Writes a model with its fused adapters in it, as an ordinary few-bit folder: all of it, or nothing.
-
-    What is written has wider branches and no memory of the adapters; the model itself stays as it is, and can be
-    unfused.
-
-    Args:
-        pipe: What was given to `fuse_loras`.
-        folder: Where to write.
-        force: Whether to replace a model that is there.
-
-    Raises:
-        UserError: if nothing is fused, another component wears adapters, or as `new_folder` does.
-    """
-    model = _denoiser(pipe)
-    record = _fused(model, "pipe.save_pretrained(folder) writes it")
-    for name, other in _named_components(pipe, model):
-        if worn := sorted({adapter for _, layer in _peft_layers(other) for adapter in _adapters(layer)}):
-            raise UserError(
-                f"{name} wears adapter {worn[0]!r}, which is not fused and would be lost: fuse what its LoRA does to "
-                f"{name} with pipe.fuse_lora(components=[{name!r}]) and unload it, or save the LoRA by itself"
-            )
-    with new_folder(folder, force=force) as fresh, _as_few_bit(model, record):
-        pipe.save_pretrained(fresh)
-
-
-@contextmanager
-def _as_few_bit(model: Any, record: Fused) -> Iterator[None]:
-    """Within the block a model with fused adapters is a few-bit model that happens to have such branches."""
-    quantizer = model.hf_quantizer
-    before = quantizer.quantization_config
-    config = type(before).of_checkpoint(_widened(before.checkpoint, model, record))
-    del model._bittern_fused
-    try:
-        quantizer.quantization_config = config
-        model.register_to_config(quantization_config=config)
-        yield
-    finally:
-        quantizer.quantization_config = before
-        model.register_to_config(quantization_config=before)
-        model._bittern_fused = record
-
-
-def _widened(config: CheckpointConfig, model: nn.Module, record: Fused) -> CheckpointConfig:
-    """A checkpoint's config with the ranks that the layers have now."""
-    from bittern.checkpoints import CheckpointConfig
-
-    dumped = config.dump()
-    schemes = {path: layer.scheme.to_dict() for path, layer in quant_layers(model).items()}
-    unique = list({repr(scheme): scheme for scheme in schemes.values()}.values())
-    targets = {path: {**target, "scheme": unique.index(schemes[path])} for path, target in dumped["targets"].items()}
-    recipe = {**dumped["recipe"], "fused_loras": record.strengths}
-    return CheckpointConfig.parse({**dumped, "schemes": unique, "targets": targets, "recipe": recipe})
-
-
-# ---- peft's side
-
-
-def _denoiser(pipe: Target) -> Any:
+def denoiser(pipe: Target) -> Any:
+    """The model that denoises, as it is below `torch.compile`."""
     model = component(pipe)
     return getattr(model, "_orig_mod", model)
 
 
-def _fused(model: nn.Module, otherwise: str) -> Fused:
+def fused_record(model: nn.Module, otherwise: str) -> Fused:
+    """What a model remembers of its fused adapters.
+
+    Raises:
+        UserError: if it has none, with what to do otherwise.
+    """
     record = fused(model)
     if record is None:
         raise UserError(f"no adapter is fused: expected bittern.fuse_loras(pipe) before; {otherwise}")
     return record
 
 
-def _named_components(pipe: Target, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def other_components(pipe: Target, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The other modules of a pipeline."""
     parts: Mapping[str, Any] = {} if isinstance(pipe, nn.Module) else pipe.components
     for name, part in parts.items():
         if isinstance(part, nn.Module) and getattr(part, "_orig_mod", part) is not model:
             yield name, part
-
-
-def _components(pipe: Target, model: nn.Module) -> list[nn.Module]:
-    return [part for _, part in _named_components(pipe, model)]
-
-
-def _peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers that peft has put in the place of others, by path."""
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        return
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield path, module
-
-
-def _adapters(wrapper: Any) -> set[str]:
-    return {name for layers in wrapper.adapter_layer_names for name in getattr(wrapper, layers)}
-
-
-def _active(wrapper: Any) -> list[str]:
-    if wrapper.disable_adapters:
-        return []
-    return [name for name in wrapper.active_adapters if name in _adapters(wrapper)]
 
 
 def _activate(pipe: Target, model: Any, strengths: Mapping[str, float]) -> None:
@@ -363,57 +288,6 @@ def _activate(pipe: Target, model: Any, strengths: Mapping[str, float]) -> None:
 def _check_strength(name: str, strength: float) -> None:
     if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise UserError(f"strength of {name!r} is {strength}: expected a finite number")
-
-
-def _check(path: str, wrapper: Any, name: str) -> None:
-    """Refuses an adapter that is no product of two matrices, added to a weight."""
-    from peft.tuners.lora import Conv2d, Linear
-
-    if wrapper.merged:
-        raise UserError(f"{path} has adapters in its weight: expected pipe.unfuse_lora() before")
-    kind = None
-    if not isinstance(wrapper, Linear | Conv2d):
-        kind = f"a {type(wrapper).__module__.split('.')[-2]} layer"
-    elif wrapper.use_dora.get(name) or getattr(wrapper, "lora_variant", {}).get(name) is not None:
-        kind = "a DoRA"
-    elif wrapper.lora_bias.get(name):
-        kind = "a LoRA with biases"
-    if kind:
-        raise UserError(
-            f"adapter {name!r} is {kind} at {path}, which is no low-rank product: leave it loaded, not fused"
-        )
-
-
-def _unit(wrapper: Any, name: str) -> float:
-    """What peft multiplies an adapter of strength 1 by."""
-    rank = wrapper.r[name]
-    return wrapper.lora_alpha[name] / (math.sqrt(rank) if wrapper.use_rslora.get(name) else rank)
-
-
-def _strength(wrapper: Any, name: str) -> float:
-    unit = _unit(wrapper, name)
-    return wrapper.scaling[name] / unit if unit else 1.0
-
-
-def _product(wrapper: Any, base: Any, name: str) -> Product:
-    return Product(
-        name=name,
-        rows=getattr(base, "rows", (0, base.weight.shape[0])),
-        down=flat_weight(wrapper.lora_A[name]).detach(),
-        up=flat_weight(wrapper.lora_B[name]).detach(),
-        unit=_unit(wrapper, name),
-        strength=_strength(wrapper, name),
-    )
-
-
-def _strengths(wrappers: Mapping[str, Any], active: Mapping[str, Sequence[str]]) -> dict[str, float | None]:
-    """Each adapter's strength, or None if it is not one."""
-    found: dict[str, set[float]] = {}
-    for path, names in active.items():
-        for name in names:
-            # Scaling by alpha / r and back leaves rounding errors.
-            found.setdefault(name, set()).add(round(_strength(wrappers[path], name), 9))
-    return {name: values.pop() if len(values) == 1 else None for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -451,19 +325,13 @@ def _stacked(products: Sequence[Product]) -> tuple[Tensor, Tensor]:
     """Products of several rows as one, up [rows, q] and down [q, K], with equal downs once; units are in up."""
     first = min(product.rows[0] for product in products)
     last = max(product.rows[1] for product in products)
-    downs: list[Tensor] = []
-    blocks: list[tuple[Product, int]] = []
-    for product in products:
-        at = next((i for i, down in enumerate(downs) if torch.equal(down, product.down)), len(downs))
-        downs += [product.down] * (at == len(downs))
-        blocks.append((product, at))
-    starts = [sum(down.shape[0] for down in downs[:i]) for i in range(len(downs))]
-    up = products[0].up.new_zeros(last - first, sum(down.shape[0] for down in downs), dtype=torch.float32)
-    for product, at in blocks:
-        begin, end = product.rows
-        columns = slice(starts[at], starts[at] + downs[at].shape[0])
-        up[begin - first : end - first, columns] = product.up.float() * product.unit
-    return up, torch.cat(downs).float()
+    places, rank = placed(products)
+    down = products[0].down.new_zeros(rank, products[0].down.shape[1], dtype=torch.float32)
+    up = down.new_zeros(last - first, rank)
+    for product, columns in zip(products, places, strict=True):
+        down[columns] = product.down.float()
+        up[product.rows[0] - first : product.rows[1] - first, columns] = product.up.float() * product.unit
+    return up, down
 
 
 def _reapply_offloading(model: nn.Module) -> None:

@@ -71,25 +71,18 @@ class WidenedBranch:
                 "the layers are offloaded one by one and their tensors are elsewhere: fuse before offloading"
             )
         k = sum(holder.segments)
-        self._columns: list[slice] = []
-        downs: list[tuple[Product, slice]] = []
-        end = own
         for product in self.products:
             _check(product, codes.shape[0], k)
-            shared = next((at for p, at in downs if p.name == product.name and _equal(p.down, product.down)), None)
-            if shared is None:
-                shared = slice(end, end + product.down.shape[0])
-                downs.append((product, shared))
-                end = shared.stop
-            self._columns.append(shared)
-        rank = -(-end // MULTIPLE) * MULTIPLE
+        places, added = placed(self.products)
+        self._columns = [slice(own + place.start, own + place.stop) for place in places]
+        rank = -(-(own + added) // MULTIPLE) * MULTIPLE
         dtype = formats.dtype_of(holder.scheme.branch_dtype)
         down = torch.zeros(rank, k, dtype=dtype, device=codes.device)
         up = torch.zeros(codes.shape[0], rank, dtype=dtype, device=codes.device)
         if own:
             down[:own], up[:, :own] = holder._held("down"), holder._held("up")
-        for product, at in downs:
-            down[at] = product.down
+        for product, columns in zip(self.products, self._columns, strict=True):
+            down[columns] = product.down
         self._put(down, up, replace(self.scheme, rank=rank))
         for product in self.products:
             self.scale(product.name, product.strength)
@@ -125,6 +118,22 @@ class WidenedBranch:
             self.holder.register_buffer(name, tensor, persistent=name == leaf or tensor is None)
         for member in _members(self.holder):
             member.scheme = scheme
+
+
+def placed(products: Sequence[Product]) -> tuple[list[slice], int]:
+    """Where each product's rows of `down` go, and how many there are; equal ones of one name share theirs."""
+    places: list[slice] = []
+    end = 0
+    for i, product in enumerate(products):
+        same = (
+            places[j] for j, p in enumerate(products[:i]) if p.name == product.name and _equal(p.down, product.down)
+        )
+        place = next(same, None)
+        if place is None:
+            place = slice(end, end + product.down.shape[0])
+            end = place.stop
+        places.append(place)
+    return places, end
 
 
 def _members(holder: FewBitLayer) -> Sequence[FewBitLayer]:
