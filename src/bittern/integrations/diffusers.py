@@ -352,18 +352,8 @@ class BitternQuantizer(DiffusersQuantizer):
         """True. Diffusers asks before it writes `config.json`: the moment to forget where the model came from.
 
         Diffusers would write that path as `_name_or_path`, and equal models would differ in their bytes.
-
-        Raises:
-            UserError: if adapters are fused into the model, which nobody should publish by accident.
         """
-        from bittern.integrations import loras
-
         model = self._model() if self._model else None
-        if model is not None and (record := loras.fused(model)) is not None:
-            raise UserError(
-                f"adapters {', '.join(record.strengths)} are fused into the model: bittern.save_fused(pipe, folder) "
-                "writes it with them, bittern.unfuse_loras(pipe) takes them off"
-            )
         if model is not None and "_name_or_path" in model.config:
             model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "_name_or_path"})
         return True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bittern.errors import UserError
-from bittern.integrations.loras import Fused, Target, denoiser, fused_record, other_components
+from bittern.integrations.loras import Fused, Target, denoiser, forget, fused_record, other_components, remember
 from bittern.integrations.peft_layers import adapters_of, peft_layers
 from bittern.layers import quant_layers
 from bittern.outputs import new_folder
@@ -51,7 +51,7 @@ def _as_few_bit(model: Any, record: Fused) -> Iterator[None]:
     quantizer = model.hf_quantizer
     before = quantizer.quantization_config
     config = type(before).of_checkpoint(_widened(before.checkpoint, model, record))
-    del model._bittern_fused
+    forget(model)
     try:
         quantizer.quantization_config = config
         model.register_to_config(quantization_config=config)
@@ -59,7 +59,7 @@ def _as_few_bit(model: Any, record: Fused) -> Iterator[None]:
     finally:
         quantizer.quantization_config = before
         model.register_to_config(quantization_config=before)
-        model._bittern_fused = record
+        remember(model, record)
 
 
 def _widened(config: CheckpointConfig, model: nn.Module, record: Fused) -> CheckpointConfig:

@@ -10,10 +10,11 @@ Adapters of text encoders stay where peft has them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,25 @@ def fused(model: nn.Module) -> Fused | None:
     return vars(model).get("_bittern_fused")
 
 
+def remember(model: Any, record: Fused) -> None:
+    """Notes what is fused, and has `save_pretrained` refuse."""
+    model._bittern_fused = record
+    # On the model and not in its quantizer, which in a copy of the model knows the model no more.
+    model.save_pretrained = functools.partial(_refuse_saving, tuple(record.strengths))
+
+
+def forget(model: Any) -> None:
+    """The opposite."""
+    del model._bittern_fused, model.save_pretrained
+
+
+def _refuse_saving(names: Sequence[str], *args: Any, **kwargs: Any) -> NoReturn:
+    raise UserError(
+        f"adapters {', '.join(names)} are fused into the model: bittern.save_fused(pipe, folder) writes it with them, "
+        "bittern.unfuse_loras(pipe) takes them off"
+    )
+
+
 def fuse_loras(
     pipe: Target, strengths: Mapping[str, float] | None = None, *, max_rank: int | None = None
 ) -> FusedLoras:
@@ -171,7 +191,7 @@ def fuse_loras(
         swap(model, path, wrapper.get_base_layer())
     for key in record.peft:
         delattr(model, key)
-    model._bittern_fused = record
+    remember(model, record)
     _reapply_offloading(model)
     lost, whole = sum(cut.lost for cut in cuts), sum(cut.whole for cut in cuts)
     return FusedLoras(
@@ -241,7 +261,7 @@ def unfuse_loras(pipe: Target) -> None:
         swap(model, path, wrapper)
     for key, value in record.peft.items():
         setattr(model, key, value)
-    del model._bittern_fused
+    forget(model)
     _reapply_offloading(model)
 
 
