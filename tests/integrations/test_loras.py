@@ -462,7 +462,7 @@ def test_a_fused_model_is_saved_when_it_is_asked_for(pipe: FluxPipeline, tmp_pat
     bittern.unfuse_loras(pipe)
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "plain")
-    assert bittern.inspect(tmp_path / "plain").rows[0].rank == 0
+    assert {row.rank for row in bittern.inspect(tmp_path / "plain").rows} == {0, 32}
     # What was saved is a few-bit model like others.
     again.load_lora_weights(lora_state(again, 3), adapter_name="c")
     bittern.fuse_loras(again)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from bittern.checkpoints import read_headers
+from bittern.checkpoints import read_headers, read_tensor
 from bittern.errors import UserError
 from bittern.layers import FewBitLayer
 
@@ -126,6 +126,13 @@ def check_lora(pipe: DiffusionPipeline, file: Path) -> None:
         raise UserError(
             f"LoRA {str(file)!r} is a DoRA in a form whose scales diffusers leaves out: convert it to peft's"
         )
+    for name in shapes:
+        alpha = float(read_tensor(headers, name)) if name.endswith(".alpha") and math.prod(shapes[name]) == 1 else 0.0
+        # Diffusers halves until a product is positive, which it never is.
+        if not 0 <= alpha < math.inf:
+            raise UserError(
+                f"LoRA {str(file)!r} has {alpha} for {name!r}: expected a finite number, 0 or more; fetch it again"
+            )
     try:
         with _quiet():
             state = _converted(pipe, file)
