@@ -78,6 +78,20 @@ class Lora:
             raise UserError(f"LoRA {text!r} has the strength {tail}: expected a finite number")
         return cls(file if colon else text, strength)
 
+    @property
+    def path(self) -> Path:
+        """The file itself.
+
+        Raises:
+            UserError: if it is not there.
+        """
+        path = Path(self.file).expanduser()
+        if path.is_dir():
+            path = path / _DEFAULT_NAME
+        if not path.is_file():
+            raise UserError(f"no LoRA {self.file!r}: expected a safetensors file, or a folder with {_DEFAULT_NAME}")
+        return path
+
     def __str__(self) -> str:
         return f"{self.file}:{self.strength:g}"
 
@@ -98,7 +112,7 @@ def load_loras(pipe: DiffusionPipeline, loras: Sequence[str | Path | Lora]) -> l
     chosen = [lora if isinstance(lora, Lora) else Lora.parse(str(lora)) for lora in loras]
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{type(pipe).__name__} takes no LoRAs in this version of diffusers: leave them out")
-    files = [_file(lora.file) for lora in chosen]
+    files = [lora.path for lora in chosen]
     for file in files:
         check_lora(pipe, file)
     names: list[str] = []
@@ -186,15 +200,6 @@ def _for(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if family:
         return f"it looks like a LoRA for {family}; give one that was trained for this model"
     return "it looks like no LoRA of a model that bittern knows; give one that was trained for this model"
-
-
-def _file(text: str) -> Path:
-    path = Path(text).expanduser()
-    if path.is_dir():
-        path = path / _DEFAULT_NAME
-    if not path.is_file():
-        raise UserError(f"no LoRA {text!r}: expected a safetensors file, or a folder with {_DEFAULT_NAME}")
-    return path
 
 
 def _name(file: Path, taken: set[str]) -> str:
