@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from bittern.distillation import Distilled, distill
     from bittern.integrations.diffusers import QuantizationConfig
     from bittern.integrations.fused_folders import save_fused
-    from bittern.integrations.lora_files import load_loras
     from bittern.integrations.loras import fuse_loras, set_lora_strengths, unfuse_loras
     from bittern.ops import use_backend
+    from bittern.pipelines import load_loras
     from bittern.quantization import Report, inspect, predict, predict_size, quantize
     from bittern.recipes import Recipe
 
@@ -52,7 +52,7 @@ _HOMES = {
     "distill": "bittern.distillation",
     "fuse_loras": "bittern.integrations.loras",
     "inspect": "bittern.quantization",
-    "load_loras": "bittern.integrations.lora_files",
+    "load_loras": "bittern.pipelines",
     "predict": "bittern.quantization",
     "predict_size": "bittern.quantization",
     "quantize": "bittern.quantization",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import bittern
 from bittern.errors import UserError
-from bittern.integrations.lora_files import Lora, load_loras, looks_like
+from bittern.integrations.lora_files import looks_like
+from bittern.pipelines import Lora, load_loras
 
 Q, OUT = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"
 Shapes = dict[str, tuple[int, ...]]
@@ -76,7 +77,7 @@ def test_files_load_by_their_names_with_their_strengths(pipe: FluxPipeline, writ
     ],
 )
 def test_a_strength_stands_behind_a_colon(text: str, lora: Lora) -> None:
-    assert Lora.parse(text) == lora == Lora.parse(str(lora))
+    assert Lora.parse(text) == lora == Lora.parse(str(lora), 3.0)
 
 
 def kohya(name: str, inputs: int, outputs: int, **others: tuple[int, ...]) -> Shapes:
@@ -178,7 +179,9 @@ def test_damaged_and_foreign_files(pipe: FluxPipeline, write: Callable[..., Path
     with pytest.raises(UserError, match=r"lora.bin is not safetensors"):
         load_loras(pipe, [tmp_path / "lora.bin"])
     for missing in ("/nowhere/a.safetensors:0.5", str(tmp_path)):
-        with pytest.raises(UserError, match=r"no LoRA .*: expected a safetensors file, or a folder"):
+        with pytest.raises(
+            UserError, match=r"no LoRA .*: expected a .safetensors file|holds no LoRA: expected pytorch_lora_weights"
+        ):
             load_loras(pipe, [missing])
     with pytest.raises(UserError, match="strength nan: expected a finite number"):
         load_loras(pipe, [f"{tmp_path / 'some.safetensors'}:nan"])

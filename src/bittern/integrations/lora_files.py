@@ -51,10 +51,10 @@ _FACTOR = re.compile(
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file and how strongly it counts.
+    """A LoRA and how strongly it counts.
 
     Attributes:
-        file: A safetensors file, or the folder that diffusers saved one in.
+        file: A safetensors file, the folder that diffusers saved one in, or an embedded LoRA's name.
         strength: Of either sign; 0 loads it and turns it off.
     """
 
@@ -62,46 +62,32 @@ class Lora:
     strength: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> Lora:
-        """From FILE or FILE:STRENGTH.
+    def parse(cls, text: str, default: float = 1.0) -> Lora:
+        """From FILE, which has the default strength, or FILE:STRENGTH.
 
         Raises:
             UserError: for a strength that is not finite.
         """
         file, colon, tail = text.rpartition(":")
         try:
-            strength = float(tail) if colon else 1.0
+            strength = float(tail) if colon else default
         except ValueError:
             # A colon that belongs to the name.
-            return cls(text)
+            return cls(text, default)
         if not math.isfinite(strength):
             raise UserError(f"LoRA {text!r} has the strength {tail}: expected a finite number")
         return cls(file if colon else text, strength)
-
-    @property
-    def path(self) -> Path:
-        """The file itself.
-
-        Raises:
-            UserError: if it is not there.
-        """
-        path = Path(self.file).expanduser()
-        if path.is_dir():
-            path = path / _DEFAULT_NAME
-        if not path.is_file():
-            raise UserError(f"no LoRA {self.file!r}: expected a safetensors file, or a folder with {_DEFAULT_NAME}")
-        return path
 
     def __str__(self) -> str:
         return f"{self.file}:{self.strength:g}"
 
 
-def load_loras(pipe: DiffusionPipeline, loras: Sequence[str | Path | Lora]) -> list[str]:
+def load_files(pipe: DiffusionPipeline, loras: Sequence[tuple[Path, float]]) -> list[str]:
     """Loads LoRA files into a pipeline, few-bit or not, and makes them the active adapters.
 
     Args:
         pipe: The pipeline.
-        loras: Files, "FILE:STRENGTH", or `Lora`s.
+        loras: Files, or folders that diffusers saved one in, and how strongly they count.
 
     Returns:
         The adapters' names, made of the files'.
@@ -109,10 +95,9 @@ def load_loras(pipe: DiffusionPipeline, loras: Sequence[str | Path | Lora]) -> l
     Raises:
         UserError: for a file that is damaged, or does not fit the pipeline as a whole; nothing is loaded then.
     """
-    chosen = [lora if isinstance(lora, Lora) else Lora.parse(str(lora)) for lora in loras]
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{type(pipe).__name__} takes no LoRAs in this version of diffusers: leave them out")
-    files = [lora.path for lora in chosen]
+    files = [_in_folder(file) for file, _ in loras]
     for file in files:
         check_lora(pipe, file)
     names: list[str] = []
@@ -123,7 +108,7 @@ def load_loras(pipe: DiffusionPipeline, loras: Sequence[str | Path | Lora]) -> l
         with _quiet():
             _any(pipe).load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=names[-1])
     if names:
-        _any(pipe).set_adapters(names, [lora.strength for lora in chosen])
+        _any(pipe).set_adapters(names, [strength for _, strength in loras])
     return names
 
 
@@ -200,6 +185,14 @@ def _for(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if family:
         return f"it looks like a LoRA for {family}; give one that was trained for this model"
     return "it looks like no LoRA of a model that bittern knows; give one that was trained for this model"
+
+
+def _in_folder(file: Path) -> Path:
+    if not file.is_dir():
+        return file
+    if not (file / _DEFAULT_NAME).is_file():
+        raise UserError(f"folder {str(file)!r} holds no LoRA: expected {_DEFAULT_NAME} in it; name the file")
+    return file / _DEFAULT_NAME
 
 
 def _name(file: Path, taken: set[str]) -> str:
