@@ -89,7 +89,8 @@ def load_loras(pipe: DiffusionPipeline, loras: Sequence[str | Path | Lora]) -> l
 
     Args:
         pipe: The pipeline.
-        loras: Files, embedded LoRAs' names, either with a strength behind it as in "ink.safetensors:0.8", or `Lora`s.
+        loras: Files, embedded LoRAs' names, either with a strength behind it as in "ink.safetensors:0.8", or `Lora`
+            objects.
 
     Returns:
         The adapters' names, made of the files'.

@@ -55,7 +55,6 @@ def refused(arguments: list[str], capsys: Capture) -> str:
             ["generate", "MODEL", "a", "--lora", "/nowhere.safetensors:0.5"],
             ["'/nowhere.safetensors'", "expected a .safetensors file"],
         ),
-        (["generate", "MODEL", "a", "--lora", "FILE"], ["notes.txt is not safetensors"]),
         (["generate", "MODEL", "a", "--lora", "FILE:inf"], ["strength inf", "expected a finite number"]),
         (["generate", "MODEL", "a", "--fuse"], ["--fuse is for LoRAs", "expected --lora"]),
         (["benchmark", "flux.1-dve"], ["'flux.1-dve'", "did you mean 'flux.1-dev'"]),

@@ -118,13 +118,13 @@ def settings(
 
     if attention is not None:
         check_name(attention)
+    if not math.isfinite(strength):
+        raise UserError(f"--lora-strength {strength:g}: expected a finite number, such as 0.5")
     chosen = tuple(Lora.parse(text, strength) for text in loras)
     for lora in chosen:
         resolve_lora(lora.file)
     if not loras and strength != 1:
         raise UserError(f"--lora-strength {strength:g} is that of a LoRA: give --lora as well, or leave it out")
-    if not math.isfinite(strength):
-        raise UserError(f"--lora-strength {strength:g}: expected a finite number, such as 0.5")
     return Settings(
         seed,
         steps,
