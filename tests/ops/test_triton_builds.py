@@ -176,7 +176,7 @@ def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) 
             capability,
             {
                 **dict(zip(("x", "down"), described, strict=True)),
-                "smooth": "*bf16",
+                "reciprocals": "*fp32",
                 "codes": codes,
                 "scales": "*fp32",
                 "low": "*fp32",
