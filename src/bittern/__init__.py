@@ -14,7 +14,10 @@ from bittern.integrations.import_hook import install as _install
 if TYPE_CHECKING:
     from bittern.distillation import Distilled, distill
     from bittern.integrations.diffusers import QuantizationConfig
+    from bittern.integrations.fused_folders import save_fused
+    from bittern.integrations.loras import fuse_loras, set_lora_strengths, unfuse_loras
     from bittern.ops import use_backend
+    from bittern.pipelines import load_loras
     from bittern.quantization import Report, inspect, predict, predict_size, quantize
     from bittern.recipes import Recipe
 
@@ -29,10 +32,15 @@ __all__ = [
     "UserError",
     "__version__",
     "distill",
+    "fuse_loras",
     "inspect",
+    "load_loras",
     "predict",
     "predict_size",
     "quantize",
+    "save_fused",
+    "set_lora_strengths",
+    "unfuse_loras",
     "use_backend",
 ]
 
@@ -42,10 +50,15 @@ _HOMES = {
     "Recipe": "bittern.recipes",
     "Report": "bittern.quantization",
     "distill": "bittern.distillation",
+    "fuse_loras": "bittern.integrations.loras",
     "inspect": "bittern.quantization",
+    "load_loras": "bittern.pipelines",
     "predict": "bittern.quantization",
     "predict_size": "bittern.quantization",
     "quantize": "bittern.quantization",
+    "save_fused": "bittern.integrations.fused_folders",
+    "set_lora_strengths": "bittern.integrations.loras",
+    "unfuse_loras": "bittern.integrations.loras",
     "use_backend": "bittern.ops",
 }
 

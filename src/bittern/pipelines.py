@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from bittern import tiny_flux
 from bittern.checkpoints import CheckpointConfig, is_few_bit
 from bittern.errors import UserError, did_you_mean
+from bittern.integrations.lora_files import Lora, load_files
 from bittern.outputs import INDEX
 from bittern.quantization.preview import stored_dtype
 from bittern.quantization.report import COMPONENTS
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallDefaults",
+    "Lora",
     "check_device",
     "defaults",
     "load",
     "load_lora",
+    "load_loras",
     "resolve",
     "resolve_lora",
 ]
@@ -80,19 +82,34 @@ def resolve_lora(lora: str | Path) -> Path:
     raise UserError(f"unknown LoRA {name!r}: {did_you_mean(name, embedded)}, or give a .safetensors file")
 
 
-def load_lora(pipe: DiffusionPipeline, lora: str | Path, strength: float = 1.0) -> None:
-    """Loads a LoRA into a pipeline, as `load_lora_weights` does, under its file's name, and sets its strength.
+def load_loras(pipe: DiffusionPipeline, loras: Sequence[str | Path | Lora]) -> list[str]:
+    """Loads LoRAs into a pipeline, few-bit or not, and makes them the active adapters.
+
+    `pipe.load_lora_weights` does the same, and warns where this refuses.
+
+    Args:
+        pipe: The pipeline.
+        loras: Files, embedded LoRAs' names, either with a strength behind it as in "ink.safetensors:0.8", or `Lora`
+            objects.
+
+    Returns:
+        The adapters' names, made of the files'.
 
     Raises:
-        UserError: if there is none, or if it is not for this pipeline.
+        UserError: if there is no such LoRA, a file is damaged, or it does not fit the pipeline as a whole; nothing is
+            loaded then.
     """
-    file = resolve_lora(lora)
-    if not hasattr(pipe, "load_lora_weights"):
-        raise UserError(f"LoRA {str(lora)!r}: {type(pipe).__name__} takes none in diffusers; leave it out")
-    name = re.sub(r"\W", "_", file.stem)
-    with one_line(f"LoRA {str(lora)!r}"):
-        pipe.load_lora_weights(file, adapter_name=name)
-        pipe.set_adapters(name, strength)
+    chosen = [lora if isinstance(lora, Lora) else Lora.parse(str(lora)) for lora in loras]
+    return load_files(pipe, [(resolve_lora(lora.file), lora.strength) for lora in chosen])
+
+
+def load_lora(pipe: DiffusionPipeline, lora: str | Path, strength: float = 1.0) -> None:
+    """Loads one LoRA as `load_loras` does.
+
+    Raises:
+        UserError: as `load_loras` does.
+    """
+    load_loras(pipe, [Lora(str(lora), strength)])
 
 
 def load(

@@ -51,6 +51,12 @@ def refused(arguments: list[str], capsys: Capture) -> str:
         (["generate", "MODEL", "a", "--path", "a4"], ["--path a4", "has none: leave it out"]),
         (["generate", "MODEL", "a", "--attention", "_native_mth"], ["'_native_mth'", "did you mean '_native_math'"]),
         (["generate", "MODEL", "a", "--attention", "flash"], ["'flash' does not run on cpu", "usable here: "]),
+        (
+            ["generate", "MODEL", "a", "--lora", "/nowhere.safetensors:0.5"],
+            ["'/nowhere.safetensors'", "expected a .safetensors file"],
+        ),
+        (["generate", "MODEL", "a", "--lora", "FILE:inf"], ["strength inf", "expected a finite number"]),
+        (["generate", "MODEL", "a", "--fuse"], ["--fuse is for LoRAs", "expected --lora"]),
         (["benchmark", "flux.1-dve"], ["'flux.1-dve'", "did you mean 'flux.1-dev'"]),
         (["benchmark", "MODEL", "--mini"], ["--mini is for an architecture's name"]),
         (["benchmark", "MODEL", "--graph"], ["--graph", "leave it out"]),

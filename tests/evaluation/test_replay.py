@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 import bittern
 from bittern.cli import main
@@ -73,12 +75,35 @@ def test_the_command_writes_the_picture_and_says_whether_it_is_the_same(
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["00000-replay.png"]
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_loras_are_part_of_the_story(fuse: bool, few_bit: Path, tmp_path: Path, capsys: Capture) -> None:
+    g = torch.Generator().manual_seed(0)
+    path = "transformer.transformer_blocks.0.ff.net.2"
+    factors = {f"{path}.lora_A.weight": (4, 256), f"{path}.lora_B.weight": (64, 4)}
+    save_file({key: torch.randn(shape, generator=g) for key, shape in factors.items()}, tmp_path / "wild.safetensors")
+    words = ["generate", str(few_bit), "a", "--steps", "2"]
+    assert main.run([*words, "--out", str(tmp_path / "plain.png")]) == 0
+    words += ["--lora", f"{tmp_path / 'wild.safetensors'}:-0.5", "--out", str(tmp_path / "wild.png"), "--json"]
+    capsys.readouterr()
+    assert main.run([*words, *["--fuse"] * fuse]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["loras"] == [{"file": str(tmp_path / "wild.safetensors"), "strength": -0.5}] and told["fused"] is fuse
+    with Image.open(tmp_path / "plain.png") as one, Image.open(tmp_path / "wild.png") as two:
+        assert not np.array_equal(np.asarray(one), np.asarray(two))
+    found = replay(tmp_path / "wild.png")
+    assert found.identical and found.changed == {}
+    other = replay(tmp_path / "plain.png", settings=Settings(loras=found.drawing.loras, fuse=fuse))
+    assert torch.equal(other.drawing.images, found.drawing.images) and not other.identical
+    assert other.changed.keys() == ({"loras", "fused"} if fuse else {"loras"})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": None}, "does not say its model"),
         ({"seed": "x"}, "says seed 'x'"),
         ({"batch": "3 of 2"}, "says batch '3 of 2'"),
+        ({"loras": "wild"}, "says LoRAs 'wild'"),
         ({"size": "64x64"}, "draws 32x32 pictures and .* is 64x64"),
         ({"model": "/nowhere/model"}, "/nowhere/model"),
     ],
@@ -86,8 +111,6 @@ def test_the_command_writes_the_picture_and_says_whether_it_is_the_same(
 def test_files_that_cannot_be_drawn_again(
     change: dict[str, str | None], message: str, drawn: list[Path], tmp_path: Path
 ) -> None:
-    import torch
-
     said = {key: value for key, value in (read_metadata(drawn[0]) | change).items() if value is not None}
     save_png(torch.zeros(3, 32, 32, dtype=torch.uint8), tmp_path / "b.png", said)
     with pytest.raises(UserError, match=message):

@@ -115,7 +115,7 @@ def test_a_lora_of_fewer_inputs_is_widened(pipe: FluxPipeline) -> None:
 def test_fusing_a_lora_fails_and_harms_nothing(pipe: FluxPipeline, safe: bool) -> None:
     pipe.load_lora_weights(lora_state(pipe.transformer, TARGETS, seed=1))
     before = draw(pipe)
-    with pytest.raises(UserError, match=r"read-only.*keep LoRAs loaded instead of fusing them"):
+    with pytest.raises(UserError, match=r"read-only.*fuse them with bittern.fuse_loras"):
         pipe.fuse_lora(safe_fusing=safe)
     assert torch.equal(draw(pipe), before)
 

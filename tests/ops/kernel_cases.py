@@ -314,6 +314,29 @@ def test_many_tokens_on_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("gelu_from", [None, 17])
+@pytest.mark.parametrize("rank", [96, 144])
+@pytest.mark.parametrize(("path", "m"), [*((path, 33) for path in (*PATHS, "a4")), ("a16", 7), ("a16", 70)])
+def test_branches_of_many_loras(path: str, m: int, rank: int, gelu_from: int | None) -> None:
+    """Within the kernels, and apart from them where they have no room for so much rank."""
+    layer = make(("int4", 64, (70, 300), rank, True))
+    assert linear.is_apart(layer.down) == (rank > config.LARGEST_RANK)
+    inputs = random_inputs(3, "gaussian", m, layer.layout.segments, BF16)
+    args = ([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, (), gelu_from)
+    want, size = expect(inputs, layer, path)
+    # Apart, the output is rounded once more, and so is what goes into a GELU.
+    allowed = EXACT + BRANCH + ROUNDING[BF16][0]
+    if path == "a16":
+        allowed += SMOOTHED
+    if path == "a8-fp8" and HOPPER:
+        allowed += HOPPER_FP8
+    if gelu_from is not None:
+        want, size = gelu(want, size, gelu_from)
+    error = abs(linear.plan(path, m)(*args).cpu().double().numpy() - want)
+    assert (error <= allowed * size + ROUNDING[BF16][0] * abs(want) + 2**-126).all()
+    assert np.linalg.norm(error) <= 6e-3 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 @pytest.mark.parametrize("gelu_from", [0, 17, N])
 def test_gelu_in_the_epilogue(path: str, gelu_from: int) -> None:

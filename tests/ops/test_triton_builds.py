@@ -89,9 +89,10 @@ def expect(compiled: Any, capability: int, instruction: str, folder: Path, stack
         (120, FP8, r"mma\.sync\.aligned\S*m16n8k32\S*f32\.e4m3\.e4m3"),
     ],
 )
-def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [32, config.LARGEST_RANK])
+def test_gemm(capability: int, kind: str, instruction: str, segments: int, rank: int, tmp_path: Path) -> None:
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
-    chosen = config.gemm_for(device, 4096, segments, kind == INT8, 32)
+    chosen = config.gemm_for(device, 4096, segments, kind == INT8, rank)
     operands = {"a": "*" + kind, "b": "*" + kind, "out": "*bf16"}
     if chosen.descriptors:
         operands["a"] = f"tensordesc<{kind}[{chosen.block_m},{chosen.block_k}]>"
@@ -104,7 +105,7 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_p
         {**operands, "row_scales": "*fp32", "column_scales": "*fp32", "low": "*fp32", "up": "*bf16", "bias": "*bf16"},
         {
             "SEGMENTS": segments,
-            "RANK": 32,
+            "RANK": rank,
             "BIAS": True,
             "GELU": True,
             "OUT_DTYPE": tl.bfloat16,
@@ -120,7 +121,8 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, tmp_p
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    expect(compiled, capability, instruction, tmp_path, 256 if segments == 2 else STACK)
+    # The factors of a high rank are spilled at the end, once for a tile.
+    expect(compiled, capability, instruction, tmp_path, 256 if segments == 2 or rank > 32 else STACK)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
@@ -155,6 +157,60 @@ def test_skinny(capability: int, per_byte: int, rows: int, tmp_path: Path) -> No
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+    )
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+
+
+@pytest.mark.parametrize("rank", [64, config.LARGEST_RANK])
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) -> None:
+    """The prologues, whose tiles of D grow with the rank; GEMMs are held against it in their configurations."""
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    for tokens in (512, 4096):
+        chosen = config.prologue_for(device, tokens, rank)
+        tiles = f"[{chosen.block_m},{chosen.block_k}]", f"[{rank},{chosen.block_k}]"
+        described = [f"tensordesc<bf16{tile}>" if chosen.descriptors else "*bf16" for tile in tiles]
+        codes = "*" + (FP8 if capability >= 89 else INT8)
+        compiled = build(
+            prologue.prologue_kernel,
+            capability,
+            {
+                **dict(zip(("x", "down"), described, strict=True)),
+                "reciprocals": "*fp32",
+                "codes": codes,
+                "scales": "*fp32",
+                "low": "*fp32",
+            },
+            {
+                "SMOOTH": True,
+                "RANK": rank,
+                "FP8": codes != "*" + INT8,
+                "ACCUMULATE": False,
+                "EVEN": True,
+                "DESCRIPTORS": chosen.descriptors,
+                "BLOCK_M": chosen.block_m,
+                "BLOCK_K": chosen.block_k,
+                "STAGES": chosen.stages,
+            },
+            num_warps=chosen.warps,
+            enable_fp_fusion=False,
+        )
+        expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+        assert compiled.metadata.shared <= chosen.shared_memory(rank)
+    compiled = build(
+        four_bits.groups_kernel,
+        capability,
+        {"x": "*bf16", "smooth": "*bf16", "down": "*bf16", "codes": "*i8", "scales": "*fp32", "low": "*fp32"},
+        {
+            "SHIFT": 0.0,
+            "SMOOTH": True,
+            "RANK": rank,
+            "ACCUMULATE": False,
+            "BLOCK_M": four_bits.BLOCK_M,
+            "BLOCK_K": four_bits.columns_at_once(rank),
+        },
+        num_warps=4,
+        enable_fp_fusion=False,
     )
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bittern.solvers.lowrank import low_rank, random_start
+from bittern.solvers.lowrank import low_rank, random_start, recompress
 
 CPU = torch.device("cpu")
 
@@ -66,3 +66,29 @@ def test_the_start_depends_on_the_seed_alone():
     torch.manual_seed(123)
     assert torch.equal(random_start(30, 5, 7, CPU), first)
     assert not torch.equal(random_start(30, 5, 8, CPU), first)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 60),
+    k=st.integers(1, 60),
+    q=st.integers(1, 24),
+    rank=st.integers(1, 24),
+    seed=st.integers(0, 2**32),
+)
+def test_a_product_is_cut_as_the_best_of_that_rank(n, k, q, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(n, q, generator=generator) * torch.logspace(0, -2, q)
+    down = torch.randn(q, k, generator=generator)
+    matrix = up.double() @ down.double()
+    short_up, short_down, lost = recompress(up, down, rank)
+    missed = (matrix - short_up.double() @ short_down.double()).square().sum()
+    squares = torch.linalg.svdvals(matrix).square()
+    assert missed <= squares[rank:].sum() + 1e-10 * squares.sum()
+    assert lost == pytest.approx(float(squares[rank:].sum() / squares.sum()), rel=1e-3, abs=1e-10)
+    assert short_up.shape[1] == short_down.shape[0] <= rank
+
+
+def test_nothing_is_cut_from_nothing():
+    up, down, lost = recompress(torch.zeros(5, 3), torch.ones(3, 4), 2)
+    assert lost == 0 and not (up @ down).any()

@@ -31,8 +31,9 @@ def generate(
     batch_size: options.BatchSize = None,
     path: options.ArithmeticPath = "auto",
     attention: options.Attention = None,
-    lora: options.Lora = None,
+    lora: options.Loras = None,
     lora_strength: options.Strength = 1.0,
+    fuse: options.Fuse = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -47,7 +48,9 @@ def generate(
             if seed or steps:
                 given = f"--seed {seed}" if seed else f"--steps {steps}"
                 raise UserError(f"--replay {replay} has a seed and steps of its own: leave out {given}")
-            chosen = options.settings(seed, steps, batch_size, path, device, dtype, attention, lora, lora_strength)
+            chosen = options.settings(
+                seed, steps, batch_size, path, device, dtype, attention, lora or (), lora_strength, fuse
+            )
             _again(output, replay.expanduser(), model, [*(prompt or []), *([prompts] if prompts else [])], out, chosen)
             return
         if model is None:
@@ -63,7 +66,11 @@ def generate(
         files = _files(out.expanduser(), texts)
         for file in files[:1]:
             check_file_out(file, "--out")
-        chosen = options.settings(seed, steps, batch_size, path, device, dtype, attention, lora, lora_strength)
+        if fuse and not lora:
+            raise UserError("--fuse is for LoRAs and none is given: expected --lora, too")
+        chosen = options.settings(
+            seed, steps, batch_size, path, device, dtype, attention, lora or (), lora_strength, fuse
+        )
         if chosen.path is not None and not inspect(resolve(model)).rows:
             raise UserError(f"--path {path} is for few-bit layers and {model} has none: leave it out")
         drawing = draw(model, texts, chosen, progress=output.progress)
@@ -79,7 +86,8 @@ def generate(
             "path": drawing.path,
             "paths": drawing.paths,
             "attention": drawing.attention,
-            **({"lora": lora, "lora_strength": lora_strength} if lora else {}),
+            "loras": [{"file": one.file, "strength": one.strength} for one in drawing.loras],
+            "fused": drawing.fused,
             "device": drawing.device,
             "seconds": round(drawing.seconds, 2),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,11 +40,19 @@ Attention = Annotated[
         show_default="the model's",
     ),
 ]
-Lora = Annotated[
-    str | None,
-    typer.Option("--lora", metavar="LORA", help="A .safetensors file, or the embedded `outline`.", show_default=False),
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="LORA[:STRENGTH]",
+        help="A .safetensors file, or the embedded `outline`; may be given again.",
+        show_default=False,
+    ),
 ]
-Strength = Annotated[float, typer.Option("--lora-strength", help="Of the LoRA; negative turns it round.")]
+Strength = Annotated[float, typer.Option("--lora-strength", help="Of LoRAs that name none; negative turns them round.")]
+Fuse = Annotated[
+    bool, typer.Option("--fuse", help="Move LoRAs into the few-bit layers' branches, where they are fast.")
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="How many prompts.", show_default=False)]
@@ -94,8 +103,9 @@ def settings(
     device: str,
     dtype: str,
     attention: str | None = None,
-    lora: str | None = None,
+    loras: Sequence[str] = (),
     strength: float = 1.0,
+    fuse: bool = False,
 ) -> Settings:
     """The drawing settings that the options ask for.
 
@@ -104,16 +114,17 @@ def settings(
     """
     from bittern.evaluation.drawing import Settings
     from bittern.integrations.attention import check_name
-    from bittern.pipelines import resolve_lora
+    from bittern.pipelines import Lora, resolve_lora
 
     if attention is not None:
         check_name(attention)
-    if lora is not None:
-        resolve_lora(lora)
-    if lora is None and strength != 1:
-        raise UserError(f"--lora-strength {strength:g} is that of a LoRA: give --lora as well, or leave it out")
     if not math.isfinite(strength):
         raise UserError(f"--lora-strength {strength:g}: expected a finite number, such as 0.5")
+    chosen = tuple(Lora.parse(text, strength) for text in loras)
+    for lora in chosen:
+        resolve_lora(lora.file)
+    if not loras and strength != 1:
+        raise UserError(f"--lora-strength {strength:g} is that of a LoRA: give --lora as well, or leave it out")
     return Settings(
         seed,
         steps,
@@ -122,8 +133,8 @@ def settings(
         resolve_device(device),
         resolve_dtype(dtype),
         attention,
-        lora,
-        strength,
+        chosen,
+        fuse,
     )
 
 

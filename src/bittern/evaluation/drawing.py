@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -41,8 +42,8 @@ class Settings:
         device: where a model that is loaded by name runs.
         dtype: what a model that is loaded by name computes in.
         attention: one of diffusers' attention backends; None leaves every model its own.
-        lora: a LoRA for a model that is loaded by name: a file, its folder, or an embedded LoRA's name.
-        strength: of that LoRA.
+        loras: for a model that is loaded by name.
+        fuse: whether they are moved into the branches of its few-bit layers.
     """
 
     seed: int = 0
@@ -52,8 +53,8 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     attention: str | None = None
-    lora: str | None = None
-    strength: float = 1.0
+    loras: tuple[pipelines.Lora, ...] = ()
+    fuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Drawing:
         attention: the attention backend; "torch" for a model that asks torch directly.
         forced: the arithmetic that every few-bit layer was told to take, or "auto".
         batch_size: how many pictures denoised together, in the order of the prompts.
-        lora: the LoRA that was loaded for them.
-        strength: of that LoRA.
+        loras: what was loaded for them.
+        fused: whether that was in the branches of few-bit layers.
     """
 
     model: str
@@ -91,8 +92,8 @@ class Drawing:
     attention: str
     forced: str = "auto"
     batch_size: int = 1
-    lora: str | None = None
-    strength: float = 1.0
+    loras: tuple[pipelines.Lora, ...] = ()
+    fused: bool = False
 
     @property
     def path(self) -> str:
@@ -103,10 +104,11 @@ class Drawing:
         """What a picture's file says about its making, all that it takes to draw it again."""
         height, width = self.images.shape[-2:]
         first = index - index % self.batch_size
-        lora = {"lora": self.lora, "strength": self.strength} if self.lora else {}
+        loras = {"loras": json.dumps([[lora.file, lora.strength] for lora in self.loras])} if self.loras else {}
         return {
             "model": self.model,
-            **lora,
+            **loras,
+            **({"fused": "yes"} if self.fused else {}),
             "prompt": self.prompts[index],
             "seed": self.seed + index,
             "steps": self.steps,
@@ -182,8 +184,8 @@ class Artist:
             attention=attention.chosen(denoiser),
             forced=settings.path or "auto",
             batch_size=batch_size,
-            lora=settings.lora,
-            strength=settings.strength,
+            loras=settings.loras,
+            fused=settings.fuse,
         )
 
 
@@ -199,20 +201,16 @@ def artist(
         name: what to call the model; its folder or id by default.
 
     Raises:
-        UserError: if the model or the LoRA cannot be loaded, the path does not exist there, or the attention does not
-            run there.
+        UserError: if the model or a LoRA cannot be loaded, the path does not exist there, or the attention does not run
+            there.
     """
     settings = settings or Settings()
     name = name or (model if isinstance(model, str) else type(model).__name__)
-    if settings.lora is not None:
-        if not isinstance(model, str):
-            raise UserError(
-                f"LoRA {settings.lora!r}: {name} is loaded already; give it the LoRA by pipelines.load_lora"
-            )
-        pipelines.resolve_lora(settings.lora)  # before a model is loaded for it
-    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device) if isinstance(model, str) else model
-    if settings.lora is not None:
-        pipelines.load_lora(pipe, settings.lora, settings.strength)
+    if settings.loras and not isinstance(model, str):
+        raise UserError(f"LoRA {str(settings.loras[0])!r}: {name} is loaded already; use bittern.load_loras on it")
+    for lora in settings.loras:
+        pipelines.resolve_lora(lora.file)  # before a model is loaded for it
+    pipe = _loaded(model, settings) if isinstance(model, str) else model
     denoiser = component(pipe)
     try:
         with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):
@@ -252,6 +250,15 @@ def draw(
     check_request(prompts, settings.seed, settings.steps, settings.batch_size)
     with artist(model, settings, name=name) as one:
         return one.draw(prompts, progress=progress)
+
+
+def _loaded(model: str, settings: Settings) -> DiffusionPipeline:
+    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device)
+    if settings.loras:
+        pipelines.load_loras(pipe, settings.loras)
+    if settings.fuse:
+        bittern.fuse_loras(pipe)
+    return pipe
 
 
 @contextmanager

@@ -7,6 +7,7 @@ then give the same bytes.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from bittern.evaluation.drawing import DTYPE_NAMES, Drawing, Settings, artist, c
 from bittern.evaluation.fidelity import psnr
 from bittern.evaluation.generate import check_request, read_metadata
 from bittern.ops import PATHS
+from bittern.pipelines import Lora
 from bittern.quantization import Progress
 
 _NEEDED = ("model", "prompt", "seed", "steps", "size")
@@ -54,8 +56,8 @@ def replay(
     Args:
         file: a PNG that bittern wrote.
         model: another model to draw it with; by default the one that is named in the file.
-        settings: the device; and what is to be other than in the file: steps, path, dtype, attention, LoRA. The seed is
-            always the file's.
+        settings: the device; and what is to be other than in the file: steps, path, dtype, attention, LoRAs. The seed
+            is always the file's.
         progress: called as the picture advances.
 
     Raises:
@@ -73,8 +75,8 @@ def replay(
         dtype=given.dtype or {name: dtype for dtype, name in DTYPE_NAMES.items()}.get(told.get("dtype", "")),
         attention=given.attention or _backend(told.get("attention", "torch")),
         batch_size=None,
-        lora=given.lora or told.get("lora"),
-        strength=given.strength if given.lora else _strength(told.get("strength", "1.0"), file),
+        loras=given.loras or _loras(told.get("loras", "[]"), file),
+        fuse=given.fuse or "fused" in told,
     )
     name = model or told["model"]
     check_request([told["prompt"]], chosen.seed, chosen.steps, None)
@@ -86,8 +88,10 @@ def replay(
             f"{name} draws {drawing.metadata(0)['size']} pictures and {file} is {told['size']}: give the model it names"
         )
     before = _pixels(file)
-    now = {key: str(value) for key, value in drawing.metadata(0).items()}
-    changed = {key: (told[key], now[key]) for key in now if key in told and key != "batch" and told[key] != now[key]}
+    # A picture without LoRAs says nothing of them.
+    was = {"loras": "[]", "fused": "no"} | told
+    now = {"loras": "[]", "fused": "no"} | {key: str(value) for key, value in drawing.metadata(0).items()}
+    changed = {key: (was[key], now[key]) for key in now if key in was and key != "batch" and was[key] != now[key]}
     return Replay(
         drawing=drawing,
         metadata=told,
@@ -120,11 +124,11 @@ def _batch(text: str, file: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _strength(text: str, file: Path) -> float:
+def _loras(text: str, file: Path) -> tuple[Lora, ...]:
     try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"--replay {file} says strength {text!r}: expected a number; draw it anew") from None
+        return tuple(Lora(str(name), float(strength)) for name, strength in json.loads(text))
+    except (ValueError, TypeError):
+        raise UserError(f"--replay {file} says LoRAs {text!r}: expected files and strengths; draw it anew") from None
 
 
 def _backend(name: str) -> str | None:

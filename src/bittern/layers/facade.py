@@ -96,7 +96,7 @@ def refuse_writing() -> NoReturn:
     """
     raise UserError(
         "the weight of a few-bit layer is read-only: its codes cannot take a change of single numbers; "
-        "keep LoRAs loaded instead of fusing them, or fuse them before quantizing"
+        "keep LoRAs loaded, fuse them with bittern.fuse_loras(pipe), or fuse them before quantizing"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bittern.solvers.bias import mean_error
 from bittern.solvers.calibrated import solve_calibrated
 from bittern.solvers.foresight import foresee
+from bittern.solvers.lowrank import recompress
 from bittern.solvers.options import SolverOptions
 from bittern.solvers.solution import Solution, Stages, relative_error
 from bittern.solvers.solve import solve
@@ -16,6 +17,7 @@ __all__ = [
     "Stages",
     "foresee",
     "mean_error",
+    "recompress",
     "relative_error",
     "solve",
     "solve_calibrated",

@@ -92,3 +92,30 @@ def _thin_svd(matrix: Float[Tensor, "q k"]) -> tuple[Float[Tensor, "q q"], Float
     values, u, inverse = (part.to(matrix.device) for part in (values * there, u, inverse))
     vt = inverse[:, None] * (u.T @ wide)
     return u.float(), values.float(), vt.float()
+
+
+def recompress(
+    up: Float[Tensor, "n q"], down: Float[Tensor, "q k"], rank: int
+) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r k"], float]:
+    """The best product of a lower rank in place of up @ down, which is never written.
+
+    The factors' orthonormal bases are set aside; what is left between them is small, and has the same singular values
+    (Golub, Van Loan, "Matrix Computations", 4th edition, 2013, 8.6).
+
+    Args:
+        up: [n, q]
+        down: [q, k]
+        rank: Components that are kept, at most as many as there are.
+
+    Returns:
+        up [n, r] and down [r, k], each carrying the square root of the singular values, and what is lost of
+        |up @ down|^2, as a share of it.
+    """
+    left, r_left = _linalg.qr(up.float())
+    right, r_right = _linalg.qr(down.float().T)
+    u, values, vt = _linalg.svd(r_left @ r_right.T, full_matrices=False)
+    squares = values.double().square()
+    total = float(squares.sum())
+    lost = float(squares[rank:].sum()) / total if total else 0.0
+    roots = values[:rank].sqrt()
+    return left @ (u[:, :rank] * roots), roots[:, None] * (vt[:rank] @ right.T), lost

@@ -7,7 +7,7 @@ stands in tables, `tuned/*.json`.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,9 @@ from bittern.ops.triton import tuned
 SCRATCH_MULTIPLE = 128
 """8-bit operands are filled up to this many inputs a segment, so that no tile of the GEMM needs a mask along K."""
 
+LARGEST_RANK = 128
+"""Of a branch within the kernels, as `padded_rank` counts: more does not fit shared memory beside the tiles."""
+
 
 @dataclass(frozen=True)
 class PrologueConfig:
@@ -29,6 +32,10 @@ class PrologueConfig:
     warps: int = 4
     stages: int = 3
     descriptors: bool = False
+
+    def shared_memory(self, rank: int) -> int:
+        """About how many bytes it takes: tiles of x and D, in 16 bits, on their way."""
+        return 2 * (self.stages - 1) * (self.block_m + padded_rank(rank)) * self.block_k + 4096
 
 
 @dataclass(frozen=True)
@@ -171,9 +178,13 @@ def device_of(device: torch.device) -> Device:
     return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
 
-def prologue_for(device: Device, m: int) -> PrologueConfig:
-    """The configuration for M tokens: few need small tiles to occupy the device."""
-    return tuned.first(PrologueConfig, "prologue", device.capability, m=m)
+def prologue_for(device: Device, m: int, rank: int = 0) -> PrologueConfig:
+    """The configuration for M tokens, of which few need small tiles to occupy the device, and a rank."""
+    chosen = tuned.first(PrologueConfig, "prologue", device.capability, m=m)
+    # Two programs a multiprocessor wait for memory in turns, where there is more than the least of any device.
+    while chosen.shared_memory(rank) > max(device.shared_memory // 2, 96 << 10):
+        chosen = replace(chosen, block_k=chosen.block_k // 2)
+    return chosen
 
 
 def unpack_for(device: Device, k: int, grouped: bool) -> UnpackConfig:

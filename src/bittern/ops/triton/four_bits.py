@@ -79,10 +79,15 @@ def quantize_groups(
         RANK=padded_rank(rank),
         ACCUMULATE=accumulate,
         BLOCK_M=BLOCK_M,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=columns_at_once(rank),
         num_warps=4,
         enable_fp_fusion=False,
     )
+
+
+def columns_at_once(rank: int) -> int:
+    """Columns of a tile of x and D: fewer for a high rank, whose tile of D must fit the smallest shared memory."""
+    return BLOCK_K if padded_rank(rank) <= 64 else BLOCK_K // 2
 
 
 def correct_bias(

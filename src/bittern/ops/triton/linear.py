@@ -96,6 +96,9 @@ class LayerPlan:
         gelu_from: int | None = None,
     ) -> Tensor:
         """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
+        if down is not None and up is not None and is_apart(down):
+            y = self(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
+            return activated(with_branch(y, inputs, down, up), gelu_from)
         first = inputs[0]
         out = first.new_empty((*first.shape[:-1], codes.shape[0]))
         tensors = (*inputs, codes, scales, smooth, down, up, bias, self._low(inputs, down), out)
@@ -171,7 +174,7 @@ class EightBits(LayerPlan):
                 recorder.part(a, a[:, start:stop]),
                 recorder.part(row_scales, row_scales[i]),
                 low if rank else None,
-                config.prologue_for(here, m),
+                config.prologue_for(here, m, rank),
                 accumulate=i > 0,
                 launch=recorder.launch,
             )
@@ -290,8 +293,8 @@ class SixteenBits(LayerPlan):
 
     def __call__(self, inputs: Sequence[Tensor], *args: Any) -> Tensor:
         """As every plan's."""
-        gelu_from = args[10] if len(args) > 10 else None
-        return activated(super().__call__(inputs, *args), gelu_from)
+        *others, gelu_from = args if len(args) > 10 else (*args, None)
+        return activated(super().__call__(inputs, *others), gelu_from)
 
     def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
         if down is None:
@@ -342,6 +345,9 @@ def many_tokens(
     gelu_from: int | None = None,
 ) -> Tensor:
     """The layer on path "a16" by the vendor's GEMM. Arguments as in `bittern.ops.few_bit_linear`."""
+    if down is not None and up is not None and is_apart(down):
+        y = many_tokens(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
+        return activated(with_branch(y, inputs, down, up), gelu_from)
     first, n = inputs[0], codes.shape[0]
     layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
     whole = torch.empty(n, layout.k, dtype=first.dtype, device=first.device)
@@ -363,6 +369,25 @@ def many_tokens(
     return activated(y.reshape(*first.shape[:-1], n), gelu_from)
 
 
+def is_apart(down: Tensor) -> bool:
+    """Whether a branch has more rank than the kernels take, as of several fused LoRAs."""
+    return config.padded_rank(down.shape[0]) > config.LARGEST_RANK
+
+
+def with_branch(y: Tensor, inputs: Sequence[Tensor], down: Tensor, up: Tensor) -> Tensor:
+    """Adds (x · D^T) · U^T to y in place, by the vendor's GEMM, in the dtype of x."""
+    low: Tensor | None = None
+    start = 0
+    for x in inputs:
+        stop = start + x.shape[-1]
+        part, d = x.reshape(-1, x.shape[-1]), down[:, start:stop].to(x.dtype)
+        low = part @ d.T if low is None else torch.addmm(low, part, d.T)
+        start = stop
+    assert low is not None
+    y.view(-1, y.shape[-1]).addmm_(low, up.to(y.dtype).T)
+    return y
+
+
 def activated(y: Tensor, gelu_from: int | None) -> Tensor:
     """Outputs of a kernel whose epilogue has no GELU, with theirs, in place."""
     if gelu_from is not None:
@@ -382,13 +407,6 @@ def quantize_activations(
     low = torch.empty(len(flat), 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
     if len(flat):
         reciprocals = None if smooth is None else smooth.float().reciprocal()
-        quantize_rows(
-            flat,
-            reciprocals,
-            down,
-            codes,
-            scales[:, 0],
-            low,
-            config.prologue_for(config.device_of(x.device), len(flat)),
-        )
+        tiles = config.prologue_for(config.device_of(x.device), len(flat), low.shape[1])
+        quantize_rows(flat, reciprocals, down, codes, scales[:, 0], low, tiles)
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])
