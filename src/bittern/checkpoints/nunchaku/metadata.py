@@ -22,13 +22,13 @@ class Original:
     """The description in an original file.
 
     Attributes:
-        class_name: The diffusers class.
+        class_name: The diffusers class; None if the file does not say.
         config: Its config; None if the file has none.
         weight: "int4" or "nvfp4"; None if the file does not say.
         rank: Of the branches; None if the file does not say.
     """
 
-    class_name: str
+    class_name: str | None
     config: dict[str, Any] | None
     weight: str | None
     rank: int | None
@@ -38,23 +38,23 @@ def original(file: Path) -> Original:
     """The description in an original file's metadata.
 
     Raises:
-        UserError: if the file is none of Nunchaku's, describes a model that is not FLUX, or another quantization.
+        UserError: if the file describes a model that is not FLUX, or another quantization.
     """
     metadata = _metadata(file)
     kind = metadata.get("model_class")
-    if kind is None:
-        raise UserError(f"{file} names no model_class in its metadata: expected a file of Nunchaku's")
-    if kind not in MODEL_CLASSES:
+    if kind is not None and kind not in MODEL_CLASSES:
         raise UserError(f"{file} holds a {kind}, whose layers are not known here: {did_you_mean(kind, MODEL_CLASSES)}")
     config = _mapping(metadata, "config", file)
+    named = None if config is None else config.get("_class_name")
+    class_name = MODEL_CLASSES[kind] if kind is not None else named if isinstance(named, str) else None
     quantization = _mapping(metadata, "quantization_config", file)
     if quantization is None:
-        return Original(MODEL_CLASSES[kind], config, None, None)
+        return Original(class_name, config, None, None)
     weight = _quantization(quantization, file)
     rank = quantization.get("rank")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise UserError(f"{file}: quantization_config has rank {rank!r}: expected a positive whole number; {MEND}")
-    return Original(MODEL_CLASSES[kind], config, weight, rank)
+    return Original(class_name, config, weight, rank)
 
 
 def describe(class_name: str, config: Mapping[str, Any], weight: str, rank: int) -> dict[str, str]:
@@ -115,6 +115,10 @@ def _quantization(quantization: Mapping[str, Any], file: Path) -> str:
     name, group = _WEIGHTS[str(dtype)]
     if weight.get("group_size", group) != group:
         raise UserError(f"{file} has {dtype} weights in groups of {weight['group_size']}: expected {group}")
+    activation = quantization.get("activation", {})
+    theirs = activation.get("dtype", dtype) if isinstance(activation, Mapping) else activation
+    if theirs != dtype:
+        raise UserError(f"{file} has {dtype} weights and activations of dtype {theirs!r}: expected {dtype!r}")
     return name
 
 
