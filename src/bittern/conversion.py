@@ -191,6 +191,11 @@ def export_checkpoint(
     Raises:
         UserError: with the reason, for a model that the format cannot hold; for a source that is no few-bit model.
     """
+    if to == "comfyui":
+        raise UserError(
+            "ComfyUI's own loader has no layers with smoothing and a low-rank branch: "
+            "convert FLUX.1 with --to nunchaku, which Nunchaku's nodes for ComfyUI load"
+        )
     if to not in TARGETS:
         raise UserError(f"unknown format {to!r}: {did_you_mean(to, TARGETS)}")
     path = _found(source)
@@ -215,7 +220,7 @@ def export_checkpoint(
     with opened(headers) as read:
         if to == "nunchaku":
             found = _to_original(model, class_name, checkpoint, headers, read)
-            said = describe(class_name, config, found.style.weight, found.rank)
+            said = describe(class_name, config, found.style.weight, found.rank, dict(model.config))
             with _new_file(out, force, path) as file:
                 _write(file, found.specs(), found.tensors(read), progress, said)
             size = Path(out).expanduser().stat().st_size

@@ -57,8 +57,18 @@ def original(file: Path) -> Original:
     return Original(class_name, config, weight, rank)
 
 
-def describe(class_name: str, config: Mapping[str, Any], weight: str, rank: int) -> dict[str, str]:
-    """The metadata of an original file."""
+def describe(
+    class_name: str, config: Mapping[str, Any], weight: str, rank: int, defaults: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata of an original file.
+
+    Args:
+        class_name: The diffusers class.
+        config: Its config, as it is stored.
+        weight: "int4" or "nvfp4".
+        rank: Of the branches.
+        defaults: What the class takes for keys that the config does not have.
+    """
     name = next(name for name, diffusers_name in MODEL_CLASSES.items() if diffusers_name == class_name)
     dtype, group = next((dtype, group) for dtype, (known, group) in _WEIGHTS.items() if known == weight)
     quantization = {
@@ -78,8 +88,43 @@ def describe(class_name: str, config: Mapping[str, Any], weight: str, rank: int)
     return {
         "model_class": name,
         "config": json.dumps(dict(config), sort_keys=True),
+        "comfy_config": json.dumps(_comfy({**defaults, **config}), sort_keys=True),
         "quantization_config": json.dumps(quantization),
     }
+
+
+def _comfy(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Nunchaku's loader for ComfyUI asks for: ComfyUI's own class of model, and its sizes there.
+
+    ComfyUI counts channels before 2 x 2 latents are joined, and knows FLUX without a guidance embedding as Schnell,
+    which is sampled in another way.
+    """
+    heads = config["num_attention_heads"]
+    return {
+        "model_class": "Flux" if config["guidance_embeds"] else "FluxSchnell",
+        "model_config": {
+            "image_model": "flux",
+            "in_channels": config["in_channels"] // _JOINED,
+            "out_channels": (config["out_channels"] or config["in_channels"]) // _JOINED,
+            "patch_size": 2,
+            "vec_in_dim": config["pooled_projection_dim"],
+            "context_in_dim": config["joint_attention_dim"],
+            "hidden_size": heads * config["attention_head_dim"],
+            "mlp_ratio": 4.0,
+            "num_heads": heads,
+            "depth": config["num_layers"],
+            "depth_single_blocks": config["num_single_layers"],
+            "axes_dim": list(config["axes_dims_rope"]),
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": config["guidance_embeds"],
+            "disable_unet_model_creation": True,
+        },
+    }
+
+
+_JOINED = 4
+"""Latents that make one token."""
 
 
 def _metadata(file: Path) -> Mapping[str, str]:
