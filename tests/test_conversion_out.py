@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from bittern import recipes
 from bittern.checkpoints.nunchaku import describe
 from bittern.conversion import export_checkpoint, import_checkpoint
 from bittern.errors import UserError
-from converted import agree, inputs, layer, load
+from converted import agree, inputs, layer, load, their_model
 from families import FAMILIES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,35 +51,10 @@ def lite(few_bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Diffusers' own module of Nunchaku Lite layers; the kernels, which it would download, stay away."""
-    kernels = types.ModuleType("kernels")
-    kernels.get_kernel = lambda *args, **kwargs: types.SimpleNamespace(ops=None)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kernels", kernels)
-    for name in ("is_kernels_available", "is_kernels_version"):
-        monkeypatch.setattr(diffusers.utils, name, lambda *args: True)
-    monkeypatch.setattr(diffusers.utils.constants, "DIFFUSERS_TRUST_REMOTE_KERNELS", True)
-    name = "diffusers.quantizers.nunchaku.utils"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    module = __import__(name, fromlist=["utils"])
-    monkeypatch.delitem(sys.modules, name)
-    return module
-
-
 def test_a_lite_folder_passes_diffusers_own_check(lite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = theirs(monkeypatch)
-    config = json.loads((lite / "config.json").read_text())
-    described = diffusers.NunchakuLiteQuantizationConfig(
-        **{key: value for key, value in config["quantization_config"].items() if key != "quant_method"}
-    )
-    with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(CONFIG).to(torch.bfloat16)
-    count = reader.replace_with_nunchaku_linear(model, described.to_dict(), described.compute_dtype)
+    reader, model, count = their_model(monkeypatch, lite, FluxTransformer2DModel)
     assert count == 14 + 6
     stored = load_file(lite / WEIGHTS)
-    reader.check_strict_state_dict_match(model, stored)
-    for name, like in model.state_dict().items():
-        assert (stored[name].shape, stored[name].dtype) == (like.shape, like.dtype), name
     del stored[f"{DOUBLE}.attn.to_q.smooth_factor"]
     with pytest.raises(ValueError, match="smooth_factor"):
         reader.check_strict_state_dict_match(model, stored)

@@ -121,8 +121,15 @@ def meaning(unit: Unit, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Ten
 )
 @example(rows=[256], segments=[128], rank=48, weight="nvfp4", newer=False, shifted=False, dtype=torch.float16, seed=3)
 def test_layers_for_4_bit_activations(
-    rows: list[int], segments: list[int], rank: int, weight: str, newer: bool, shifted: bool, dtype: torch.dtype, seed: int
-) -> None:  # fmt: skip
+    rows: list[int],
+    segments: list[int],
+    rank: int,
+    weight: str,
+    newer: bool,
+    shifted: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
     """Several targets' rows, or a layer's inputs in two packed layers; lengths that fill no tile; both formats."""
     if len(segments) > 1:
         rows = rows[:1]
