@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,44 @@ def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
     assert a.read_bytes() == b.read_bytes()
 
 
+EVERYTHING = ("model_class", "config", "all others")
+
+
+def widened(folder: Path, out: Path) -> dict[str, Any]:
+    """A copy of a pipeline whose transformer is 128 wide, by its config; what weights are there does not count."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    config.update(num_attention_heads=4)
+    (out / "transformer" / "config.json").write_text(json.dumps(config))
+    return config
+
+
+@pytest.mark.parametrize("unsaid", [("model_class",), ("config",), ("model_class", "config"), EVERYTHING], ids=str)
+def test_a_pipeline_tells_what_the_file_does_not(
+    tmp_path: Path, tiny_random_folder: Path, unsaid: tuple[str, ...]
+) -> None:
+    config = widened(tiny_random_folder, tmp_path / "base")
+    tensors = files.flux_tensors(config)
+    said = {key: value for key, value in files.metadata(config).items() if key not in unsaid}
+    file = tmp_path / "f.safetensors"
+    save_file(tensors, file, None if unsaid == EVERYTHING else said)
+    if unsaid != ("model_class",):
+        with pytest.raises(UserError, match=r"in its metadata: name a pipeline of the model with --pipeline"):
+            import_checkpoint(file, tmp_path / "out")
+        with pytest.raises(UserError, match=r"UNet2DConditionModel"):
+            import_checkpoint(file, tmp_path / "out", pipeline="tiny-unet")
+    assert not (tmp_path / "out").exists()
+    # Its config tells the class, too, where the file has one.
+    import_checkpoint(file, tmp_path / "out", pipeline=None if unsaid == ("model_class",) else tmp_path / "base")
+    folder = tmp_path / "out" if unsaid == ("model_class",) else tmp_path / "out" / "transformer"
+    check_all(load(folder), tensors, config, files.SHIFT)
+
+
 def test_a_pipeline_around_it(tmp_path: Path, tiny_random_folder: Path) -> None:
     config = json.loads((tiny_random_folder / "transformer" / "config.json").read_text())
     config.update(num_attention_heads=4)  # 128 wide
     tensors = files.write_flux(tmp_path / "f.safetensors", config)
-    # Without a config in the file that of the pipeline counts, which is narrower.
+    # The file's own config counts; that of the pipeline is narrower.
     import_checkpoint(tmp_path / "f.safetensors", tmp_path / "out", pipeline=tiny_random_folder)
     assert (tmp_path / "out" / "model_index.json").is_file() and (tmp_path / "out" / "vae").is_dir()
     check_all(load(tmp_path / "out" / "transformer"), tensors, config, files.SHIFT)
@@ -191,6 +225,7 @@ def with_metadata(**values: Any) -> Callable[[dict[str, Tensor], dict[str, str]]
 
 
 QKV, MOD = "transformer_blocks.0.qkv_proj", "transformer_blocks.0.norm1.linear"
+FC2 = "single_transformer_blocks.0.mlp_fc2"
 QUANTIZATION = json.loads(files.metadata(files.SMALL)["quantization_config"])
 
 
@@ -201,6 +236,9 @@ QUANTIZATION = json.loads(files.metadata(files.SMALL)["quantization_config"])
         (without(f"{QKV}.qweight"), f"tensor '{QKV}.qweight' is missing"),
         (without(f"{QKV}.bias"), f"tensor '{QKV}.bias' is missing"),
         (without(f"{MOD}.wzeros"), f"tensor '{MOD}.wzeros' is missing"),
+        *((without(f"{QKV}.{leaf}"), f"tensor '{QKV}.{leaf}' is missing") for leaf in ("wscales", "smooth", "lora_up")),
+        *((without(f"{MOD}.{leaf}"), f"tensor '{MOD}.{leaf}' is missing") for leaf in ("qweight", "wscales", "bias")),
+        (without(f"{FC2}.wscales"), f"tensor '{FC2}.wscales' is missing"),
         (without("x_embedder.weight"), "tensor 'x_embedder.weight' is missing"),
         (without("single_transformer_blocks.0.norm_q.weight"), "norm_q.weight' is missing"),
         (with_tensor(f"{QKV}.lora_down", lambda t: t[:, :24]), "expected a rank that is a multiple of 16"),
@@ -208,18 +246,34 @@ QUANTIZATION = json.loads(files.metadata(files.SMALL)["quantization_config"])
         (with_tensor(f"{QKV}.lora_up", lambda t: t[:, :16]), r"has shape \[384, 16\]: expected \[384, 32\]"),
         (with_tensor(f"{QKV}.qweight", lambda t: t[:300]), r"has shape \[300, 64\]: expected \[384, 64\]"),
         (with_tensor(f"{QKV}.smooth", lambda t: t[:100]), r"has shape \[100\]: expected \[128\]"),
+        (with_tensor(f"{QKV}.qweight", lambda t: t.flatten()), r"has shape \[24576\]: expected \[384, 64\]"),
+        (with_tensor(f"{QKV}.lora_down", lambda t: t.flatten()), r"shape \[4096\]: expected a rank that is a multiple"),
+        (with_tensor(f"{QKV}.wscales", lambda t: t.repeat(2, 1)), r"has shape \[4, 384\]: expected \[2, 384\]"),
+        (with_tensor(f"{QKV}.wscales", lambda t: t.float()), "dtype torch.float32: expected torch.bfloat16"),
+        (with_tensor(f"{MOD}.qweight", lambda t: t[1:]), r"has shape \[191, 64\]: expected \[192, 64\]"),
+        (with_tensor(f"{MOD}.qweight", lambda t: t.to(torch.int8)), "dtype torch.int8: expected torch.int32"),
         (with_tensor(f"{QKV}.bias", lambda t: t.float()), "has dtype torch.float32: expected torch.bfloat16"),
         (with_tensor(f"{QKV}.qweight", lambda t: t.view(torch.uint8)), "dtype torch.uint8: expected torch.int8"),
         (
             lambda tensors, said: tensors.update({f"{QKV}.smoth": torch.ones(3)}),
             f"belongs to no layer: did you mean '{QKV}.smooth'",
         ),
-        (with_metadata(model_class=None), "names no model_class"),
+        (with_metadata(model_class=None, config=files.SMALL), "names no model_class .* with --pipeline"),
+        (
+            with_metadata(model_class=None, config={**files.SMALL, "_class_name": "PixArtTransformer2DModel"}),
+            "PixArtTransformer2DModel has no original Nunchaku file that we know",
+        ),
         (with_metadata(model_class="NunchakuSanaTransformer2DModel"), "holds a NunchakuSana"),
         (with_metadata(config="{"), "config in its metadata is no JSON mapping"),
         (with_metadata(config=None), "name a pipeline of the model with --pipeline"),
         (with_metadata(config={**files.SMALL, "num_layers": 2}), "transformer_blocks.1"),
         (with_metadata(quantization_config={**QUANTIZATION, "method": "gptq"}), "method 'gptq'"),
+        (with_metadata(quantization_config=[1]), "quantization_config in its metadata is no JSON mapping"),
+        (with_metadata(quantization_config={**QUANTIZATION, "weight": "int4"}), "weights of dtype None"),
+        (
+            with_metadata(quantization_config={**QUANTIZATION, "activation": {"dtype": "int8"}}),
+            "int4 weights and activations of dtype 'int8': expected 'int4'",
+        ),
         (with_metadata(quantization_config={**QUANTIZATION, "rank": 64}), "has rank 32: expected 64"),
         (with_metadata(quantization_config={**QUANTIZATION, "rank": "32"}), "has rank '32'"),
         (
@@ -231,7 +285,7 @@ QUANTIZATION = json.loads(files.metadata(files.SMALL)["quantization_config"])
             "in groups of 32: expected 64",
         ),
         (
-            with_metadata(quantization_config={**QUANTIZATION, "weight": {"dtype": "fp4_e2m1_all"}}),
+            with_metadata(quantization_config=files.metadata(files.SMALL, weight="nvfp4")["quantization_config"]),
             "says that its weights are nvfp4 and holds int4",
         ),
     ],
@@ -249,14 +303,26 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-1000])
     (tmp_path / "text.safetensors").write_text("no safetensors")
     save_file({"weight": torch.ones(3)}, tmp_path / "foreign.safetensors")
-    for name, message in (
-        ("cut", "cannot be read"),
-        ("text", "cannot be read"),
-        ("foreign", "names no model_class"),
-        ("absent", "no file or folder"),
+    save_file({}, tmp_path / "bare.safetensors")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "head.safetensors").write_bytes((1 << 62).to_bytes(8, "little"))
+    (tmp_path / "folder.safetensors").mkdir()
+    missing = "qkv_proj.wscales' is missing: the file is damaged, or not one of Nunchaku's"
+    for name, pipeline, message in (
+        ("cut", None, "cannot be read"),
+        ("text", None, "cannot be read"),
+        ("empty", None, "cannot be read"),
+        ("head", "tiny-flux", "cannot be read"),
+        ("folder", None, "is no model: expected config.json"),
+        ("foreign", None, "names no model_class"),
+        ("foreign", "tiny-flux", missing),
+        ("bare", "tiny-flux", missing),
+        ("absent", None, "no file or folder"),
     ):
-        with pytest.raises(UserError, match=message):
-            import_checkpoint(tmp_path / f"{name}.safetensors", tmp_path / "out")
+        with pytest.raises(UserError, match=message) as caught:
+            import_checkpoint(tmp_path / f"{name}.safetensors", tmp_path / "out", pipeline=pipeline)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("leaf", ["wscales", "smooth", "lora_up"])

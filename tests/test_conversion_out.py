@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ from torch import Tensor
 import bittern
 import nunchaku_files as files
 from bittern import recipes
+from bittern.checkpoints.nunchaku import describe
 from bittern.conversion import export_checkpoint, import_checkpoint
 from bittern.errors import UserError
-from converted import agree, inputs, layer, load
+from converted import agree, inputs, layer, load, their_model
 from families import FAMILIES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,35 +51,10 @@ def lite(few_bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Diffusers' own module of Nunchaku Lite layers; the kernels, which it would download, stay away."""
-    kernels = types.ModuleType("kernels")
-    kernels.get_kernel = lambda *args, **kwargs: types.SimpleNamespace(ops=None)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kernels", kernels)
-    for name in ("is_kernels_available", "is_kernels_version"):
-        monkeypatch.setattr(diffusers.utils, name, lambda *args: True)
-    monkeypatch.setattr(diffusers.utils.constants, "DIFFUSERS_TRUST_REMOTE_KERNELS", True)
-    name = "diffusers.quantizers.nunchaku.utils"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    module = __import__(name, fromlist=["utils"])
-    monkeypatch.delitem(sys.modules, name)
-    return module
-
-
 def test_a_lite_folder_passes_diffusers_own_check(lite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = theirs(monkeypatch)
-    config = json.loads((lite / "config.json").read_text())
-    described = diffusers.NunchakuLiteQuantizationConfig(
-        **{key: value for key, value in config["quantization_config"].items() if key != "quant_method"}
-    )
-    with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(CONFIG).to(torch.bfloat16)
-    count = reader.replace_with_nunchaku_linear(model, described.to_dict(), described.compute_dtype)
+    reader, model, count = their_model(monkeypatch, lite, FluxTransformer2DModel)
     assert count == 14 + 6
     stored = load_file(lite / WEIGHTS)
-    reader.check_strict_state_dict_match(model, stored)
-    for name, like in model.state_dict().items():
-        assert (stored[name].shape, stored[name].dtype) == (like.shape, like.dtype), name
     del stored[f"{DOUBLE}.attn.to_q.smooth_factor"]
     with pytest.raises(ValueError, match="smooth_factor"):
         reader.check_strict_state_dict_match(model, stored)
@@ -146,11 +120,47 @@ def test_original_files_come_back_bit_for_bit(tmp_path: Path, symmetric: bool, d
     with safe_open(tmp_path / "again.safetensors", "pt") as handle:
         said = handle.metadata()
     assert json.loads(said["quantization_config"])["rank"] == 32
+    comfy = json.loads(said["comfy_config"])
+    assert comfy["model_class"] == "FluxSchnell" and comfy["model_config"]["hidden_size"] == 128
+    assert comfy["model_config"]["depth"] == 1 and comfy["model_config"]["depth_single_blocks"] == 2
     import_checkpoint(tmp_path / "again.safetensors", tmp_path / "ours again")
     ours, again = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "ours again"))
     assert ours.keys() == again.keys()
     for name, tensor in ours.items():
         assert torch.allclose(again[name].float(), tensor.float(), rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "channels"),
+    [({}, "Flux", 16), ({"guidance_embeds": False}, "FluxSchnell", 16), ({"in_channels": 384}, "Flux", 96)],
+)
+def test_what_nodes_for_comfyui_are_told(changes: dict[str, Any], name: str, channels: int) -> None:
+    """FLUX.1's sizes under the keys of the configs that Nunchaku publishes."""
+    config = {key: value for key, value in {**files.FULL, **changes}.items() if key != "axes_dims_rope"}
+    config["out_channels"] = 64
+    defaults = {"axes_dims_rope": (16, 56, 56), "in_channels": 1}
+    said = describe("FluxTransformer2DModel", config, "int4", 32, defaults)
+    assert json.loads(said["comfy_config"]) == {
+        "model_class": name,
+        "model_config": {
+            "image_model": "flux",
+            "in_channels": channels,
+            "out_channels": 16,
+            "patch_size": 2,
+            "vec_in_dim": 768,
+            "context_in_dim": 4096,
+            "hidden_size": 3072,
+            "mlp_ratio": 4.0,
+            "num_heads": 24,
+            "depth": 19,
+            "depth_single_blocks": 38,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": name == "Flux",
+            "disable_unet_model_creation": True,
+        },
+    }
 
 
 def test_from_pretrained_takes_a_lite_folder(few_bit: Path, lite: Path, tmp_path: Path) -> None:
@@ -286,6 +296,7 @@ def test_layers_that_fill_no_tile(tmp_path: Path) -> None:
 def test_other_mistakes(few_bit: Path, lite: Path, tmp_path: Path) -> None:
     for source, out, to, message in (
         (few_bit, "out", "nunchaku-light", "did you mean 'nunchaku-lite'"),
+        (few_bit, "out", "comfyui", "no layers with smoothing and a low-rank branch: convert FLUX.1 with --to"),
         (few_bit, "out", "nunchaku", "expected the name of a .safetensors file"),
         (lite, "out", "nunchaku-lite", "is no few-bit model of bittern's"),
         (tmp_path / "absent", "out", "nunchaku-lite", "no folder"),

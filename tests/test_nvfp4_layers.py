@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import bittern
-from bittern import recipes
+from bittern import recipes, tiny_flux
+from bittern.conversion import export_checkpoint, import_checkpoint
 from bittern.errors import UserError
+from bittern.formats import KLayout, nvfp4
 from bittern.layers import QuantLinear, quant_layers, set_path
 from bittern.scheme import Scheme
 from bittern.solvers import SolverOptions, relative_error, solve
+from converted import their_model
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -93,6 +97,47 @@ def test_recipes_solve_it_and_checkpoints_carry_it(
         size = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16}
         images.append(model("a cat", **size, generator=noise, output_type="pt").images)
     assert torch.equal(*images)
+
+
+INT4 = {"weight": "int4", "group_size": 64, "scale_dtype": "bf16"}
+
+
+@pytest.mark.slow
+def test_svdquant_of_tiny_flux_goes_to_nunchaku_lite_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smoothing, branch and GPTQ on nvfp4, as Lite has it: W4A4 layers in nvfp4, adaLN in int4. One block of a kind."""
+    from diffusers import DiffusionPipeline, FluxTransformer2DModel
+
+    recipe = recipes.load("svdquant").override(
+        default={**NVFP4, "shift": 0.0, "rounds": 0, "smoothing": "grid", "sensitivity": False},
+        modulation=INT4,
+        samples=1,
+        rows=64,
+        keep=["transformer_blocks.1.*", *(f"single_transformer_blocks.{i}.*" for i in range(1, 6))],
+    )
+    pipe = DiffusionPipeline.from_pretrained(tiny_flux.path(), dtype=torch.bfloat16)
+    report = bittern.quantize(pipe, recipe, prompts=["a photo of a red circle"])
+    solved = [row for row in report.rows if row.format == "nvfp4"]
+    assert len(solved) == 12 + 5 and len(report.rows) == len(solved) + 3
+    assert all(row.stages["gptq"] < row.stages["nearest"] for row in solved if row.stages)
+    pipe.save_pretrained(tmp_path / "ours")
+
+    def tensors(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+    export_checkpoint(tmp_path / "ours", tmp_path / "lite", "nunchaku-lite")
+    _, _, count = their_model(monkeypatch, tmp_path / "lite" / "transformer", FluxTransformer2DModel)
+    assert count == len(report.rows)
+    import_checkpoint(tmp_path / "lite", tmp_path / "back")
+    before, after = tensors(tmp_path / "ours"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    # Its two inputs have a scale a row each, and in Lite one: only the products are the same.
+    path = "single_transformer_blocks.0.proj_out"
+    layout = KLayout((256, 1024), 16)
+    products = [nvfp4.combine(t.pop(f"{path}.scales"), t.pop(f"{path}.row_scales"), layout) for t in (before, after)]
+    assert torch.equal(*products)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,19 @@ Load = Callable[[Headers, Read], Incoming]
 
 def _original(file: Path, base: Path | None) -> tuple[list[Path], dict[str, Any], Load]:
     said = original(file)
-    config = said.config
-    if config is None:
+    class_name, config, where = said.class_name, said.config, f"config in {file}"
+    if class_name is None or config is None:
         if base is None:
-            raise UserError(f"{file} has no config in its metadata: name a pipeline of the model with --pipeline")
-        config = read_json(base / denoiser_name(base) / "config.json")
-    config = _clean(config, said.class_name)
-    model = model_on_meta(said.class_name, config, torch.bfloat16, f"config in {file}")
+            lacking = "names no model_class" if class_name is None else "has no config"
+            raise UserError(f"{file} {lacking} in its metadata: name a pipeline of the model with --pipeline")
+        place = base / denoiser_name(base) / "config.json"
+        own = read_json(place)
+        class_name = class_name or str(own.get("_class_name"))
+        _check_family(base, denoiser_name(base), class_name)
+        config, where = (own, str(place)) if config is None else (config, where)
+    _check_original(class_name)
+    config = _clean(config, class_name)
+    model = model_on_meta(class_name, config, torch.bfloat16, where)
 
     def load(headers: Headers, read: Read) -> Incoming:
         stored = "nvfp4" if any(spec.dtype == torch.float8_e4m3fn for _, spec in headers.values()) else "int4"
@@ -185,6 +191,11 @@ def export_checkpoint(
     Raises:
         UserError: with the reason, for a model that the format cannot hold; for a source that is no few-bit model.
     """
+    if to == "comfyui":
+        raise UserError(
+            "ComfyUI's own loader has no layers with smoothing and a low-rank branch: "
+            "convert FLUX.1 with --to nunchaku, which Nunchaku's nodes for ComfyUI load"
+        )
     if to not in TARGETS:
         raise UserError(f"unknown format {to!r}: {did_you_mean(to, TARGETS)}")
     path = _found(source)
@@ -209,7 +220,7 @@ def export_checkpoint(
     with opened(headers) as read:
         if to == "nunchaku":
             found = _to_original(model, class_name, checkpoint, headers, read)
-            said = describe(class_name, config, found.style.weight, found.rank)
+            said = describe(class_name, config, found.style.weight, found.rank, dict(model.config))
             with _new_file(out, force, path) as file:
                 _write(file, found.specs(), found.tensors(read), progress, said)
             size = Path(out).expanduser().stat().st_size
@@ -226,8 +237,7 @@ def export_checkpoint(
 def _to_original(
     model: nn.Module, class_name: str, checkpoint: CheckpointConfig, headers: Headers, read: Read
 ) -> Outgoing:
-    if class_name not in MODEL_CLASSES.values():
-        raise UserError(f"{class_name} has no original Nunchaku file that we know: expected {', '.join(_originals())}")
+    _check_original(class_name)
     weights = {checkpoint.scheme(path).weight for path in checkpoint.targets}
     units = flux_units(model, shifted="nvfp4" not in weights)
     surplus = set(checkpoint.targets) - {target for unit in units for target in unit.targets}
@@ -236,8 +246,10 @@ def _to_original(
     return outgoing(checkpoint, headers, units, read, OLDER, TARGETS["nunchaku"], flux_names(model))
 
 
-def _originals() -> list[str]:
-    return sorted(set(MODEL_CLASSES.values()))
+def _check_original(class_name: str) -> None:
+    known = sorted(set(MODEL_CLASSES.values()))
+    if class_name not in known:
+        raise UserError(f"{class_name} has no original Nunchaku file that we know: expected {', '.join(known)}")
 
 
 def _to_lite(

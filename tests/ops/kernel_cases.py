@@ -41,6 +41,15 @@ LAYERS: list[tuple[str, int | None, tuple[int, ...], int, bool]] = [
     ("ternary", 128, (128, 300), 16, True),
     ("ternary", 64, (300,), 0, True),
 ]
+# On all paths but a4. Segments of 13 and 6 inputs have one scale a row.
+SMALL_GROUPS: list[tuple[str, int | None, tuple[int, ...], int, bool]] = [
+    ("nvfp4", 16, (200,), 0, False),
+    ("nvfp4", 16, (70, 300), 16, True),
+    ("nvfp4", 16, (13, 40), 40, True),
+    ("nvfp4", 16, (6,), 0, False),
+    ("int4", 16, (130,), 16, True),
+    ("ternary", 16, (70, 100), 0, True),
+]
 PATHS = ["a8-int8", "a8-fp8"]
 N = 50
 
@@ -106,17 +115,18 @@ def test_prologue(format: str, dtype: torch.dtype, kind: str, m: int, k: int, ra
         assert ((got[2].double() - low).abs() <= EXACT * size + 2**-126).all()
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*LAYERS, *SMALL_GROUPS])
 @pytest.mark.parametrize(("format", "zero_rows"), [("int8", False), ("fp8", False), ("fp8", True)])
 def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
-    layer = make(case, zero_rows=zero_rows)
+    n = 15
+    layer = make(case, n=n, zero_rows=zero_rows)
     block = (formats.get(layer.weight).unpack(layer.codes, layer.layout.padded_k).float(), layer.scales.float())
     there = moved(layer)
     for segment in layer.layout:
         want = reference.fold((block[0].clone(), block[1]), segment, format, formats.get(layer.weight).largest)
         width = want.values.shape[1] + 40
-        out = torch.full((N, width), 77, device=DEVICE).to(linear.CODES[format])
-        scales = torch.full((N,), float("nan"), device=DEVICE)
+        out = torch.full((n, width), 77, device=DEVICE).to(linear.CODES[format])
+        scales = torch.full((n,), float("nan"), device=DEVICE)
         smooth = None if there.smooth is None else there.smooth[segment.logical]
         reciprocals = None if smooth is None else torch.full((len(smooth),), float("nan"), device=DEVICE)
         unpack_segment(
@@ -137,9 +147,71 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
         assert want.scale is not None and torch.equal(scales.cpu(), want.scale[:, 0])
 
 
+def hostile_scales(kind: str) -> Layer:
+    """An nvfp4 layer with scales of two levels that are as far out as a file's can be."""
+    layer, g = make(SMALL_GROUPS[1], n=11), torch.Generator().manual_seed(7)
+    scales = torch.rand(layer.scales.shape, generator=g) * 200 + 20
+    rows = torch.rand(11, 2, generator=g) * 1e-4 + 1e-5
+    if kind == "zeros":
+        scales[:, ::3] = 0
+        scales[4:9] = 0
+    elif kind == "subnormal":
+        scales = torch.randint(0, 8, scales.shape, generator=g) * 2.0**-9
+    elif kind == "outlier":
+        scales[:, 2], scales[5] = 448, 2.0**-9
+        scales[5, 1] = 448
+    elif kind == "tiny rows":
+        rows[::2] = 2.0**-140
+    combined = formats.nvfp4.combine(scales.to(torch.float8_e4m3fn), rows, layer.layout)
+    return dataclasses.replace(layer, scales=combined)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "subnormal", "outlier", "tiny rows"])
+def test_hostile_scales_of_two_levels(kind: str) -> None:
+    layer = hostile_scales(kind)
+    there, unpacked = moved(layer), formats.get("nvfp4").unpack(layer.codes, layer.layout.padded_k).float()
+    for format in ("int8", "fp8"):
+        for segment in layer.layout:
+            want = reference.fold((unpacked.clone(), layer.scales), segment, format, 12)
+            out = torch.empty(want.values.shape, device=DEVICE).to(linear.CODES[format])
+            columns = torch.empty(11, device=DEVICE)
+            unpack_segment(
+                there.codes,
+                there.scales,
+                "nvfp4",
+                segment,
+                out,
+                columns,
+                config.unpack_for(config.device_of(torch.device(DEVICE)), 300, True),
+            )
+            assert torch.equal(out.float().cpu(), want.values)
+            assert want.scale is not None and torch.equal(columns.cpu(), want.scale[:, 0])
+    inputs = random_inputs(11, "gaussian", 9, layer.layout.segments, BF16)
+    for path in ("a8-fp8", "a16"):
+        check(run(inputs, layer, path), inputs, layer, path)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_float_of_four_bits(dtype: torch.dtype) -> None:
+    """Each byte by itself: what the product takes for its two codes, and what the other kernels do."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 8)
+    layer = Layer(codes, torch.ones(256, 1), None, None, None, None, "nvfp4", 16, KLayout((16,), 16))
+    want = formats.get("nvfp4").unpack(codes, 2).to(dtype)
+    inputs = torch.eye(16, dtype=dtype)[:2]
+    assert torch.equal(run([inputs], layer, "a16").cpu().T, want)
+    unpacked = torch.empty(256, 16, dtype=dtype, device=DEVICE)
+    there = moved(layer)
+    (segment,) = layer.layout
+    dequantize_segment(there.codes, there.scales, None, None, None, "nvfp4", segment, unpacked)
+    assert torch.equal(unpacked[:, :2].cpu(), want)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    ("case", "m"), [(case, 33) for case in LAYERS] + [(LAYERS[0], 7), (LAYERS[1], 1), (LAYERS[5], 16)]
+    ("case", "m"),
+    [(case, 33) for case in LAYERS]
+    + [(case, 9) for case in SMALL_GROUPS[:3]]
+    + [(LAYERS[0], 7), (LAYERS[1], 1), (LAYERS[5], 16)],
 )
 def test_eight_bit_linear(path: str, case: Any, m: int) -> None:
     layer = make(case)
@@ -157,7 +229,7 @@ def test_eight_bit_linear_on_hostile_inputs(path: str, dtype: torch.dtype, kind:
     check(y, inputs, layer, path)
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*LAYERS, *SMALL_GROUPS])
 @pytest.mark.parametrize(("m", "dtype"), [(1, BF16), (7, BF16), (16, FP16)])
 def test_sixteen_bit_linear(case: Any, m: int, dtype: torch.dtype) -> None:
     layer = make(case)
@@ -278,7 +350,7 @@ def test_int8_is_the_reference_to_the_last_bit_without_a_branch() -> None:
     assert torch.equal(run(inputs, layer, "a8-int8").cpu(), want)
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*LAYERS, *SMALL_GROUPS])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_dequantize(case: Any, dtype: torch.dtype) -> None:
     layer = make(case)
@@ -306,7 +378,7 @@ def test_dequantize(case: Any, dtype: torch.dtype) -> None:
 
 def test_many_tokens_on_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "FEW_TOKENS", 8)
-    for case in (LAYERS[1], LAYERS[4]):
+    for case in (LAYERS[1], LAYERS[4], SMALL_GROUPS[1]):
         layer = make(case)
         inputs = random_inputs(5, "gaussian", 9, case[2], BF16)
         want, _ = expect(inputs, layer, "a16")

@@ -102,6 +102,14 @@ def test_what_is_repeated_is_what_triton_would_launch(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(("path", "m", "launches"), [("a8-fp8", 64, 5), ("a8-int8", 64, 5), ("a16", 7, 2)])
+def test_nvfp4_is_launched(path: str, m: int, launches: int) -> None:
+    layer = random_layer(0, 128, (128, 256), "nvfp4", 16, rank=16, smooth=True)
+    inputs = [x.contiguous() for x in random_inputs(0, "gaussian", m, (128, 256), BF16)]
+    call(inputs, layer, path)
+    assert len(fake_gpu.launched) == launches
+
+
 def test_addresses_that_are_not_aligned_are_launched_by_triton() -> None:
     layer, (x,) = make("a8-fp8", (256,), 0, 7)
     planned = linear.plan("a8-fp8", 7)

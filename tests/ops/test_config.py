@@ -54,7 +54,7 @@ KERNELS: dict[str, Any] = {
     "specialized_gemm": config.SpecializedConfig,
     "specialized_gemm_narrow": config.SpecializedConfig,
 }
-FACTS = {"m", "k", "grouped", "segments", "sums"}
+FACTS = {"m", "k", "grouped", "group", "segments", "sums"}
 
 
 @pytest.mark.parametrize("family", ["default", *tuned.FAMILIES.values()])
@@ -73,7 +73,7 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
     for m, grouped in itertools.product((0, 1, 16, 64, 512, 1025, 4608, 70000), (False, True)):
         for k in (16, 3072, 15360):
             assert not grouped or config.unpack_for(device, k, grouped).block_k % 64 == 0
-            assert config.prologue_for(device, m) and config.skinny_for(device, m, grouped)
+            assert config.prologue_for(device, m) and config.skinny_for(device, m, 64 if grouped else None)
         assert config.grouped_gemm_for(device, m)
         for segments, integers in itertools.product((1, 2, 3), (False, True)):
             assert config.gemm_for(device, m, segments, integers, 32).problem(device.shared_memory, 32) is None

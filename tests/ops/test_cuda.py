@@ -23,7 +23,7 @@ def on_gpu(layer: Layer) -> Layer:
 @pytest.mark.parametrize("path", ops.PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["gaussian", "zero rows", "outlier"])
-@pytest.mark.parametrize(("weight", "group"), [("int4", 64), ("ternary", None)])
+@pytest.mark.parametrize(("weight", "group"), [("int4", 64), ("nvfp4", 16), ("ternary", None)])
 def test_agrees_with_the_formula_in_float64(
     path: str, dtype: torch.dtype, kind: str, weight: str, group: int | None
 ) -> None:

@@ -193,6 +193,20 @@ def test_where_triton_runs(capability: tuple[int, int], path: str, accepted: boo
     assert verdict.accepted is accepted and reason in verdict.reason
 
 
+def test_nvfp4_runs_in_triton_on_all_paths_but_one() -> None:
+    scheme = Scheme(weight="nvfp4", group_size=16, scale_dtype="e4m3", activations=4)
+    verdicts = {v.path: v for v in ops.explain(scheme, "cuda", capability=(9, 0)) if v.backend == "triton"}
+    assert {path for path, verdict in verdicts.items() if verdict.accepted} == {"a8-fp8", "a8-int8", "a16"}
+    assert verdicts["a4"].reason == "takes int4, ternary weights, not nvfp4"
+    assert ops.choose_path(scheme, "cuda", capability=(9, 0)).backend == "triton"
+    forced = ops.choose_path(scheme, "cuda", path="a4", capability=(9, 0))
+    assert (forced.path, forced.backend) == ("a4", "torch")
+    call = ops.Call("int4", "cuda", (9, 0), torch.bfloat16, 7, 16, 1)
+    assert dispatch.select("a16", call).backend == "triton"
+    with ops.use_backend("triton"), pytest.raises(UserError, match="takes weight groups of whole rows, 32, 64"):
+        dispatch.select("a4", call)
+
+
 def test_triton_takes_over_only_what_it_declares() -> None:
     call = ops.Call("int4", "cuda", (9, 0), torch.bfloat16, 4096, 64, 2)
     assert dispatch.select("a8-fp8", call).backend == "triton"

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from bittern import formats
 from bittern.ops.triton import (
     config,
     dequantize,
@@ -30,6 +31,7 @@ from bittern.ops.triton import (
 
 FP8, INT8 = "fp8e4nv", "i8"
 GLUON = {FP8: gl.float8e4nv, "bf16": gl.bfloat16, "fp32": gl.float32}
+SCALES = {"int4": "*bf16", "nvfp4": "*fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # What a block may use of the shared memory, by compute capability.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -126,16 +128,28 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, rank:
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize(("per_byte", "rows"), [(2, 1), (4, 16)])
-def test_skinny(capability: int, per_byte: int, rows: int, tmp_path: Path) -> None:
-    chosen = config.skinny_for(config.Device((9, 0), SHARED[90]), rows, per_byte == 2)
+@pytest.mark.parametrize(
+    ("weight", "group", "rows", "operand"),
+    [
+        ("int4", 64, 1, "bf16"),
+        ("ternary", None, 16, "bf16"),
+        ("nvfp4", 16, 1, "bf16"),
+        ("nvfp4", 16, 64, "bf16"),
+        ("nvfp4", 16, 7, "fp16"),
+        ("nvfp4", None, 1, "bf16"),
+    ],
+)
+def test_skinny(capability: int, weight: str, group: int | None, rows: int, operand: str, tmp_path: Path) -> None:
+    chosen = config.skinny_for(config.Device((9, 0), SHARED[90]), rows, group)
+    per_byte = formats.get(weight).codes_per_byte
+    groups = {None: 0, 16: chosen.groups}.get(group, 1)
     compiled = build(
         skinny.skinny_kernel,
         capability,
         {
-            "x": "*bf16",
+            "x": "*" + operand,
             "codes": "*u8",
-            "scales": "*bf16",
+            "scales": SCALES.get(weight, "*bf16"),
             "smooth": "*bf16",
             "partial": "*fp32",
             "low": "*fp32",
@@ -145,20 +159,24 @@ def test_skinny(capability: int, per_byte: int, rows: int, tmp_path: Path) -> No
         },
         {
             "PER_BYTE": per_byte,
-            "GROUPED": per_byte == 2,
+            "FLOATS": weight == "nvfp4",
+            "GROUPS": groups,
             "SMOOTH": False,
-            "OPERAND": tl.bfloat16,
+            "OPERAND": tl.bfloat16 if operand == "bf16" else tl.float16,
             "PARTIAL": False,
             "RANK": 0,
             "BIAS": True,
-            "BLOCK_M": rows,
+            "BLOCK_M": 1 << (rows - 1).bit_length(),
             "BLOCK_N": chosen.block_n,
-            "BLOCK_B": 32 if per_byte == 2 else chosen.block_b,
+            "BLOCK_B": groups * (group or 0) // per_byte or chosen.block_b,
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    kind = "bf16" if operand == "bf16" else "f16"
+    expect(compiled, capability, rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::f16", tmp_path)
+    # Subnormal numbers are codes of nvfp4.
+    assert ".ftz" not in "".join(re.findall(r"fma\.rn\S*x2", compiled.asm["ptx"]))
 
 
 @pytest.mark.parametrize("rank", [64, config.LARGEST_RANK])
@@ -217,7 +235,7 @@ def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", [INT8, FP8])
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None:
+def test_prologue(capability: int, kind: str, tmp_path: Path) -> None:
     if kind == FP8 and capability < 89:
         return
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
@@ -249,13 +267,22 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
         enable_fp_fusion=False,
     )
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+
+
+@pytest.mark.parametrize("kind", [INT8, FP8])
+@pytest.mark.parametrize(("weight", "group"), [("int4", 64), ("nvfp4", 16)])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_unpack(capability: int, weight: str, group: int, kind: str, tmp_path: Path) -> None:
+    if kind == FP8 and capability < 89:
+        return
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
     unpacking = config.unpack_for(device, 3072, grouped=True)
     compiled = build(
         unpack.unpack_kernel,
         capability,
         {
             "codes": "*u8",
-            "scales": "*bf16",
+            "scales": SCALES[weight],
             "out": "*" + kind,
             "column_scales": "*fp32",
             "smooth": "*bf16",
@@ -263,10 +290,11 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
         },
         {
             "PER_BYTE": 2,
-            "GROUP": 64,
+            "FLOATS": weight == "nvfp4",
+            "GROUP": group,
             "FP8": kind == FP8,
             "EVEN": True,
-            "LARGEST": 8,
+            "LARGEST": formats.get(weight).largest,
             "GROUPS": 64,
             "SMOOTH": True,
             "BLOCK_N": unpacking.block_n,
@@ -278,17 +306,21 @@ def test_prologue_and_unpack(capability: int, kind: str, tmp_path: Path) -> None
     )
     # Whole rows of codes are loaded and stored 16 bytes at a time.
     expect(compiled, capability, r"(?s)ld\.global\S*\.v4\.b32.*st\.global\S*\.v4\.b32", tmp_path)
+    # Subnormal numbers are codes of nvfp4.
+    assert ".ftz" not in "".join(re.findall(r"mul\S*f32", compiled.asm["ptx"]))
 
 
+@pytest.mark.parametrize(("weight", "group"), [("int4", 64), ("nvfp4", 16)])
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_dequantize(capability: int, tmp_path: Path) -> None:
+def test_dequantize(capability: int, weight: str, group: int, tmp_path: Path) -> None:
     compiled = build(
         dequantize.dequantize_kernel,
         capability,
-        {"codes": "*u8", "scales": "*bf16", "smooth": "*bf16", "down": "*bf16", "up": "*bf16", "out": "*bf16"},
+        {"codes": "*u8", "scales": SCALES[weight], "smooth": "*bf16", "down": "*bf16", "up": "*bf16", "out": "*bf16"},
         {
             "PER_BYTE": 2,
-            "GROUP": 64,
+            "FLOATS": weight == "nvfp4",
+            "GROUP": group,
             "SMOOTH": True,
             "RANK": 32,
             "BLOCK_N": dequantize.BLOCK_N,

@@ -63,12 +63,12 @@ def few_bit_linear(
     Args:
         inputs: One tensor per K-segment, alike but for their last axis; bf16, fp16 or fp32.
         codes: Packed codes of the residual weight, in the format's memory packing.
-        scales: One per row and group of K.
+        scales: One per row and group of K; of nvfp4 the combined ones (`formats.nvfp4.combine`).
         smooth: Divides the inputs; all K inputs in one vector.
         down: First factor of the low-rank branch, which reads the inputs as they are.
         up: Second factor.
         bias: Added to the output.
-        weight: Weight format, "int4" or "ternary".
+        weight: Weight format, "int4", "nvfp4" or "ternary".
         group_size: Inputs under one scale; None for one scale per row and segment.
         path: The arithmetic: "a16", "a8-int8", "a8-fp8" or "a4".
         shift: What the a4 path adds to each segment before unsigned rounding; empty for none.

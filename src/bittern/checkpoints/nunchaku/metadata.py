@@ -22,13 +22,13 @@ class Original:
     """The description in an original file.
 
     Attributes:
-        class_name: The diffusers class.
+        class_name: The diffusers class; None if the file does not say.
         config: Its config; None if the file has none.
         weight: "int4" or "nvfp4"; None if the file does not say.
         rank: Of the branches; None if the file does not say.
     """
 
-    class_name: str
+    class_name: str | None
     config: dict[str, Any] | None
     weight: str | None
     rank: int | None
@@ -38,27 +38,37 @@ def original(file: Path) -> Original:
     """The description in an original file's metadata.
 
     Raises:
-        UserError: if the file is none of Nunchaku's, describes a model that is not FLUX, or another quantization.
+        UserError: if the file describes a model that is not FLUX, or another quantization.
     """
     metadata = _metadata(file)
     kind = metadata.get("model_class")
-    if kind is None:
-        raise UserError(f"{file} names no model_class in its metadata: expected a file of Nunchaku's")
-    if kind not in MODEL_CLASSES:
+    if kind is not None and kind not in MODEL_CLASSES:
         raise UserError(f"{file} holds a {kind}, whose layers are not known here: {did_you_mean(kind, MODEL_CLASSES)}")
     config = _mapping(metadata, "config", file)
+    named = None if config is None else config.get("_class_name")
+    class_name = MODEL_CLASSES[kind] if kind is not None else named if isinstance(named, str) else None
     quantization = _mapping(metadata, "quantization_config", file)
     if quantization is None:
-        return Original(MODEL_CLASSES[kind], config, None, None)
+        return Original(class_name, config, None, None)
     weight = _quantization(quantization, file)
     rank = quantization.get("rank")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise UserError(f"{file}: quantization_config has rank {rank!r}: expected a positive whole number; {MEND}")
-    return Original(MODEL_CLASSES[kind], config, weight, rank)
+    return Original(class_name, config, weight, rank)
 
 
-def describe(class_name: str, config: Mapping[str, Any], weight: str, rank: int) -> dict[str, str]:
-    """The metadata of an original file."""
+def describe(
+    class_name: str, config: Mapping[str, Any], weight: str, rank: int, defaults: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata of an original file.
+
+    Args:
+        class_name: The diffusers class.
+        config: Its config, as it is stored.
+        weight: "int4" or "nvfp4".
+        rank: Of the branches.
+        defaults: What the class takes for keys that the config does not have.
+    """
     name = next(name for name, diffusers_name in MODEL_CLASSES.items() if diffusers_name == class_name)
     dtype, group = next((dtype, group) for dtype, (known, group) in _WEIGHTS.items() if known == weight)
     quantization = {
@@ -78,8 +88,43 @@ def describe(class_name: str, config: Mapping[str, Any], weight: str, rank: int)
     return {
         "model_class": name,
         "config": json.dumps(dict(config), sort_keys=True),
+        "comfy_config": json.dumps(_comfy({**defaults, **config}), sort_keys=True),
         "quantization_config": json.dumps(quantization),
     }
+
+
+def _comfy(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Nunchaku's loader for ComfyUI asks for: ComfyUI's own class of model, and its sizes there.
+
+    ComfyUI counts channels before 2 x 2 latents are joined, and knows FLUX without a guidance embedding as Schnell,
+    which is sampled in another way.
+    """
+    heads = config["num_attention_heads"]
+    return {
+        "model_class": "Flux" if config["guidance_embeds"] else "FluxSchnell",
+        "model_config": {
+            "image_model": "flux",
+            "in_channels": config["in_channels"] // _JOINED,
+            "out_channels": (config["out_channels"] or config["in_channels"]) // _JOINED,
+            "patch_size": 2,
+            "vec_in_dim": config["pooled_projection_dim"],
+            "context_in_dim": config["joint_attention_dim"],
+            "hidden_size": heads * config["attention_head_dim"],
+            "mlp_ratio": 4.0,
+            "num_heads": heads,
+            "depth": config["num_layers"],
+            "depth_single_blocks": config["num_single_layers"],
+            "axes_dim": list(config["axes_dims_rope"]),
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": config["guidance_embeds"],
+            "disable_unet_model_creation": True,
+        },
+    }
+
+
+_JOINED = 4
+"""Latents that make one token."""
 
 
 def _metadata(file: Path) -> Mapping[str, str]:
@@ -115,6 +160,10 @@ def _quantization(quantization: Mapping[str, Any], file: Path) -> str:
     name, group = _WEIGHTS[str(dtype)]
     if weight.get("group_size", group) != group:
         raise UserError(f"{file} has {dtype} weights in groups of {weight['group_size']}: expected {group}")
+    activation = quantization.get("activation", {})
+    theirs = activation.get("dtype", dtype) if isinstance(activation, Mapping) else activation
+    if theirs != dtype:
+        raise UserError(f"{file} has {dtype} weights and activations of dtype {theirs!r}: expected {dtype!r}")
     return name
 
 

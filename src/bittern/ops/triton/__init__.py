@@ -12,7 +12,7 @@ import torch
 from bittern.ops.dispatch import NEWEST, Kernel
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_GROUPS = (0, 32, 64, 128, 256)
+_GROUPS = (0, 16, 32, 64, 128, 256)
 
 
 def _lazily(name: str) -> Callable[..., Any]:
@@ -28,7 +28,7 @@ def kernels() -> tuple[Kernel, ...]:
         "backend": "triton",
         "devices": ("cuda",),
         "dtypes": _DTYPES,
-        "weights": ("int4", "ternary"),
+        "weights": ("int4", "nvfp4", "ternary"),
         "groups": _GROUPS,
         # Asked once: a compiler cannot trace the search.
         "lacks": None if importlib.util.find_spec("triton") else "triton",
@@ -40,9 +40,10 @@ def kernels() -> tuple[Kernel, ...]:
         "rows": (1, None),
         "segments": 2,
     }
+    # On int8 tensor cores, since 4-bit ones cannot be reached. They take 32 codes at a time, which share their scales.
+    four: dict[str, Any] = {**few, "weights": ("int4", "ternary"), "groups": _GROUPS[:1] + _GROUPS[2:]}
     return (
-        # On int8 tensor cores: 4-bit ones cannot be reached.
-        Kernel("a4", capability=((8, 0), NEWEST), native=False, **few),
+        Kernel("a4", capability=((8, 0), NEWEST), native=False, **four),
         Kernel("a8-int8", capability=((8, 0), NEWEST), prologue=prologue, **few),
         Kernel("a8-fp8", capability=((8, 9), NEWEST), prologue=prologue, **few),
         Kernel("a16", plan=_lazily("plan"), capability=((8, 0), NEWEST), rows=(1, None), **common),

@@ -145,15 +145,21 @@ class SkinnyConfig:
 
     Attributes:
         block_n: Outputs.
-        block_b: Packed bytes of inputs, where rows have one scale; otherwise a group is a tile.
+        block_b: Packed bytes of inputs, where rows have one scale; otherwise a tile is a group.
         warps: Warps a program.
         stages: Tiles in flight.
+        groups: Of 16 inputs in a tile: a power of two.
     """
 
     block_n: int = 32
     block_b: int = 128
     warps: int = 4
     stages: int = 3
+    groups: int = 4
+
+
+PAIRED = 32
+"""Inputs in a group whose codes of even and of odd k fill a product's 16 each."""
 
 
 def padded_rank(rank: int) -> int:
@@ -197,9 +203,9 @@ def grouped_gemm_for(device: Device, m: int) -> GroupedGemmConfig:
     return tuned.first(GroupedGemmConfig, "grouped_gemm", device.capability, m=m)
 
 
-def skinny_for(device: Device, m: int, grouped: bool) -> SkinnyConfig:
-    """The configuration for M tokens and weights with or without groups."""
-    return tuned.first(SkinnyConfig, "skinny", device.capability, m=m, grouped=grouped)
+def skinny_for(device: Device, m: int, group: int | None) -> SkinnyConfig:
+    """The configuration for M tokens and weights in groups of so many inputs, or in whole rows."""
+    return tuned.first(SkinnyConfig, "skinny", device.capability, m=m, grouped=group is not None, group=group or 0)
 
 
 def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:

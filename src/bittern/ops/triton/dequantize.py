@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bittern import formats
 from bittern.formats import Segment
 from bittern.ops.triton.config import padded_rank
 from bittern.ops.triton.launch import cdiv, launch
@@ -49,11 +50,11 @@ def dequantize_segment(
         smooth: Divides the segment's inputs [K].
         down: First factor of the branch [R, K], rows of any stride.
         up: Second factor [N, R], rows of any stride.
-        weight: "int4" or "ternary".
+        weight: "int4", "nvfp4" or "ternary".
         segment: Where the segment lies in codes and scales.
         out: [N, K] in any float dtype, rows of any stride.
     """
-    (n, k), per_byte = out.shape, {"int4": 2, "ternary": 4}[weight]
+    (n, k), per_byte = out.shape, formats.get(weight).codes_per_byte
     grouped = segment.groups.stop - segment.groups.start > 1
     rank = 0 if up is None else up.shape[1]
     launch(
@@ -74,6 +75,7 @@ def dequantize_segment(
             rank,
         ),
         PER_BYTE=per_byte,
+        FLOATS=weight == "nvfp4",
         GROUP=segment.size if grouped else 0,
         SMOOTH=smooth is not None,
         RANK=padded_rank(rank),
@@ -104,6 +106,7 @@ def dequantize_kernel(
     stride_out,
     rank,
     PER_BYTE: tl.constexpr,
+    FLOATS: tl.constexpr,
     GROUP: tl.constexpr,
     SMOOTH: tl.constexpr,
     RANK: tl.constexpr,
@@ -119,7 +122,19 @@ def dequantize_kernel(
     codes_rows = codes + wide[:, None] * stride_codes + first_byte
     scale_rows = scales + wide[:, None] * stride_scales + first_group
     w = load_weights(
-        codes_rows, scale_rows, 1.0, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN=False
+        codes_rows,
+        scale_rows,
+        1.0,
+        start,
+        k,
+        packed_width,
+        inside,
+        PER_BYTE,
+        FLOATS,
+        GROUP,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN=False,
     )
     if GROUP == 0:
         w *= tl.load(scale_rows).to(tl.float32)

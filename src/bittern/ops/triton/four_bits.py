@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bittern import formats
 from bittern.formats import Segment
 from bittern.ops import reference
 from bittern.ops.triton.config import padded_rank
@@ -114,7 +115,7 @@ def correct_bias(
         shift: What is added to the inputs.
         launch: What launches.
     """
-    n, per_byte = codes.shape[0], {"int4": 2, "ternary": 4}[weight]
+    n, per_byte = codes.shape[0], formats.get(weight).codes_per_byte
     grouped = segment.groups.stop - segment.groups.start > 1
     k = segment.unpadded.stop - segment.unpadded.start
     launch(
@@ -247,7 +248,19 @@ def correction_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):
         w = load_weights(
-            codes_rows, scale_rows, 1.0, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN=False
+            codes_rows,
+            scale_rows,
+            1.0,
+            start,
+            k,
+            packed_width,
+            inside,
+            PER_BYTE,
+            False,
+            GROUP,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN=False,
         )
         if SMOOTH:
             columns = start + tl.arange(0, BLOCK_K)

@@ -318,7 +318,7 @@ class SixteenBits(LayerPlan):
                 call.up if i == last else None,
                 call.bias if i == last else None,
                 call.out if i == last else sums[i],
-                config.skinny_for(here, m, call.layout.group_size is not None),
+                config.skinny_for(here, m, call.layout.group_size),
                 launch=recorder.launch,
             )
 

@@ -10,10 +10,17 @@ group, in one fixed order: no atomics, no split of K between programs. A smoothe
 Layout: a program owns BLOCK_N rows of packed bytes and walks K. Weights are the left operand of the product,
 [BLOCK_N, k] · [k, BLOCK_M]; a byte's codes go to as many operands as it has codes, and x is split to match, so
 that nothing is interleaved. On NVIDIA a code becomes a bf16 in three steps for several at once: mask four bytes
-together, put the exponent of 128 above each by `prmt` (128 + code), subtract with one `fma` for two.
+together, put the exponent of 128 above each by `prmt` (128 + code), subtract with one `fma` for two. The bits of a
+4-bit float go to the lowest of the exponent and the highest of the significand, and an `fma` for two multiplies them
+to size, which is exact; that is 2.5 operations a weight instead of 1.4.
+
+A product takes 16 numbers or more, and groups of 16 have 8 of even k: there codes go back in order, and a tile spans
+several groups, whose products are one batch [groups, BLOCK_N, 16] · [groups, 16, BLOCK_M]. Each place in the batch
+has sums of its own until the end.
 
 Floor: bytes alone, N·K·b/8 and the scales: 18432 x 3072 int4 g64 30.1 MB or 10.0 us at 3 TB/s, ternary with row
 scales 14.2 MB or 4.7 us, bf16 113 MB or 37.7 us. About 1.4 operations a weight on the general ALUs, 2.8 us.
+nvfp4, whose scales of two levels come combined in float32, 42.5 MB or 14.2 us.
 """
 
 # A type checker knows neither launch options nor the language inside kernels.
@@ -27,10 +34,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bittern import formats
 from bittern.formats import Segment
-from bittern.ops.triton.config import SkinnyConfig, padded_rank
+from bittern.ops.triton.config import PAIRED, SkinnyConfig, padded_rank
 from bittern.ops.triton.launch import Launch, cdiv, launch
 from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
+from bittern.ops.triton.unpack import numbers
 
 
 def skinny_segment(
@@ -55,7 +64,7 @@ def skinny_segment(
         codes: Packed codes [N, bytes], rows of any stride.
         scales: Weight scales [N, groups], rows of any stride.
         smooth: Divides x [K].
-        weight: "int4" or "ternary".
+        weight: "int4", "nvfp4" or "ternary".
         segment: Where the segment lies in codes and scales.
         partial: What the segments before gave, float32 [M, N], contiguous.
         low: Down-projected inputs, float32 [M, R], contiguous; with the last segment only, as `up` and `bias`.
@@ -67,8 +76,10 @@ def skinny_segment(
     """
     (m, k), n = x.shape, codes.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
-    per_byte = {"int4": 2, "ternary": 4}[weight]
-    grouped = segment.groups.stop - segment.groups.start > 1
+    per_byte = formats.get(weight).codes_per_byte
+    count = segment.groups.stop - segment.groups.start
+    # Groups of a tile; 0 for rows that have one scale.
+    groups = 0 if count == 1 else config.groups if segment.size < PAIRED else 1
     block_m = min(64, 1 << (m - 1).bit_length())
     rank = 0 if up is None else up.shape[1]
     operand = torch.bfloat16 if smooth is not None else x.dtype
@@ -81,6 +92,7 @@ def skinny_segment(
             n,
             k,
             cdiv(k, per_byte),
+            count,
             segment.padded.start // per_byte,
             segment.groups.start,
             x.stride(0),
@@ -90,7 +102,8 @@ def skinny_segment(
             0 if up is None else up.stride(0),
         ),
         PER_BYTE=per_byte,
-        GROUPED=grouped,
+        FLOATS=weight == "nvfp4",
+        GROUPS=groups,
         SMOOTH=smooth is not None,
         OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
         PARTIAL=partial is not None,
@@ -98,7 +111,7 @@ def skinny_segment(
         BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
-        BLOCK_B=segment.size // per_byte if grouped else config.block_b,
+        BLOCK_B=groups * segment.size // per_byte if groups else config.block_b,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -121,6 +134,35 @@ _NIBBLES = """
     fma.rn.TYPE $1, $1, one, shift;
     fma.rn.TYPE $2, $2, one, shift;
     fma.rn.TYPE $3, $3, one, shift;
+}
+"""
+
+# A byte becomes the upper one of 16 bits: the sign of its upper nibble lies right, its other three bits PLACE too high.
+_FLOATS = """
+{
+    .reg .b32 a, b, c, d, e, one, zero;
+    mov.b32 one, ONE;
+    mov.b32 zero, 0x80008000;
+    prmt.b32 c, $4, 0, 0x1404;
+    prmt.b32 d, $4, 0, 0x3424;
+    shl.b32 a, c, 4;
+    shl.b32 b, d, 4;
+    and.b32 e, a, 0x70007000;
+    shr.u32 e, e, PLACE;
+    lop3.b32 $0, a, zero, e, 0xea;
+    fma.rn.TYPE $0, $0, one, zero;
+    and.b32 e, b, 0x70007000;
+    shr.u32 e, e, PLACE;
+    lop3.b32 $1, b, zero, e, 0xea;
+    fma.rn.TYPE $1, $1, one, zero;
+    and.b32 e, c, 0x70007000;
+    shr.u32 e, e, PLACE;
+    lop3.b32 $2, c, zero, e, 0xea;
+    fma.rn.TYPE $2, $2, one, zero;
+    and.b32 e, d, 0x70007000;
+    shr.u32 e, e, PLACE;
+    lop3.b32 $3, d, zero, e, 0xea;
+    fma.rn.TYPE $3, $3, one, zero;
 }
 """
 
@@ -157,32 +199,44 @@ _CRUMBS = """
 """
 
 
-def _assembly(template: str, magic: str, one: str, shift: str, type: str) -> tl.constexpr:
-    for name, value in (("MAGIC", magic), ("ONE", one), ("SHIFT", shift), ("TYPE", type)):
+def _assembly(template: str, **values: str) -> tl.constexpr:
+    for name, value in values.items():
         template = template.replace(name, value)
     return tl.constexpr(template)
 
 
 # 128 + code + 8 - 136 in bf16, 1024 + code + 8 - 1032 in float16; 128 + code + 1 - 129, 1024 + code + 1 - 1025.
-_BF16_NIBBLES = _assembly(_NIBBLES, "0x43434343", "0x3F803F80", "0xC308C308", "bf16x2")
-_FP16_NIBBLES = _assembly(_NIBBLES, "0x64646464", "0x3C003C00", "0xE408E408", "f16x2")
-_BF16_CRUMBS = _assembly(_CRUMBS, "0x43434343", "0x3F803F80", "0xC301C301", "bf16x2")
-_FP16_CRUMBS = _assembly(_CRUMBS, "0x64646464", "0x3C003C00", "0xE401E401", "f16x2")
+_BF16_NIBBLES = _assembly(_NIBBLES, MAGIC="0x43434343", ONE="0x3F803F80", SHIFT="0xC308C308", TYPE="bf16x2")
+_FP16_NIBBLES = _assembly(_NIBBLES, MAGIC="0x64646464", ONE="0x3C003C00", SHIFT="0xE408E408", TYPE="f16x2")
+_BF16_CRUMBS = _assembly(_CRUMBS, MAGIC="0x43434343", ONE="0x3F803F80", SHIFT="0xC301C301", TYPE="bf16x2")
+_FP16_CRUMBS = _assembly(_CRUMBS, MAGIC="0x64646464", ONE="0x3C003C00", SHIFT="0xE401E401", TYPE="f16x2")
+# Times 2^127 in bf16 and 2^15 in float16, by which the biases of the exponents differ, and a code counts halves.
+_BF16_FLOATS = _assembly(_FLOATS, ONE="0x7F007F00", PLACE="6", TYPE="bf16x2")
+_FP16_FLOATS = _assembly(_FLOATS, ONE="0x78007800", PLACE="3", TYPE="f16x2")
 
 
 @triton.jit
-def nibbles(packed, OPERAND: tl.constexpr):
+def nibbles(packed, OPERAND: tl.constexpr, FLOATS: tl.constexpr):
     """Bytes as two tensors of codes, of even and of odd k."""
     if INTERPRETED:
-        wide = packed.to(tl.int32)
-        return (((wide & 15) ^ 8) - 8).to(tl.float32), ((wide >> 4 ^ 8) - 8).to(tl.float32)
+        return numbers(packed, 2, FLOATS).reshape(packed.shape[0], packed.shape[1], 2).split()
     elif OPERAND == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            _BF16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            _BF16_FLOATS if FLOATS else _BF16_NIBBLES,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
         )
     else:
         return tl.inline_asm_elementwise(
-            _FP16_NIBBLES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            _FP16_FLOATS if FLOATS else _FP16_NIBBLES,
+            "=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
         )
 
 
@@ -218,6 +272,24 @@ def crumbs(packed, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _in_order(packed, OPERAND: tl.constexpr, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr):
+    """Bytes [n, b] as codes [n, b · PER_BYTE]."""
+    if PER_BYTE == 2:
+        w0, w1 = nibbles(packed, OPERAND, FLOATS)
+        fields = tl.join(w0, w1)
+    else:
+        w0, w1, w2, w3 = crumbs(packed, OPERAND)
+        fields = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return fields.reshape(packed.shape[0], packed.shape[1] * PER_BYTE)
+
+
+@triton.jit
+def _scales(scale_rows, groups, count):
+    """Scales [n, groups] of these groups, 0 for those that there are not."""
+    return tl.load(scale_rows[:, None] + groups[None, :], mask=(groups < count)[None, :], other=0.0)
+
+
+@triton.jit
 def skinny_kernel(
     x,
     codes,
@@ -232,6 +304,7 @@ def skinny_kernel(
     n,
     k,
     width,
+    count,
     first_byte,
     first_group,
     stride_x,
@@ -240,7 +313,8 @@ def skinny_kernel(
     rank,
     stride_up,
     PER_BYTE: tl.constexpr,
-    GROUPED: tl.constexpr,
+    FLOATS: tl.constexpr,
+    GROUPS: tl.constexpr,
     SMOOTH: tl.constexpr,
     OPERAND: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -261,11 +335,17 @@ def skinny_kernel(
     x_rows = x + tokens.to(tl.int64)[:, None] * stride_x
 
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if GROUPS > 1:
+        SIZE: tl.constexpr = WIDTH // GROUPS
+        batch = tl.zeros([GROUPS, BLOCK_N, BLOCK_M], tl.float32)
+        group = tl.arange(0, GROUPS)
     # A scale is asked for one step before it is needed.
-    following = tl.load(scale_rows)
+    following = _scales(scale_rows, tl.arange(0, GROUPS), count) if GROUPS > 1 else tl.load(scale_rows)
     for start in range(0, width, BLOCK_B):
         scale = following.to(tl.float32)
-        if GROUPED:
+        if GROUPS > 1:
+            following = _scales(scale_rows, start // BLOCK_B * GROUPS + GROUPS + group, count)
+        elif GROUPS == 1:
             following = tl.load(scale_rows + tl.minimum(start + BLOCK_B, width - 1) // BLOCK_B)
         places = start + tl.arange(0, BLOCK_B)
         packed = tl.load(codes_rows + places[None, :], mask=(places < width)[None, :], other=0)
@@ -274,26 +354,33 @@ def skinny_kernel(
         if SMOOTH:
             s = tl.load(smooth + columns, mask=columns < k, other=1.0)
             u = rounded(u.to(tl.float32) * reciprocal_of_smooth(s)[None, :], OPERAND)
-        term = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if GROUPED else total
-        if PER_BYTE == 2:
-            even, odd = u.reshape(BLOCK_M, BLOCK_B, 2).split()
-            w0, w1 = nibbles(packed, OPERAND)
-            term = product(w0, even.T, term)
-            term = product(w1, odd.T, term)
+        if GROUPS > 1:
+            w = _in_order(packed, OPERAND, PER_BYTE, FLOATS).reshape(BLOCK_N, GROUPS, SIZE).permute(1, 0, 2)
+            v = u.reshape(BLOCK_M, GROUPS, SIZE).permute(1, 2, 0)
+            batch += product(w, v, tl.zeros([GROUPS, BLOCK_N, BLOCK_M], tl.float32)) * scale.T[:, :, None]
         else:
-            even, odd = u.reshape(BLOCK_M, BLOCK_B, 2, 2).split()
-            x0, x2 = even.split()
-            x1, x3 = odd.split()
-            w0, w1, w2, w3 = crumbs(packed, OPERAND)
-            term = product(w0, x0.T, term)
-            term = product(w1, x1.T, term)
-            term = product(w2, x2.T, term)
-            term = product(w3, x3.T, term)
-        if GROUPED:
-            total += term * scale[:, None]
-        else:
-            total = term
-    if not GROUPED:
+            term = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if GROUPS else total
+            if PER_BYTE == 2:
+                even, odd = u.reshape(BLOCK_M, BLOCK_B, 2).split()
+                w0, w1 = nibbles(packed, OPERAND, FLOATS)
+                term = product(w0, even.T, term)
+                term = product(w1, odd.T, term)
+            else:
+                even, odd = u.reshape(BLOCK_M, BLOCK_B, 2, 2).split()
+                x0, x2 = even.split()
+                x1, x3 = odd.split()
+                w0, w1, w2, w3 = crumbs(packed, OPERAND)
+                term = product(w0, x0.T, term)
+                term = product(w1, x1.T, term)
+                term = product(w2, x2.T, term)
+                term = product(w3, x3.T, term)
+            if GROUPS:
+                total += term * scale[:, None]
+            else:
+                total = term
+    if GROUPS > 1:
+        total = tl.sum(batch, axis=0)
+    elif GROUPS == 0:
         total *= following.to(tl.float32)[:, None]
 
     at = tokens.to(tl.int64)[None, :] * n + rows[:, None]

@@ -2,12 +2,13 @@
 
 The maths, for one row and K-segment (the reference's folding):
 
-    c = max(amax |scales| · largest, tiny) · (1 / limit)          largest: |code|, 8 of int4 and 1 of ternary
+    c = max(amax |scales| · largest, tiny) · (1 / limit)          largest: |code|, 8, 12 or 1
     q_k = round(codes_k · (scales_group · (1 / c)))               for one group a row: q = codes, c = scales
 
-Layout: packed bytes [N, bytes], two codes a byte (int4, two's complement nibbles, even k low) or four
-(ternary, code + 1, k ascending from the low bits); scales [N, groups]. The result has rows of codes [N, width]:
-each segment starts at a multiple of 128 and is filled with 0, as its activations are, and c is [segments, N].
+Layout: packed bytes [N, bytes], two codes a byte (int4, two's complement nibbles, and nvfp4, floats of 4 bits that
+count halves; even k low) or four (ternary, code + 1, k ascending from the low bits); scales [N, groups]. The result
+has rows of codes [N, width]: each segment starts at a multiple of 128 and is filled with 0, as its activations are,
+and c is [segments, N].
 A program owns BLOCK_N rows: it reads their scales, which say c, and walks their codes once. So c costs a second
 look at the scales, and nothing has to be kept for it beside the layer's tensors. What the codes of a segment are
 not (padding) is taken for 0.
@@ -59,7 +60,7 @@ def unpack_segment(
     Args:
         codes: Packed codes [N, bytes], rows of any stride.
         scales: Weight scales [N, groups], rows of any stride.
-        weight: "int4" or "ternary".
+        weight: "int4", "nvfp4" or "ternary".
         segment: Where the segment lies in both.
         out: int8 or e4m3 [N, width]; what lies beyond the segment's inputs becomes 0.
         column_scales: float32 [N]; without folding, of the first group only.
@@ -91,6 +92,7 @@ def unpack_segment(
             out.stride(0),
         ),
         PER_BYTE=per_byte,
+        FLOATS=weight == "nvfp4",
         GROUP=segment.size if grouped else 0,
         FP8=out.dtype == torch.float8_e4m3fn,
         EVEN=k % block_k == 0 and out.shape[1] == k,
@@ -106,14 +108,17 @@ def unpack_segment(
 
 
 @triton.jit
-def numbers(packed, PER_BYTE: tl.constexpr):
+def numbers(packed, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr):
     """Bytes [n, b] as codes [n, b · PER_BYTE] in float32.
 
     A code, made positive, goes straight into the significand of 2^23, which is then subtracted: two operations
-    instead of a sign extension and a conversion.
+    instead of a sign extension and a conversion. The bits of a 4-bit float go to the lowest of the exponent and the
+    highest of the significand, where they stand for the code times 2^-127, subnormal numbers included.
     """
     wide = packed.to(tl.int32)
-    if PER_BYTE == 2:
+    if FLOATS:
+        fields = tl.join((wide & 7) << 22 | (wide & 8) << 28, (wide & 0x70) << 18 | (wide & 0x80) << 24)
+    elif PER_BYTE == 2:
         fields = tl.join((wide & 15) ^ 0x4B000008, (wide >> 4) ^ 0x4B000008)
         offset = 8388616.0
     else:
@@ -121,12 +126,14 @@ def numbers(packed, PER_BYTE: tl.constexpr):
         odd = tl.join((wide >> 2) & 3 | 0x4B000000, wide >> 6 | 0x4B000000)
         fields = tl.join(even, odd)
         offset = 8388609.0
-    return fields.reshape(packed.shape[0], packed.shape[1] * PER_BYTE).to(tl.float32, bitcast=True) - offset
+    values = fields.reshape(packed.shape[0], packed.shape[1] * PER_BYTE).to(tl.float32, bitcast=True)
+    return values * 1.7014118346046923e38 if FLOATS else values - offset
 
 
 @triton.jit
 def load_weights(
-    codes_rows, scale_rows, factor, start, k, width, inside, PER_BYTE: tl.constexpr, GROUP: tl.constexpr,
+    codes_rows, scale_rows, factor, start, k, width, inside, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Codes of inputs `start` and on [BLOCK_N, BLOCK_K], times group scales times `factor`; 0 beyond k.
@@ -136,7 +143,7 @@ def load_weights(
     places = start // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
     mask = inside if EVEN else inside & (places < width)[None, :]
     packed = tl.load(codes_rows + places[None, :], mask=mask, other=0)
-    values = numbers(packed, PER_BYTE)
+    values = numbers(packed, PER_BYTE, FLOATS)
     if GROUP > 0:
         groups = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
         mask = inside if EVEN else inside & (groups * GROUP < k)[None, :]
@@ -167,6 +174,7 @@ def unpack_kernel(
     stride_scales,
     stride_out,
     PER_BYTE: tl.constexpr,
+    FLOATS: tl.constexpr,
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
     EVEN: tl.constexpr,
@@ -207,7 +215,19 @@ def unpack_kernel(
 
     for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         values = load_weights(
-            codes_rows, scale_rows, inverse, start, k, packed_width, inside, PER_BYTE, GROUP, BLOCK_N, BLOCK_K, EVEN
+            codes_rows,
+            scale_rows,
+            inverse,
+            start,
+            k,
+            packed_width,
+            inside,
+            PER_BYTE,
+            FLOATS,
+            GROUP,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN,
         )
         columns = start + tl.arange(0, BLOCK_K)
         mask = inside if EVEN else inside & (columns < width)[None, :]
