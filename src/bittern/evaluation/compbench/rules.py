@@ -1,8 +1,8 @@
 """T2I-CompBench's rules [Huang et al. 2023, arXiv:2307.06350]: from what was found to a score. No model is needed here.
 
 The numbers are those of the published scorer (github.com/Karine-Huang/T2I-CompBench, MIT: 2D_spatial_eval.py,
-numeracy_eval.py, BLIP_vqa.py, CLIP_similarity.py, 3_in_1.py), the rule of depth that of the extended paper. What is
-easily done otherwise:
+numeracy_eval.py, BLIP_vqa.py, CLIP_similarity.py, 3_in_1.py); for depth those of its 3D_spatial_eval.py, which has
+a licence of its own and of which nothing but the rule's numbers is here. What is easily done otherwise:
 
 - Two objects are worth a quarter of each certainty and half of how well they are placed. One of them alone is worth a
   quarter of its certainty. In two dimensions, and in complex prompts, whatever is below a half becomes 0.
