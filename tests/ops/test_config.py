@@ -40,6 +40,16 @@ def test_the_last_wave_of_flux_is_split() -> None:
     assert whole is not None and len(whole) == 1
 
 
+def test_a_branch_with_a_lora_in_it_keeps_the_kernel_with_warps_that_load() -> None:
+    for rank in (48, 64):
+        for segments in (1, 2):
+            parts = config.specialized_parts(HOPPER, 4608, 3072, segments, rank, 132)
+            assert parts is not None and all(
+                each.problem(HOPPER.shared_memory, rank, segments) is None for *_, each in parts
+            )
+    assert config.specialized_parts(HOPPER, 4608, 3072, 3, 32, 132) is None
+
+
 @pytest.mark.parametrize(("capability", "m"), [((8, 9), 4608), ((9, 0), 512), ((10, 0), 4608)])
 def test_other_devices_and_few_tokens_have_the_other_kernel(capability: tuple[int, int], m: int) -> None:
     assert config.specialized_parts(config.Device(capability, 232448), m, 3072, 1, 32, 132) is None
