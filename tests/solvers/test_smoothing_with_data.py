@@ -61,16 +61,16 @@ def test_the_least_error_wins_and_the_first_of_equals() -> None:
 
 @pytest.mark.parametrize("scheme", [SCHEME, SHIFTED, replace(SCHEME, activations=8), replace(SCHEME, activations=16)])
 def test_rounded_inputs_are_what_the_layer_multiplies(scheme: Scheme) -> None:
-    """An identity weight shows them: exact codes 1 under scales of 1, no branch."""
+    """An identity weight shows them: codes -8 under scales of -1/8, which fold exactly; no branch."""
     segments, k = (64, 72), 136
     layout = scheme.layout(segments)
     x = rows(k, 30)
     x[:, 64:] = torch.nn.functional.gelu(x[:, 64:])
     smooth = torch.linspace(0.5, 2, k)
-    codes = layout.pad(torch.eye(k, dtype=torch.int8))
+    codes = layout.pad(-8 * torch.eye(k, dtype=torch.int8))
     path = {4: "a4", 8: "a8-int8", 16: "a16"}[scheme.activations]
     y = few_bit_linear(
-        list(x.split(segments, dim=-1)), scheme.format.pack(codes), torch.ones(k, layout.num_groups), smooth,
+        list(x.split(segments, dim=-1)), scheme.format.pack(codes), torch.full((k, layout.num_groups), -0.125), smooth,
         None, None, None, "int4", 64, path, scheme.shift,
     )  # fmt: skip
     torch.testing.assert_close(rounded(x, smooth, layout, scheme), y, rtol=1e-4, atol=1e-4)
