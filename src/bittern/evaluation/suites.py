@@ -230,7 +230,7 @@ def evaluate(
     """
     settings = settings or Settings()
     if suite not in SUITES:
-        raise UserError(f"unknown suite '{suite}': {did_you_mean(suite, (*SUITES, 'geneval', 'cost'))}")
+        raise UserError(f"unknown suite '{suite}': {did_you_mean(suite, (*SUITES, 'geneval', 'compbench', 'cost'))}")
     if suite == "fidelity" and reference is None:
         raise UserError("suite fidelity compares with another model: expected a reference; add --reference MODEL")
     if suite == "scenes" and prompts is not None:
