@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bittern
-from bittern import layers, quantization
+from bittern import layers, quantization, recipes
 from bittern.errors import UserError
 from bittern.evaluation.cost import benchmark as cost
 from bittern.evaluation.cost import random_weights
@@ -19,6 +19,7 @@ from bittern.evaluation.cost.benchmark import How, benchmark, ratios, weight_byt
 from bittern.evaluation.cost.inputs import inputs
 from bittern.evaluation.cost.models import PUBLISHED, subject
 from bittern.evaluation.cost.timing import Ratio, timed
+from bittern.formats import int4, nvfp4, ternary
 from families import FAMILIES
 
 QUICK = How(steps=1, runs=2)
@@ -70,6 +71,23 @@ def test_random_codes_have_the_sizes_that_quantizing_would_give(recipe: str) -> 
     for layer in found.values():
         layer.scheme.format.check(layer.parts().codes, layer.scheme.layout(layer.segments).padded_k)
         assert len(set(layer.parts().codes.unique().tolist())) > 10
+
+
+@pytest.mark.parametrize("weight", ["int4", "nvfp4", "ternary"])
+def test_random_codes_are_those_of_rounded_gaussian_weights(weight: str) -> None:
+    what, recipe = subject("flux.1-dev", mini=True), recipes.load("int4" if weight == "int4" else "ternary-fast")
+    if weight == "nvfp4":
+        recipe = recipes.load("int4").override(default={"weight": "nvfp4", "group_size": 16, "scale_dtype": "e4m3"})
+    layer = next(iter(layers.quant_layers(random_weights.few_bit(what, recipe, "cpu", torch.bfloat16)).values()))
+    layout, scheme = layer.scheme.layout(layer.segments), layer.scheme
+    drawn = scheme.format.unpack(layer.parts().codes, layout.padded_k).float()
+    blocks = torch.randn(4096, 1, scheme.group_size or 4096, dtype=torch.float64)
+    lengths = torch.tensor([float(blocks.shape[-1])])
+    solve = {"int4": int4.absmax, "nvfp4": nvfp4.absmax, "ternary": ternary.least_squares}[scheme.weight]
+    solved = solve(blocks, lengths, torch.bfloat16)[0].float()
+    for share in (0.2, 0.4, 0.6, 0.8, 0.95):
+        assert abs(drawn.abs().flatten()[:8192].quantile(share) - solved.abs().flatten()[:8192].quantile(share)) <= 1
+    assert drawn.std().item() == pytest.approx(solved.std().item(), rel=0.08)
 
 
 def test_one_seed_makes_one_model() -> None:

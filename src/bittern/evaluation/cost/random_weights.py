@@ -1,22 +1,34 @@
 """Models at full size without a checkpoint: random weights, and random codes where a recipe puts few-bit layers.
 
-They tell speed and memory, and nothing of quality. No solver runs: building FLUX.1 takes seconds.
+They tell speed and memory, and nothing of quality. No solver runs: building FLUX.1 takes seconds. But codes are as
+often what they are as if Gaussian weights had been rounded: a GPU that is short of power multiplies small numbers
+faster than large ones.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from bittern import recipes
+from bittern import formats, recipes
 from bittern.architectures import plan
 from bittern.evaluation.cost.models import Subject
+from bittern.formats import int4, nvfp4, ternary
 from bittern.layers import swap
 from bittern.quantization import checkpoint_config, empty_layers, fill_meta, model_on_meta
 
 _BIASES = ("bias", "scale_shift_table")
+_GRIDS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "int4": (int4.on_grid, 7 / 2.4),
+    "nvfp4": (nvfp4.on_grid, 12 / 2.0),
+    "ternary": (ternary.on_grid, 0.82),
+}
+"""How each format rounds, and the deviation of Gaussian weights in codes. The largest of 64 lies at 2.4 deviations, of 16
+at 2.0, and becomes the largest code; scales of least squared error make 0 of ternary weights below .61 deviations."""
+_LEVELS = 2**16
 
 
 def skeleton(subject: Subject, dtype: torch.dtype) -> nn.Module:
@@ -79,17 +91,27 @@ def _source(device: torch.device | str) -> Draw:
         if like.is_floating_point():
             value = torch.empty(like.shape, dtype=like.dtype, device=device)
             return value.normal_(0, deviation, generator=generator)
-        return torch.randint(0, 256, like.shape, dtype=like.dtype, device=device, generator=generator)
+        return torch.randint(0, _LEVELS, like.shape, dtype=torch.int32, device=device, generator=generator)
 
     return draw
+
+
+@functools.cache
+def _bytes(weight: str, device: torch.device | str) -> Tensor:
+    """Packed codes of Gaussian weights, each as often as it comes up, [_LEVELS]."""
+    fmt = formats.get(weight)
+    count = round(_LEVELS ** (1 / fmt.codes_per_byte))
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    on_grid, deviation = _GRIDS[weight]
+    codes = on_grid(torch.special.ndtri(places) * deviation).to(torch.int8)
+    return fmt.pack(torch.cartesian_prod(*[codes] * fmt.codes_per_byte)).flatten().to(device)
 
 
 def _few_bit_tensor(leaf: str, like: Tensor, weight: str, draw: Draw) -> Tensor:
     """Random numbers that a solver might have given."""
     if leaf == "codes":
-        codes = draw(like, 0)
-        # Two bits 11 are no ternary code.
-        return codes & ~((codes & (codes >> 1) & 0x55) * 2) if weight == "ternary" else codes
+        chosen = draw(like, 0)
+        return _bytes(weight, chosen.device)[chosen]
     if leaf in ("scales", "row_scales"):
         if like.dtype == torch.float8_e4m3fn:
             return draw(like.float(), 10).abs_().add_(20).to(like.dtype)
