@@ -272,7 +272,8 @@ def test_the_command(
     assert main.run([*words, "--force"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == 16 and told["results"] == str(tmp_path / "cb" / "results.jsonl")
-    assert main.run([*words[:-1], "--reference", str(tmp_path / "cb")]) == 0
+    again = command(tmp_path / "again", tiny_random_folder, prompt_files, models)
+    assert main.run([*again[:-1], "--reference", str(tmp_path / "cb")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "3d_spatial" in shown and "16 pictures of 16 prompts" in shown
     assert "spatial, 3d_spatial, numeracy, complex rest on another detector than published scores" in shown

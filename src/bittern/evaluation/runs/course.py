@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,11 +62,16 @@ class Run:
     shard: Shard = field(default_factory=Shard)
     progress: Progress | None = None
 
-    def check(self, default_per_prompt: int) -> None:
+    def check(self, default_per_prompt: int, inputs: Mapping[str, str | Path | None]) -> None:
         """Refuses what no suite can do.
 
+        Args:
+            default_per_prompt: how many pictures a prompt has unless told otherwise.
+            inputs: by option, what the suite reads besides: a file, a folder or a hub id.
+
         Raises:
-            UserError: for numbers that are out of range, or neither a model nor pictures.
+            UserError: for numbers that are out of range, neither a model nor pictures, or an `out` in which, or around
+                which, lies what the run reads.
         """
         if self.images_per_prompt is not None and not 1 <= self.images_per_prompt <= 10_000:
             raise UserError(
@@ -77,6 +82,23 @@ class Run:
             raise UserError(f"limit is {self.limit}: expected at least 1; leave it out for every prompt")
         if self.model is None and self.images is None:
             raise UserError(f"suite {self.suite} needs a model that draws, or --images DIR with pictures; name a MODEL")
+        drawn_by = self.model if self.images is None and isinstance(self.model, str) else None
+        read = {"the model": drawn_by, "--images": self.images, "--reference": self.reference, **inputs}
+        for option, given in read.items():
+            self._check_apart(option, given)
+
+    def _check_apart(self, option: str, given: str | Path | None) -> None:
+        """Refuses an input and a folder of results that lie in one another: --force would delete the input."""
+        place = None if given is None else Path(given).expanduser().resolve()
+        if place is None or not place.exists():  # a hub id, or refused where it is read
+            return
+        out = self.out.resolve()
+        if place.is_relative_to(out) or out.is_relative_to(place):
+            how = "the same folder as" if place == out else "inside" if place.is_relative_to(out) else "around"
+            raise UserError(
+                f"{option} {given} is {how} --out {self.out}: what a run reads and what it writes must lie apart; "
+                "choose another --out"
+            )
 
     def check_drawing(self, pictures: Sequence[Picture[Any]]) -> None:
         """Refuses a drawing that would fail, before time is spent.
