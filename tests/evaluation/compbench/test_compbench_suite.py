@@ -87,6 +87,8 @@ def test_layout_and_results_are_the_official_ones(finished: tuple[Path, dict[str
     assert (told["suite"], told["images"], told["prompts"], told["size"]) == ("compbench", 32, 16, "32x32")
     assert told["not_comparable"] == ["spatial", "3d_spatial", "numeracy", "complex"]
     assert told["detector_threshold"] == 0.2 and told["complex_kinds"] is False and told["parser"] == "by hand 1"
+    assert told["judge"] == json.loads((out / "judge.json").read_text())
+    assert set(told["judge"]) == {"rules", "blip", "clip", "detector", "depth", "parser"}
     # Two prompts of a category: the error is half their difference.
     color = [row["score"] for row in rows.values() if row["category"] == "color"]
     assert told["tasks_stderr"]["color"] == pytest.approx(abs(sum(color[:2]) - sum(color[2:])) / 4)

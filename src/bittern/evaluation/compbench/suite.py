@@ -139,6 +139,7 @@ def evaluate(
     ours, theirs = found.score.outcomes, base.score.outcomes if base else {}
     return CompBench(
         run=run,
+        judge=judge.about,
         judged=found,
         reference=base,
         difference=paired_difference(ours, theirs, shares=False) if base else None,

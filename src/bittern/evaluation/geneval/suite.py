@@ -126,6 +126,7 @@ def evaluate(
     )
     return GenEval(
         run=run,
+        judge=judge.about,
         judged=found,
         reference=base,
         difference=paired_difference(found.score.outcomes, base.score.outcomes) if base else None,

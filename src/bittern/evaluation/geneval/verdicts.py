@@ -43,10 +43,19 @@ class GenEvalJudge(Judge):
         self._detector: detector.Detector | None = None
         self._namer: colors.ColorNamer | None = None
         self._device = shard.device(device)
-        parts = [hosted.identity(each) for each in (self._detector_folder, self._clip_folder) if each]
-        self._identity = hash_of([str(_RULES), *parts])
+        self._models = {
+            name: hosted.identity(each)
+            for name, each in (("detector", self._detector_folder), ("clip", self._clip_folder))
+            if each
+        }
+        self._identity = hash_of([str(_RULES), *self._models.values()])
         known = detector.known_labels(self._detector_folder).values()
         self.unknown = [name for name in OBJECTS if name not in known]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The rules, the detector and, where a prompt names a colour, the colour namer."""
+        return {"rules": _RULES, **self._models}
 
     def identity(self, request: Request) -> str:
         """One hash for all prompts: of the rules, the detector and the colour namer."""

@@ -300,12 +300,14 @@ class Found:
 
     Attributes:
         run: what was asked for.
+        judge: the rules' version and hashes of the models that judged.
         judged: the model's pictures.
         reference: another model's or an earlier run's, of the same prompts.
         difference: the model's score minus the reference's, paired by prompts.
     """
 
     run: Run
+    judge: dict[str, Any]
     judged: Judged
     reference: Judged | None
     difference: Difference | None
@@ -332,5 +334,6 @@ class Found:
             "attention": made.get("attention"),
             "device": made.get("device"),
             "results": str(self.run.out / folder.RESULTS),
+            "judge": self.judge,
             "versions": versions(),
         }

@@ -27,6 +27,7 @@ from bittern.evaluation.generate import save_png
 from bittern.outputs import disk_problem, existing_parent, write_text
 
 RESULTS = "results.jsonl"
+_JUDGE = "judge.json"
 _RUN = "run.json"
 _DRAWN = ".drawn"
 
@@ -205,11 +206,36 @@ def _deal_out(out: Path, ready: Path) -> None:
 
 def read_run(out: Path) -> dict[str, Any] | None:
     """What the run in a folder is about; None where there is none."""
+    run = _read_object(out / _RUN)
+    return run if run is not None and "suite" in run else None
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
     try:
-        run = json.loads((out / _RUN).read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return run if isinstance(run, dict) and "suite" in run else None
+    return value if isinstance(value, dict) else None
+
+
+def tell_judge(out: Path, judge: Mapping[str, Any] | None) -> None:
+    """Say in a run's folder who reached the results there; None while they are being written.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    if judge is not None:
+        write_text(json.dumps(judge, indent=2) + "\n", out / _JUDGE, "evaluation")
+        return
+    try:
+        (out / _JUDGE).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {disk_problem(error) or error}") from error
+
+
+def read_judge(out: Path) -> dict[str, Any] | None:
+    """Who reached the results in a run's folder; None where it does not say."""
+    return _read_object(out / _JUDGE)
 
 
 class Notes:
