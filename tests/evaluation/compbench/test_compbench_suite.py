@@ -221,9 +221,13 @@ def test_kinds_of_complex_prompts_are_scored_as_such(
 
 
 def test_a_finished_run_is_paired_prompt_by_prompt(
-    run: Callable[..., Any], finished: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    told = run(settings=Settings(seed=50, steps=1, batch_size=5), reference=str(finished[0])).to_dict()
+    run: Callable[..., Any], finished: tuple[Path, dict[str, Any]], new_tiny_random_pipeline: Callable[[], Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    few = new_tiny_random_pipeline()
+    bittern.quantize(few, "ternary-fast")
+    few.save_pretrained(tmp_path / "few")
+    told = run(model=str(tmp_path / "few"), reference=str(finished[0])).to_dict()
     assert not (tmp_path / "out" / "reference").exists()
     gaps: dict[str, list[float]] = {}
     for one, other in zip(results(tmp_path / "out"), results(finished[0]), strict=True):

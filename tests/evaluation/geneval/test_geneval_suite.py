@@ -259,6 +259,40 @@ def test_references_that_do_not_fit(run: Callable[..., Any], tmp_path: Path) -> 
         run(reference=str(base))
 
 
+def test_a_finished_run_of_other_noise_or_another_judge_is_no_reference(
+    run: Callable[..., Any], detector_folder: Path, tmp_path: Path
+) -> None:
+    run("base")
+    base = tmp_path / "base"
+    shutil.copytree(detector_folder, tmp_path / "other")
+    (tmp_path / "other" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 96, "longest_edge": 96}}')
+
+    def refused(**options: Any) -> str:
+        with pytest.raises(UserError) as told:
+            run("now", reference=str(base), **options)
+        assert not (tmp_path / "now").exists()
+        return str(told.value)
+
+    seed, steps = Settings(seed=99, steps=1, batch_size=5), Settings(seed=3, steps=2, batch_size=5)
+    assert "base has another seed than this run (3 and not 99)" in refused(settings=seed)
+    assert "base has another number of steps than this run (1 and not 2)" in refused(settings=steps)
+    assert "another number of pictures a prompt than this run (2 and not 1)" in refused(images_per_prompt=1)
+    assert "another set of prompts than this run" in refused(limit=6)
+    assert "was judged by another detector than this run" in refused(detector_model=str(tmp_path / "other"))
+    given = {"model": None, "metadata": None, "images": base, "images_per_prompt": None}
+    assert "was judged by another detector" in refused(**given, detector_model=str(tmp_path / "other"))
+    judge = json.loads((base / "judge.json").read_text())
+    (base / "judge.json").write_text(json.dumps(judge | {"rules": 0}))
+    assert "was judged by other rules than this run" in refused()
+    (base / "judge.json").unlink()
+    assert "does not say who judged" in refused()
+    # Results of the official scorer say nothing of seeds; pictures that are given have none either.
+    (base / "run.json").unlink()
+    assert run("now", reference=str(base), settings=seed).difference is not None
+    run("base2")
+    assert run("pictures", reference=str(tmp_path / "base2"), **given).difference is not None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -14,6 +14,7 @@ from bittern.errors import UserError
 from bittern.evaluation.drawing import Settings, artist, check_models, device_name, dtype_name, versions
 from bittern.evaluation.generate import check_request
 from bittern.evaluation.runs import folder
+from bittern.evaluation.runs.alike import check_alike, judge_of
 from bittern.evaluation.runs.folder import Picture, Request
 from bittern.evaluation.runs.judging import Judge, Judged, Outcome, finished_picture, size_of
 from bittern.evaluation.shards import Shard
@@ -172,6 +173,8 @@ def carry_out(
         about |= {"model": model_identity(run.model), **drawing}
     else:
         about |= {"images": str(run.images.resolve())}
+    if finished is not None:
+        _check_finished(run, about, judge)
     others: list[Picture[Any]] = []
     with ExitStack() as held:
         _prepared(out, about, lay_out if run.images is None else None, shard, held, force=run.force)
@@ -194,6 +197,15 @@ def carry_out(
     if base is not None and base.size is not None and found.size is not None:
         _check_size(str(found.model or "the model"), found.size, str(base.model), base.size)
     return found, base
+
+
+def _check_finished(run: Run, about: dict[str, Any], judge: Judge) -> None:
+    """Refuses a finished run that no paired difference may be taken to; the official scorer's results say nothing."""
+    assert run.reference is not None
+    place, option = Path(run.reference).expanduser(), "--reference"
+    before = folder.read_run(place)
+    if before is not None:
+        check_alike(f"{option} {place}", before, judge_of(place, option), "this run", about, judge.about)
 
 
 def _prepared(
