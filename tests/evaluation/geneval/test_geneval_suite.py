@@ -238,6 +238,40 @@ def test_folders_that_are_not_whole(run: Callable[..., Any], tmp_path: Path, twe
     assert "needs the metadata of its prompt" in refused()
 
 
+def test_folders_without_pictures_and_numbers_that_stand_twice(
+    run: Callable[..., Any], tmp_path: Path, twelve: Path
+) -> None:
+    given = tmp_path / "given"
+    for index, line in enumerate(twelve.read_text().splitlines()):
+        (given / f"{index:05d}" / "samples").mkdir(parents=True)
+        (given / f"{index:05d}" / "metadata.jsonl").write_text(line)
+        if index:
+            Image.new("RGB", (32, 32)).save(given / f"{index:05d}" / "samples" / "0000.png")
+
+    def refused(**options: Any) -> str:
+        with pytest.raises(UserError) as told:
+            run("scores", **({"model": None, "metadata": None, "images": given, "images_per_prompt": None} | options))
+        assert not (tmp_path / "scores").exists()
+        return str(told.value)
+
+    assert "00000/samples holds no picture: expected 0000.png" in refused()
+    alone = tmp_path / "alone"
+    shutil.copytree(given / "00000", alone / "00000")
+    assert "alone/00000/samples holds no picture" in refused(images=alone)
+    picture = given / "00000" / "samples" / "0000.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    (given / "²").mkdir()
+    shutil.copy(picture, picture.with_name("0.png"))
+    assert "00000/samples holds 0.png and 0000.png, one number twice" in refused()
+    picture.with_name("0.png").unlink()
+    shutil.copytree(given / "00003", given / "3")
+    assert "given holds 00003 and 3, one number twice" in refused()
+    assert "one number twice" in refused(metadata=twelve)
+    shutil.rmtree(given / "3")
+    # A folder whose name is a digit and no number is none of ours.
+    assert run("scores", model=None, metadata=None, images=given, images_per_prompt=None).to_dict()["prompts"] == 12
+
+
 def test_references_that_do_not_fit(run: Callable[..., Any], tmp_path: Path) -> None:
     run()
     with pytest.raises(UserError, match="would draw other noise"):
