@@ -350,6 +350,16 @@ def test_wrong_requests_fail_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_models_of_another_kind_fail_before_anything_is_drawn(
+    run: Callable[..., Any], detector_folder: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"--clip .* is a 'mask2former': expected a clip such as openai/clip-vit-large"):
+        run(clip_model=str(detector_folder))
+    with pytest.raises(UserError, match=r"--detector .* is a 'clip': expected a mask2former such as"):
+        run(detector_model=str(clip_folder))
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_part_the_work() -> None:
     items = list(range(11))
     parts = [Shard(rank, 4).share(items) for rank in range(4)]
@@ -378,8 +388,9 @@ def test_the_command(
 
 
 def test_fidelity_takes_the_same_clip(
-    tiny_random_folder: Path, clip_folder: Path, tmp_path: Path, capsys: Capture
-) -> None:
+    tiny_random_folder: Path, clip_folder: Path, detector_folder: Path, tmp_path: Path, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     (tmp_path / "p.txt").write_text("a\nb\n")
     words = ["evaluate", str(tiny_random_folder), "--suite", "fidelity", "--reference", str(tiny_random_folder)]
     words += ["--prompts", str(tmp_path / "p.txt"), "--steps", "1", "--clip", str(clip_folder)]
@@ -390,6 +401,10 @@ def test_fidelity_takes_the_same_clip(
     assert "CLIP score not measured: add --clip" in capsys.readouterr().out
     assert main.run(["evaluate", "tiny-flux", "--clip", str(clip_folder)]) == 2
     assert "leave out --clip" in capsys.readouterr().err
+    # Another kind of model is refused before anything is drawn.
+    monkeypatch.setattr(Artist, "draw", None)
+    assert main.run([*words[:-2], "--clip", str(detector_folder)]) == 2
+    assert "is a 'mask2former': expected a clip" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_serves_one_run_at_a_time(run: Callable[..., Any], tmp_path: Path) -> None:

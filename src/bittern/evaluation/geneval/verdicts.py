@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bittern.evaluation import hosted
-from bittern.evaluation.clip import OPTION, Clip
+from bittern.evaluation import clip, hosted
 from bittern.evaluation.geneval import colors, detector, rules
 from bittern.evaluation.geneval.metadata import OBJECTS, Request
 from bittern.evaluation.runs.folder import RESULTS, Picture, hash_of
@@ -25,7 +24,11 @@ _RULES = 1  # counts changes of what a verdict means; older verdicts are reached
 
 
 class GenEvalJudge(Judge):
-    """Finds out which pictures are right by GenEval's rules."""
+    """Finds out which pictures are right by GenEval's rules.
+
+    Raises:
+        UserError: for a detector or CLIP that is not here, or a model of another kind.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class GenEvalJudge(Judge):
         super().__init__(shard, progress, tuple(TASKS))
         self.needs_colors = any(clause.color for request in requests for clause in request.include)
         self._detector_folder = hosted.locate(detector_model, "--detector")
-        self._clip_folder = hosted.locate(clip_model, OPTION) if self.needs_colors else None
+        self._clip_folder = clip.locate(clip_model) if self.needs_colors else None
         self._detector: detector.Detector | None = None
         self._namer: colors.ColorNamer | None = None
         self._device = shard.device(device)
@@ -76,7 +79,7 @@ class GenEvalJudge(Judge):
         def name_colors(name: str, found: Sequence[rules.Detection]) -> list[str]:
             if self._namer is None:
                 assert self._clip_folder is not None
-                self._namer = colors.ColorNamer(Clip.load(self._clip_folder, self._device))
+                self._namer = colors.ColorNamer(clip.Clip.load(self._clip_folder, self._device))
             return self._namer(image, name, found)
 
         verdict = rules.judge(request, objects, name_colors)
