@@ -115,6 +115,17 @@ def test_heat_map_holds_every_layer_where_it_belongs(page: tuple[str, report.Com
     assert "--h:0%" in html and "--h:100%" in html
 
 
+def test_one_picture_claims_no_certainty() -> None:
+    judged = comparison(scenes.held_out(6)[:1], models=2)
+    entries = [report.Entry(e.drawing, None, e.fidelity, None) for e in judged.entries]
+    found = report.Comparison(entries[0], entries[1:], None)
+    html, card = report.render(found, "bittern compare"), markdown.render(found, "bittern compare")
+    mean = found.others[0].fidelity.mean_psnr.mean
+    assert f"<b>{mean:.1f}</b> <small>error not known</small>" in html and "± 0.0<" not in html
+    assert f"| {mean:.2f} (error not known) |" in card and "± 0.00 |" not in card
+    assert all(each["fidelity"]["psnr_stderr"] is None for each in found.to_dict()["models"][1:])
+
+
 def test_prompts_are_text_and_never_markup() -> None:
     found = comparison(scenes.held_out(6), models=1)
     evil = '"><script>alert(1)</script>{{ 7 * 7 }}'

@@ -305,10 +305,8 @@ def _tables(result: Evaluation) -> list[RenderableType]:
         psnr, ssim = result.fidelity.mean_psnr, result.fidelity.mean_ssim
         same = f", {result.fidelity.identical} identical" if result.fidelity.identical else ""
         multi = result.fidelity.mean_ms_ssim
-        scales = f", MS-SSIM {multi.mean:.4f} ± {multi.stderr:.4f}" if multi else ""
-        parts.append(
-            f"PSNR {psnr.mean:.2f} ± {psnr.stderr:.2f} dB, SSIM {ssim.mean:.4f} ± {ssim.stderr:.4f}{scales}{same}"
-        )
+        scales = f", MS-SSIM {multi.text(4)}" if multi else ""
+        parts.append(f"PSNR {psnr.text(2, ' dB')}, SSIM {ssim.text(4)}{scales}{same}")
     if result.departure:
         left = result.departure
         parts.append(
@@ -319,9 +317,7 @@ def _tables(result: Evaluation) -> list[RenderableType]:
     elif result.suite == "fidelity":
         parts.append("velocity and latents not compared: the two denoisers are of different kinds")
     if result.clip:
-        parts.append(
-            "CLIP score {}, the reference's {}".format(*(f"{e.mean:.2f} ± {e.stderr:.2f}" for e in result.clip))
-        )
+        parts.append("CLIP score {}, the reference's {}".format(*(each.text(2) for each in result.clip)))
     elif result.suite == "fidelity":
         parts.append("CLIP score not measured: add --clip with a CLIP's folder or hub id")
     if result.published:

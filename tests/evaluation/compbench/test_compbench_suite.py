@@ -261,6 +261,21 @@ def test_a_model_as_the_reference_is_drawn_from_the_same_noise(
     assert told["differences"]["color"]["mean"] == pytest.approx(sum(gaps) / 4) == told["difference"]["mean"]
 
 
+def test_one_prompt_claims_no_certainty(
+    run: Callable[..., Any], new_tiny_random_pipeline: Callable[[], Any], tiny_random_folder: Path,
+    prompt_files: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    few = new_tiny_random_pipeline()
+    bittern.quantize(few, "ternary-fast")
+    few.save_pretrained(tmp_path / "few")
+    options = {"model": str(tmp_path / "few"), "reference": str(tiny_random_folder), "limit": 1}
+    told = run(prompts=prompt_files / "color_val.txt", **options).to_dict()
+    assert told["overall_stderr"] is None and told["tasks_stderr"] == {"color": None}
+    assert told["reference_scores"]["overall_stderr"] is None
+    for gap in (told["difference"], told["differences"]["color"]):
+        assert gap["low"] is gap["high"] is None and "its error is not known" in gap["claim"]
+
+
 def command(out: Path, model: Path, prompts: Path, models: Models) -> list[str]:
     return [
         "evaluate", str(model), "--suite", "compbench", "--prompts", str(prompts), "--detector", models.detector,

@@ -399,6 +399,11 @@ def test_fidelity_takes_the_same_clip(
     assert told["clip_score"] == told["reference_clip_score"] >= 0 and told["velocity_error"] == 0
     assert main.run(words[:-2]) == 0
     assert "CLIP score not measured: add --clip" in capsys.readouterr().out
+    assert main.run([*words[:-2], "--limit", "1"]) == 0
+    assert "PSNR 100.00 dB (error not known), SSIM 1.0000 (error not known)" in capsys.readouterr().out
+    assert main.run([*words, "--limit", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["fidelity"]
+    assert {told[f"{key}_stderr"] for key in ("psnr", "ssim", "clip_score", "reference_clip_score")} == {None}
     assert main.run(["evaluate", "tiny-flux", "--clip", str(clip_folder)]) == 2
     assert "leave out --clip" in capsys.readouterr().err
     # Another kind of model is refused before anything is drawn.

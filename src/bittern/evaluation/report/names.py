@@ -26,7 +26,7 @@ def headline(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, .
                 name,
                 format_bytes(size.file_bytes),
                 f"{size.bits_per_weight:.2f}",
-                f"{found.mean_psnr.mean:.2f} ± {found.mean_psnr.stderr:.2f}" if found else "reference",
+                found.mean_psnr.text(2) if found else "reference",
                 f"{found.mean_ssim.mean:.4f}" if found else "reference",
                 str(entry.score.overall) if entry.score else "not judged",
                 *([str(run.judged.score.overall) if run else "no run"] if geneval else []),
