@@ -71,9 +71,10 @@ def test_references_that_do_not_fit(
     (base / "results.jsonl").write_text("\n".join(rows[:5]))
     with pytest.raises(UserError, match="has no verdict on sample 1 of prompt 1000000"):
         run(reference=str(base))
-    (base / "results.jsonl").write_text('{"category": "colour"}\n')
-    with pytest.raises(UserError, match=r"results\.jsonl:1 is no line of T2I-CompBench's results"):
-        run(reference=str(base))
+    for damage in (b'{"category": "colour"}', rows[0].encode() + b"\xff"):
+        (base / "results.jsonl").write_bytes(damage + b"\n")
+        with pytest.raises(UserError, match=r"results\.jsonl:1 is no line of T2I-CompBench's results"):
+            run(reference=str(base))
 
 
 @pytest.mark.parametrize(

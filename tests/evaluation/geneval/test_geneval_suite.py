@@ -288,9 +288,10 @@ def test_references_that_do_not_fit(run: Callable[..., Any], tmp_path: Path) -> 
     (base / "results.jsonl").write_text("\n".join(rows[:5]))
     with pytest.raises(UserError, match="has no verdict on sample 1 of prompt 2"):
         run(reference=str(base))
-    (base / "results.jsonl").write_text('{"filename": "a.png"}\n')
-    with pytest.raises(UserError, match=r"results\.jsonl:1 is no line of GenEval's results"):
-        run(reference=str(base))
+    for damage in (b'{"filename": "a.png"}', rows[0].encode() + b"\xff"):
+        (base / "results.jsonl").write_bytes(damage + b"\n")
+        with pytest.raises(UserError, match=r"results\.jsonl:1 is no line of GenEval's results"):
+            run(reference=str(base))
 
 
 def test_a_finished_run_of_other_noise_or_another_judge_is_no_reference(
@@ -325,6 +326,21 @@ def test_a_finished_run_of_other_noise_or_another_judge_is_no_reference(
     assert run("now", reference=str(base), settings=seed).difference is not None
     run("base2")
     assert run("pictures", reference=str(tmp_path / "base2"), **given).difference is not None
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b'{"prompt": "\xff"}', b"[]", b'{"prompt": 1}', b'{"prompt": [0]}', b""])
+def test_a_damaged_verdict_is_named_and_can_be_removed(
+    damage: bytes, run: Callable[..., Any], tmp_path: Path, twelve: Path
+) -> None:
+    first = run(images_per_prompt=1)
+    file = tmp_path / "out" / "verdicts.0.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+    with pytest.raises(UserError, match=r"verdicts\.0\.jsonl:3 is no verdict: remove that line"):
+        run(images_per_prompt=1)
+    file.write_bytes(b"\n".join([*lines[:2], *lines[3:]]))
+    assert run(images_per_prompt=1).to_dict() == first.to_dict()
+    assert len(file.read_bytes().split(b"\n")) == len(lines)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ RESULTS = "results.jsonl"
 _JUDGE = "judge.json"
 _RUN = "run.json"
 _DRAWN = ".drawn"
+_NOTE = {"prompt": int, "sample": int, "picture": str, "judge": str, "size": str}  # and what the suite's judge found
 
 
 class Request(Protocol):
@@ -260,13 +261,22 @@ class Notes:
 
 
 def read_notes(out: Path) -> list[dict[str, Any]]:
-    """Every whole line that any process wrote; of several about one picture the last is the newest."""
-    lines = [
-        line
-        for file in sorted(out.glob("verdicts.*.jsonl"))
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]
-    ]
-    return [json.loads(line) for line in lines]
+    """Every whole line that any process wrote; of several about one picture the last is the newest.
+
+    Raises:
+        UserError: for a line that is damaged, named by its number.
+    """
+    notes: list[dict[str, Any]] = []
+    for file in sorted(out.glob("verdicts.*.jsonl")):
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                note = json.loads(line)
+            except ValueError:
+                note = None
+            if not isinstance(note, dict) or not all(isinstance(note.get(key), kind) for key, kind in _NOTE.items()):
+                raise UserError(f"{file}:{number} is no verdict: remove that line, and its picture is judged again")
+            notes.append(note)
+    return notes
 
 
 def picture_hash(file: Path) -> str:
