@@ -120,6 +120,10 @@ def evaluate(
                 {"prompts": prompts, "blip": blip, "depth": depth} if suite == "geneval" else {"metadata": metadata}
             )
             _refuse(suite, {**foreign, "weights": weights})
+            if images is not None:
+                drawing = {"seed": seed or None, "steps": steps, "batch_size": batch_size, "attention": attention}
+                plain = {name: None if value == "auto" else value for name, value in (("path", path), ("dtype", dtype))}
+                _refuse_drawing({**drawing, **plain})
             own |= {"prompts": prompts, "force": force}
             own = {name: value for name, value in own.items() if name not in foreign}
             _judged(output, model, suite, reference, limit, settings, own)
@@ -146,6 +150,13 @@ def _refuse(suite: str, given: dict[str, Any]) -> None:
             "batch_size": "it draws one picture at a time",
         }.get(name, "it is for --suite geneval and compbench")
         raise UserError(f"suite {suite} takes no --{name.replace('_', '-')}: {takers}; leave it out")
+
+
+def _refuse_drawing(given: dict[str, Any]) -> None:
+    """Refuses options of drawing where pictures are given."""
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        raise UserError(f"--images draws nothing, so --{name.replace('_', '-')} would be ignored: leave one of them out")
 
 
 def _drawn_suite(

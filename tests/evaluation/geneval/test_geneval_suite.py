@@ -403,6 +403,17 @@ def test_the_command(
     assert "color_attr" in shown and "12 pictures of 12 prompts" in shown and "results.jsonl" in shown
 
 
+@pytest.mark.parametrize("suite", ["geneval", "compbench"])
+@pytest.mark.parametrize(
+    "words", ["--seed 3", "--steps 4", "--path a4", "--batch-size 2", "--dtype fp32", "--attention native"]
+)
+def test_pictures_that_are_given_are_not_drawn(suite: str, words: str, tmp_path: Path, capsys: Capture) -> None:
+    given = ["evaluate", "--suite", suite, "--images", str(tmp_path), "--out", str(tmp_path / "out"), *words.split()]
+    assert main.run(given) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"--images draws nothing, so {words.split()[0]} would be ignored: leave one of them out" in told
+
+
 def test_fidelity_takes_the_same_clip(
     tiny_random_folder: Path, clip_folder: Path, detector_folder: Path, tmp_path: Path, capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
