@@ -266,3 +266,18 @@ def test_paths_and_names() -> None:
     assert split_path("proj_out") == ("", 0, "proj_out")
     assert unique_names(["tiny-flux", "out/a", "hub/b/"]) == ["tiny-flux", "a", "b"]
     assert unique_names(["x/a", "y/a"]) == ["x/a", "y/a"]
+    assert unique_names(["tiny-flux", "tiny-flux"]) == ["tiny-flux", "tiny-flux (2)"]
+    assert unique_names(["x/a", "x/a", "b", "x/a"]) == ["a", "a (2)", "b", "a (3)"]
+    assert unique_names(["x/a", "y/a", "y/a"]) == ["x/a", "y/a", "y/a (2)"]
+    assert unique_names(["a", "a", "a (2)"]) == ["a", "a (2)", "a (2) (2)"]
+
+
+def test_the_heading_says_what_is_compared() -> None:
+    found = comparison(scenes.held_out(6), models=2)
+    assert "<h1>tiny-flux, in fewer bits</h1>" in report.render(found, "bittern compare")
+    same = replace(found.others[0], drawing=found.reference.drawing)
+    html = report.render(replace(found, others=[same]), "bittern compare")
+    assert "<h1>tiny-flux beside tiny-flux (2)</h1>" in html and "fewer bits" not in html
+    assert "<b>tiny-flux</b>" in html and "<b>tiny-flux (2)</b>" in html
+    assert "| tiny-flux (2) |" in markdown.render(replace(found, others=[same]), "bittern compare")
+    assert "<h1>tiny-flux beside 2 others</h1>" in report.render(replace(found, others=[same] * 2), "bittern compare")

@@ -15,7 +15,7 @@ from typing import Any
 
 from bittern.evaluation.compare import Comparison, Entry
 from bittern.evaluation.report import plot
-from bittern.evaluation.report.names import TASK_NAMES, format_bytes, short_name, unique_names
+from bittern.evaluation.report.names import TASK_NAMES, format_bytes, heading, short_name, unique_names
 from bittern.evaluation.report.pictures import MOST_CARDS, Shown, show
 from bittern.evaluation.report.plot import Chart, Value
 from bittern.evaluation.stats import Difference, Estimate
@@ -48,6 +48,7 @@ def render(comparison: Comparison, command: str) -> str:
         style=(folder / "style.css").read_text(encoding="utf-8"),
         script=(folder / "script.js").read_text(encoding="utf-8"),
         entries=entries,
+        heading=heading(comparison),
         names=unique_names([entry.drawing.model for entry in entries]),
         cards=_cards(comparison, shown),
         shown=shown,

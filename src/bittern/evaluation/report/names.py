@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from bittern.evaluation.compare import Comparison
 
 TASK_NAMES = {
@@ -52,6 +54,19 @@ def short_name(model: str) -> str:
 
 
 def unique_names(models: list[str]) -> list[str]:
-    """Short names, unless two models share one."""
-    short = [short_name(m) for m in models]
-    return short if len(set(short)) == len(short) else models
+    """Short names, unless two models share one; a model that is there twice is numbered: tiny-flux, tiny-flux (2)."""
+    apart = set(models)
+    names: list[str] = []
+    for model in map(short_name, models) if len(set(map(short_name, apart))) == len(apart) else models:
+        numbered = (f"{model} ({number})" for number in count(2))
+        names.append(model if model not in names else next(name for name in numbered if name not in names))
+    return names
+
+
+def heading(comparison: Comparison) -> str:
+    """What the report is about: fewer bits only where every other model has fewer than the reference."""
+    first, *others = unique_names([entry.drawing.model for entry in comparison.entries])
+    bits, *theirs = (entry.drawing.inspection.bits_per_weight for entry in comparison.entries)
+    if all(each < bits for each in theirs):
+        return f"{first}, in fewer bits"
+    return f"{first} beside {others[0] if len(others) == 1 else f'{len(others)} others'}"
