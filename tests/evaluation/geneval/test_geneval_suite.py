@@ -376,6 +376,13 @@ def test_models_of_another_kind_fail_before_anything_is_drawn(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that takes no new folder")
+def test_places_that_take_no_folder(run: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"--out /proc/x.*choose another place") as told:
+        run("/proc/x")
+    assert "No such file" not in str(told.value) and re.search("nothing new can be made there|not writable", str(told.value))
+
+
 def test_shards_part_the_work() -> None:
     items = list(range(11))
     parts = [Shard(rank, 4).share(items) for rank in range(4)]
