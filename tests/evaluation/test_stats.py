@@ -64,7 +64,7 @@ def test_a_clear_loss_is_claimed_and_a_faint_one_is_not() -> None:
     assert faint.high < 0 and not faint.significant
     assert faint.claim.startswith("cannot be told apart")
     # A reader who sees an interval without 0 is told why that is no claim.
-    assert "p = 0.12" in faint.claim and "the interval leaves out 0, the sign test does not rule out chance" in faint.claim
+    assert "p = 0.12, 40 prompts: the interval leaves out 0, the sign test does not rule out chance)" in faint.claim
     even = stats.paired_difference({"a": [False, True] * 20}, {"a": [True, False] * 20})
     assert even.claim.startswith("cannot be told apart") and "leaves out" not in even.claim
     assert "leaves out" not in clear.claim

@@ -156,7 +156,9 @@ def _refuse_drawing(given: dict[str, Any]) -> None:
     """Refuses options of drawing where pictures are given."""
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
-        raise UserError(f"--images draws nothing, so --{name.replace('_', '-')} would be ignored: leave one of them out")
+        raise UserError(
+            f"--images draws nothing, so --{name.replace('_', '-')} would be ignored: leave one of them out"
+        )
 
 
 def _drawn_suite(

@@ -27,7 +27,7 @@ from bittern.evaluation.compbench.depth import Depth
 from bittern.evaluation.compbench.detector import NamedDetector
 from bittern.evaluation.compbench.judge import Models
 from bittern.evaluation.compbench.prompts import CATEGORIES, read_prompts
-from bittern.evaluation.drawing import Artist, Settings
+from bittern.evaluation.drawing import Artist
 from bittern.evaluation.generate import read_metadata
 
 Capture = pytest.CaptureFixture[str]

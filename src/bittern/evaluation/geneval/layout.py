@@ -99,7 +99,9 @@ def _once(numbered: Iterable[tuple[int, Path]]) -> dict[int, Path]:
         other = found.setdefault(number, place)
         if other is not place:
             first, second = sorted((other.name, place.name))
-            raise UserError(f"{place.parent} holds {first} and {second}, one number twice: expected each once; remove one")
+            raise UserError(
+                f"{place.parent} holds {first} and {second}, one number twice: expected each once; remove one"
+            )
     return found
 
 
