@@ -114,8 +114,9 @@ def test_what_is_no_run_of_these_models_is_refused(runs: Runs, tiny_random_folde
 
 
 def test_the_last_judge_counts_and_not_every_one_that_ever_was(
-    runs: Runs, tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path
-) -> None:
+    runs: Runs, tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     few, run, reference = runs
     shutil.copytree(detector_folder, tmp_path / "other")
     (tmp_path / "other" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 96, "longest_edge": 96}}')
@@ -132,6 +133,13 @@ def test_the_last_judge_counts_and_not_every_one_that_ever_was(
     other = judged_by(tmp_path / "other")
     assert other == json.loads(judge.read_text()) and {k for k in first if first[k] != other[k]} == {"detector"}
     with pytest.raises(UserError, match="was judged by another detector than"):
+        gather([run, again], models)
+    # A kill while results are written leaves none that would pass for the other's.
+    with monkeypatch.context() as patch:
+        patch.setattr("bittern.evaluation.geneval.verdicts.GenEvalJudge.tell", None)
+        with pytest.raises(TypeError):
+            judged_by(detector_folder)
+    with pytest.raises(UserError, match="does not say who judged"):
         gather([run, again], models)
     # Judged by the first one again, from verdicts that it reached before.
     assert judged_by(detector_folder) == first and gather([run, again], models)[0] is not None
