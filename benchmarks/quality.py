@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "bits_per_weight": round(report.bits_per_weight, 3),
             "file_bytes": report.file_bytes,
             "psnr": round(found.mean_psnr.mean, 2),
-            "psnr_stderr": round(found.mean_psnr.stderr, 2),
+            "psnr_stderr": found.mean_psnr.stderr and round(found.mean_psnr.stderr, 2),
             "psnr_each": [round(value, 2) for value in found.psnr],
             "ssim": round(found.mean_ssim.mean, 4),
             "velocity_error": round(trajectory.error(component(pipe)), 4),
@@ -195,7 +195,7 @@ def gain_over(row: dict[str, Any], baseline: dict[str, Any], key: str = "psnr_ea
     """The gain in PSNR, paired picture by picture, with its standard error."""
     pairs = zip(row[key], baseline[key], strict=True)
     gain = mean_estimate([mine - theirs for mine, theirs in pairs])
-    return f"{gain.mean:+.2f} ± {gain.stderr:.2f}"
+    return ("+" if gain.mean >= 0 else "") + gain.text(2)
 
 
 def baseline_path(case: Case) -> str:
@@ -209,7 +209,7 @@ def compared(key: str, images: Tensor, reference: Tensor) -> dict[str, Any]:
     mean = mean_estimate(each)
     return {
         key: round(mean.mean, 2),
-        f"{key}_stderr": round(mean.stderr, 2),
+        f"{key}_stderr": mean.stderr and round(mean.stderr, 2),
         f"{key}_each": [round(value, 2) for value in each],
     }
 
@@ -223,9 +223,9 @@ def fill(module: nn.Module, weight: Tensor) -> None:
     own.copy_(weight)
 
 
-def overall(images: Tensor, world: list[scenes.ScenePrompt]) -> dict[str, float]:
+def overall(images: Tensor, world: list[scenes.ScenePrompt]) -> dict[str, float | None]:
     score = score_scenes(images, world).overall
-    return {"mean": round(score.mean, 4), "stderr": round(score.stderr, 4)}
+    return {"mean": round(score.mean, 4), "stderr": score.stderr and round(score.stderr, 4)}
 
 
 def commit() -> str:

@@ -178,6 +178,8 @@ def disk_problem(error: Exception) -> str | None:
         number = int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk is full"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
         return f"{os.strerror(number)}, choose another place"
+    if number == errno.ENOENT:  # the folder above was there a moment ago: /proc and the like refuse new names so
+        return "nothing new can be made there, choose another place"
     return os.strerror(number) if number else None

@@ -65,7 +65,7 @@ def with_runs(found: Comparison) -> Comparison:
             for sample in range(2)
         }
         judged = Judged(f"model-{model}", outcomes, {}, None, tuple(TASKS))
-        runs.append(Finished(Path(f"out/run-{model}"), {}, judged, frozenset()))
+        runs.append(Finished(Path(f"out/run-{model}"), {}, judged, {}))
     base = runs[0].judged.score.outcomes
     gaps = [paired_difference(run.judged.score.outcomes, base) for run in runs]
     others = [

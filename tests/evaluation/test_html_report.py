@@ -115,6 +115,17 @@ def test_heat_map_holds_every_layer_where_it_belongs(page: tuple[str, report.Com
     assert "--h:0%" in html and "--h:100%" in html
 
 
+def test_one_picture_claims_no_certainty() -> None:
+    judged = comparison(scenes.held_out(6)[:1], models=2)
+    entries = [report.Entry(e.drawing, None, e.fidelity, None) for e in judged.entries]
+    found = report.Comparison(entries[0], entries[1:], None)
+    html, card = report.render(found, "bittern compare"), markdown.render(found, "bittern compare")
+    mean = found.others[0].fidelity.mean_psnr.mean
+    assert f"<b>{mean:.1f}</b> <small>error not known</small>" in html and "± 0.0<" not in html
+    assert f"| {mean:.2f} (error not known) |" in card and "± 0.00 |" not in card
+    assert all(each["fidelity"]["psnr_stderr"] is None for each in found.to_dict()["models"][1:])
+
+
 def test_prompts_are_text_and_never_markup() -> None:
     found = comparison(scenes.held_out(6), models=1)
     evil = '"><script>alert(1)</script>{{ 7 * 7 }}'
@@ -255,3 +266,18 @@ def test_paths_and_names() -> None:
     assert split_path("proj_out") == ("", 0, "proj_out")
     assert unique_names(["tiny-flux", "out/a", "hub/b/"]) == ["tiny-flux", "a", "b"]
     assert unique_names(["x/a", "y/a"]) == ["x/a", "y/a"]
+    assert unique_names(["tiny-flux", "tiny-flux"]) == ["tiny-flux", "tiny-flux (2)"]
+    assert unique_names(["x/a", "x/a", "b", "x/a"]) == ["a", "a (2)", "b", "a (3)"]
+    assert unique_names(["x/a", "y/a", "y/a"]) == ["x/a", "y/a", "y/a (2)"]
+    assert unique_names(["a", "a", "a (2)"]) == ["a", "a (2)", "a (2) (2)"]
+
+
+def test_the_heading_says_what_is_compared() -> None:
+    found = comparison(scenes.held_out(6), models=2)
+    assert "<h1>tiny-flux, in fewer bits</h1>" in report.render(found, "bittern compare")
+    same = replace(found.others[0], drawing=found.reference.drawing)
+    html = report.render(replace(found, others=[same]), "bittern compare")
+    assert "<h1>tiny-flux beside tiny-flux (2)</h1>" in html and "fewer bits" not in html
+    assert "<b>tiny-flux</b>" in html and "<b>tiny-flux (2)</b>" in html
+    assert "| tiny-flux (2) |" in markdown.render(replace(found, others=[same]), "bittern compare")
+    assert "<h1>tiny-flux beside 2 others</h1>" in report.render(replace(found, others=[same] * 2), "bittern compare")

@@ -63,6 +63,9 @@ def test_the_page_opens_whole(browser: Any, page_file: Path, width: int, scheme:
             })))"""
     )
     assert sizes == [128] * (12 * 4)
+    # What a finger meets: sliders are as tall as their pictures, these are lines of text.
+    heights = page.evaluate("[...document.querySelectorAll('summary')].map((it) => it.getBoundingClientRect().height)")
+    assert heights and min(heights) >= 40
     ink, paper = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,12 @@ def test_mean_and_error_agree_with_numpy() -> None:
     estimate = stats.mean_estimate(values.tolist())
     assert estimate.mean == pytest.approx(values.mean(), abs=1e-12)
     assert estimate.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(37), abs=1e-12)
-    assert stats.mean_estimate([4.0]) == stats.Estimate(4.0, 0.0, 1)
+    assert stats.mean_estimate([4.0]) == stats.Estimate(4.0, None, 1)
+    assert stats.mean_estimate([4.0]).text(1, " dB") == "4.0 dB (error not known)"
+    assert stats.Estimate(4.0, 0.25, 3).text(2, " dB") == "4.00 ± 0.25 dB" and str(estimate).count("±") == 1
+    mixed = {"a": stats.mean_estimate([1.0, 2.0]), "b": stats.mean_estimate([4.0])}
+    assert stats.unweighted_mean(mixed) == stats.Estimate(2.75, None, 3)
+    assert stats.unweighted_mean({"a": mixed["a"]}).stderr == pytest.approx(0.5)
 
 
 @given(OUTCOMES)
@@ -57,6 +63,11 @@ def test_a_clear_loss_is_claimed_and_a_faint_one_is_not() -> None:
     faint = stats.paired_difference({"a": [False] * 4 + [True] * 16, "b": [True] * 20}, reference)
     assert faint.high < 0 and not faint.significant
     assert faint.claim.startswith("cannot be told apart")
+    # A reader who sees an interval without 0 is told why that is no claim.
+    assert "p = 0.12, 40 prompts: the interval leaves out 0, the sign test does not rule out chance)" in faint.claim
+    even = stats.paired_difference({"a": [False, True] * 20}, {"a": [True, False] * 20})
+    assert even.claim.startswith("cannot be told apart") and "leaves out" not in even.claim
+    assert "leaves out" not in clear.claim
 
 
 def test_agreement_everywhere_still_has_an_interval() -> None:
@@ -107,7 +118,9 @@ def test_interval_covers_the_truth_as_often_as_it_says(
     assert 930 <= hits <= 970
 
 
-@pytest.mark.parametrize("prompts", [(120,), (30, 20, 40), (3, 3, 3, 3, 3, 3, 3, 3)])
+@pytest.mark.parametrize(
+    "prompts", [(120,), (30, 20, 40), (3,) * 8, (1,) * 8, (5,) * 8, (20,) * 2, (5,), (3,), (10,)], ids=str
+)
 def test_interval_of_measures_covers_the_truth_as_often_as_it_says(prompts: tuple[int, ...]) -> None:
     # Cosines differ by thousandths and hardly ever agree: the rule of three would drown them.
     rng, hits, widths = np.random.default_rng(13), 0, []
@@ -117,11 +130,28 @@ def test_interval_of_measures_covers_the_truth_as_often_as_it_says(prompts: tupl
         for task, n in enumerate(prompts):
             base = rng.normal(0.3, 0.03, n)
             reference[str(task)], model[str(task)] = list(base), list(base + rng.normal(0.002, 0.01, n))
-        found = stats.paired_difference(model, reference, shares=False, seed=trial, resamples=400)
+        found = stats.paired_difference(model, reference, shares=False, seed=trial, resamples=1000)
         hits += found.low <= 0.002 <= found.high
         widths.append(found.high - found.low)
-    assert 455 <= hits <= 492
-    assert max(widths) < 0.02 and min(widths) > 0
+    assert 465 <= hits <= 487
+    assert min(widths) > 0 and (sum(prompts) < 8 or np.mean(widths) < 0.02)
+
+
+@pytest.mark.parametrize("freedom", [1, 1.5, 2, 4, 7, 39, 600])
+def test_students_ratio_is_scipys(freedom: float) -> None:
+    student, normal = (each.ppf(0.975) for each in (scipy.stats.t(freedom), scipy.stats.norm))
+    assert stats._student(freedom) == pytest.approx(student / normal, rel=1e-5)
+    assert stats._student(math.inf) == 1
+
+
+def test_one_measure_says_nothing_of_its_error() -> None:
+    found = stats.paired_difference({"a": [0.30]}, {"a": [0.254]}, shares=False)
+    assert found.mean == pytest.approx(0.046) and (found.low, found.high, found.significant) == (None, None, False)
+    assert found.claim == (
+        "cannot be told apart from the reference's (difference +0.046 on 1 prompt: its error is not known)"
+    )
+    same = stats.paired_difference({"a": [0.3] * 6}, {"a": [0.3] * 6}, shares=False)
+    assert (same.low, same.high) == (0, 0) and not same.significant
 
 
 def test_several_pictures_of_a_prompt_are_one_witness() -> None:

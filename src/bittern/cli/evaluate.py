@@ -120,6 +120,10 @@ def evaluate(
                 {"prompts": prompts, "blip": blip, "depth": depth} if suite == "geneval" else {"metadata": metadata}
             )
             _refuse(suite, {**foreign, "weights": weights})
+            if images is not None:
+                drawing = {"seed": seed or None, "steps": steps, "batch_size": batch_size, "attention": attention}
+                plain = {name: None if value == "auto" else value for name, value in (("path", path), ("dtype", dtype))}
+                _refuse_drawing({**drawing, **plain})
             own |= {"prompts": prompts, "force": force}
             own = {name: value for name, value in own.items() if name not in foreign}
             _judged(output, model, suite, reference, limit, settings, own)
@@ -146,6 +150,15 @@ def _refuse(suite: str, given: dict[str, Any]) -> None:
             "batch_size": "it draws one picture at a time",
         }.get(name, "it is for --suite geneval and compbench")
         raise UserError(f"suite {suite} takes no --{name.replace('_', '-')}: {takers}; leave it out")
+
+
+def _refuse_drawing(given: dict[str, Any]) -> None:
+    """Refuses options of drawing where pictures are given."""
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        raise UserError(
+            f"--images draws nothing, so --{name.replace('_', '-')} would be ignored: leave one of them out"
+        )
 
 
 def _drawn_suite(
@@ -305,10 +318,8 @@ def _tables(result: Evaluation) -> list[RenderableType]:
         psnr, ssim = result.fidelity.mean_psnr, result.fidelity.mean_ssim
         same = f", {result.fidelity.identical} identical" if result.fidelity.identical else ""
         multi = result.fidelity.mean_ms_ssim
-        scales = f", MS-SSIM {multi.mean:.4f} ± {multi.stderr:.4f}" if multi else ""
-        parts.append(
-            f"PSNR {psnr.mean:.2f} ± {psnr.stderr:.2f} dB, SSIM {ssim.mean:.4f} ± {ssim.stderr:.4f}{scales}{same}"
-        )
+        scales = f", MS-SSIM {multi.text(4)}" if multi else ""
+        parts.append(f"PSNR {psnr.text(2, ' dB')}, SSIM {ssim.text(4)}{scales}{same}")
     if result.departure:
         left = result.departure
         parts.append(
@@ -319,9 +330,7 @@ def _tables(result: Evaluation) -> list[RenderableType]:
     elif result.suite == "fidelity":
         parts.append("velocity and latents not compared: the two denoisers are of different kinds")
     if result.clip:
-        parts.append(
-            "CLIP score {}, the reference's {}".format(*(f"{e.mean:.2f} ± {e.stderr:.2f}" for e in result.clip))
-        )
+        parts.append("CLIP score {}, the reference's {}".format(*(each.text(2) for each in result.clip)))
     elif result.suite == "fidelity":
         parts.append("CLIP score not measured: add --clip with a CLIP's folder or hub id")
     if result.published:

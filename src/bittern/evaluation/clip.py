@@ -28,6 +28,20 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _SPREAD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def locate(model: str) -> Path:
+    """The local folder of a CLIP.
+
+    Args:
+        model: a folder or a hub id.
+
+    Raises:
+        UserError: if it is neither here nor to be had, or a model of another kind.
+    """
+    folder = hosted.locate(model, OPTION)
+    hosted.check_kind(folder, OPTION, ("clip",), DEFAULT)
+    return folder
+
+
 class Clip:
     """A CLIP and its tokenizer."""
 

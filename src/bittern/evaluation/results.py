@@ -14,17 +14,12 @@ from typing import Any
 from bittern.errors import UserError
 from bittern.evaluation.geneval.layout import read_results
 from bittern.evaluation.runs import folder
+from bittern.evaluation.runs.alike import check_alike, judge_of
 from bittern.evaluation.runs.course import REFERENCE, model_identity
 from bittern.evaluation.runs.judging import Judged
 from bittern.evaluation.scenes import TASKS
 
 OPTION = "--results"
-_ALIKE = {
-    "metadata": "set of prompts",
-    "images_per_prompt": "number of pictures a prompt",
-    "seed": "seed",
-    "steps": "number of steps",
-}
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Finished:
     folder: Path
     run: dict[str, Any]
     judged: Judged
-    judges: frozenset[str]
+    judge: dict[str, Any]
 
     @property
     def weights(self) -> str:
@@ -56,8 +51,8 @@ def read(place: Path) -> Finished:
     if not (place / folder.RESULTS).is_file():
         raise UserError(f"{OPTION} {place} has not finished: give its command again, it goes on where it stood")
     name = str(run["model"]).rpartition(" ")[0]
-    judges = frozenset(note["judge"] for note in folder.read_notes(place))
-    return Finished(place, run, Judged(name, read_results(place), {}, None, tuple(TASKS)), judges)
+    judge = judge_of(place, OPTION)
+    return Finished(place, run, Judged(name, read_results(place), {}, None, tuple(TASKS)), judge)
 
 
 def gather(places: Sequence[Path], models: Sequence[Any]) -> list[Finished | None]:
@@ -92,19 +87,9 @@ def gather(places: Sequence[Path], models: Sequence[Any]) -> list[Finished | Non
                 found.setdefault(beside.weights, beside)
     first, *others = found.values()
     for run in others:
-        for key, what in _ALIKE.items():
-            if run.run.get(key) != first.run.get(key):
-                raise UserError(
-                    f"{OPTION} {run.folder} has another {what} than {first.folder}: expected runs of one command, "
-                    "but for the model"
-                )
+        check_alike(f"{OPTION} {run.folder}", run.run, run.judge, str(first.folder), first.run, first.judge)
         if run.judged.outcomes.keys() != first.judged.outcomes.keys():
             raise UserError(
                 f"{OPTION} {run.folder} has verdicts on other pictures than {first.folder}: give its command again"
-            )
-        if not run.judges & first.judges:
-            raise UserError(
-                f"{OPTION} {run.folder} was judged by another detector or CLIP than {first.folder}: judge one of "
-                "them again"
             )
     return [found.get(weights or "") for weights in known]

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from bittern.errors import UserError, did_you_mean
-from bittern.evaluation import clip, hosted, scenes
+from bittern.evaluation import clip, scenes
 from bittern.evaluation.drawing import Artist, Drawing, Settings, artist, check_models, versions
 from bittern.evaluation.fidelity import Fidelity, fidelity
 from bittern.evaluation.generate import check_request, to_pil
@@ -244,7 +244,7 @@ def evaluate(
     place = published_weights.folder(weights)
     world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
     check_models(model, reference)
-    judge = None if clip_model is None else hosted.locate(clip_model, clip.OPTION)
+    judge = None if clip_model is None else clip.locate(clip_model)
     check_request(texts, settings.seed, settings.steps, settings.batch_size)
     way = {"prompts": texts[:MOST_PROMPTS], "seed": settings.seed, "steps": settings.steps}
     other = trail = left = None

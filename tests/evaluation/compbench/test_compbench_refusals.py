@@ -14,6 +14,7 @@ import pytest
 
 from bittern.errors import UserError
 from bittern.evaluation.compbench.judge import Models
+from bittern.evaluation.drawing import Settings
 
 
 def test_folders_that_are_not_whole(
@@ -52,19 +53,28 @@ def test_folders_that_are_not_whole(
 
 
 def test_references_that_do_not_fit(
-    run: Callable[..., Any], finished: tuple[Path, dict[str, Any]], tmp_path: Path
+    run: Callable[..., Any], finished: tuple[Path, dict[str, Any]], models: Models, owl_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="would draw other noise"):
         run("x", model=None, images=finished[0], images_per_prompt=None, reference="tiny-flux")
+    with pytest.raises(UserError, match=r"out has another seed than this run \(3 and not 5\)"):
+        run("x", settings=Settings(seed=5, steps=1, batch_size=5), reference=str(finished[0]))
+    other = tmp_path / "owl"
+    shutil.copytree(owl_folder, other)
+    (other / "note.json").write_text("{}")
+    with pytest.raises(UserError, match="was judged by another detector than this run"):
+        run("x", models=dataclasses.replace(models, detector=str(other)), reference=str(finished[0]))
+    assert not (tmp_path / "x").exists()
     base = tmp_path / "base"
     base.mkdir()
     rows = (finished[0] / "results.jsonl").read_text().splitlines()
     (base / "results.jsonl").write_text("\n".join(rows[:5]))
     with pytest.raises(UserError, match="has no verdict on sample 1 of prompt 1000000"):
         run(reference=str(base))
-    (base / "results.jsonl").write_text('{"category": "colour"}\n')
-    with pytest.raises(UserError, match=r"results\.jsonl:1 is no line of T2I-CompBench's results"):
-        run(reference=str(base))
+    for damage in (b'{"category": "colour"}', rows[0].encode() + b"\xff"):
+        (base / "results.jsonl").write_bytes(damage + b"\n")
+        with pytest.raises(UserError, match=r"results\.jsonl:1 is no line of T2I-CompBench's results"):
+            run(reference=str(base))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from bittern.evaluation.compbench.depth import Depth
 from bittern.evaluation.compbench.detector import NamedDetector
 from bittern.evaluation.compbench.judge import Models
 from bittern.evaluation.compbench.prompts import CATEGORIES, read_prompts
-from bittern.evaluation.drawing import Artist, Settings
+from bittern.evaluation.drawing import Artist
 from bittern.evaluation.generate import read_metadata
 
 Capture = pytest.CaptureFixture[str]
@@ -87,6 +87,8 @@ def test_layout_and_results_are_the_official_ones(finished: tuple[Path, dict[str
     assert (told["suite"], told["images"], told["prompts"], told["size"]) == ("compbench", 32, 16, "32x32")
     assert told["not_comparable"] == ["spatial", "3d_spatial", "numeracy", "complex"]
     assert told["detector_threshold"] == 0.2 and told["complex_kinds"] is False and told["parser"] == "by hand 1"
+    assert told["judge"] == json.loads((out / "judge.json").read_text())
+    assert set(told["judge"]) == {"rules", "blip", "clip", "detector", "depth", "parser"}
     # Two prompts of a category: the error is half their difference.
     color = [row["score"] for row in rows.values() if row["category"] == "color"]
     assert told["tasks_stderr"]["color"] == pytest.approx(abs(sum(color[:2]) - sum(color[2:])) / 4)
@@ -219,9 +221,13 @@ def test_kinds_of_complex_prompts_are_scored_as_such(
 
 
 def test_a_finished_run_is_paired_prompt_by_prompt(
-    run: Callable[..., Any], finished: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    told = run(settings=Settings(seed=50, steps=1, batch_size=5), reference=str(finished[0])).to_dict()
+    run: Callable[..., Any], finished: tuple[Path, dict[str, Any]], new_tiny_random_pipeline: Callable[[], Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    few = new_tiny_random_pipeline()
+    bittern.quantize(few, "ternary-fast")
+    few.save_pretrained(tmp_path / "few")
+    told = run(model=str(tmp_path / "few"), reference=str(finished[0])).to_dict()
     assert not (tmp_path / "out" / "reference").exists()
     gaps: dict[str, list[float]] = {}
     for one, other in zip(results(tmp_path / "out"), results(finished[0]), strict=True):
@@ -255,6 +261,21 @@ def test_a_model_as_the_reference_is_drawn_from_the_same_noise(
     assert told["differences"]["color"]["mean"] == pytest.approx(sum(gaps) / 4) == told["difference"]["mean"]
 
 
+def test_one_prompt_claims_no_certainty(
+    run: Callable[..., Any], new_tiny_random_pipeline: Callable[[], Any], tiny_random_folder: Path,
+    prompt_files: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    few = new_tiny_random_pipeline()
+    bittern.quantize(few, "ternary-fast")
+    few.save_pretrained(tmp_path / "few")
+    options = {"model": str(tmp_path / "few"), "reference": str(tiny_random_folder), "limit": 1}
+    told = run(prompts=prompt_files / "color_val.txt", **options).to_dict()
+    assert told["overall_stderr"] is None and told["tasks_stderr"] == {"color": None}
+    assert told["reference_scores"]["overall_stderr"] is None
+    for gap in (told["difference"], told["differences"]["color"]):
+        assert gap["low"] is gap["high"] is None and "its error is not known" in gap["claim"]
+
+
 def command(out: Path, model: Path, prompts: Path, models: Models) -> list[str]:
     return [
         "evaluate", str(model), "--suite", "compbench", "--prompts", str(prompts), "--detector", models.detector,
@@ -272,7 +293,8 @@ def test_the_command(
     assert main.run([*words, "--force"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == 16 and told["results"] == str(tmp_path / "cb" / "results.jsonl")
-    assert main.run([*words[:-1], "--reference", str(tmp_path / "cb")]) == 0
+    again = command(tmp_path / "again", tiny_random_folder, prompt_files, models)
+    assert main.run([*again[:-1], "--reference", str(tmp_path / "cb")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "3d_spatial" in shown and "16 pictures of 16 prompts" in shown
     assert "spatial, 3d_spatial, numeracy, complex rest on another detector than published scores" in shown

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import pytest
 
+from bittern.evaluation.drawing import Settings
 from bittern.evaluation.geneval.metadata import COLORS, OBJECTS, RELATIONS
+from bittern.evaluation.geneval.suite import evaluate
+
+QUICK = Settings(seed=3, steps=1, batch_size=5)
 
 
 def made_lines() -> list[dict]:
@@ -89,3 +95,18 @@ def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare = {"size": {"shortest_edge": 64, "longest_edge": 96}, "size_divisor": 32}
     (folder / "preprocessor_config.json").write_text(json.dumps(prepare))
     return folder
+
+
+@pytest.fixture
+def run(
+    tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path
+) -> Callable[..., Any]:
+    """The suite on the random pipeline; options override."""
+
+    def go(out: str = "out", **options: Any) -> Any:
+        given = {"model": str(tiny_random_folder), "metadata": twelve, "images_per_prompt": 2, "settings": QUICK}
+        models = {"detector_model": str(detector_folder), "clip_model": str(clip_folder)}
+        chosen = given | models | options
+        return evaluate(chosen.pop("model"), chosen.pop("metadata"), tmp_path / out, **chosen)
+
+    return go

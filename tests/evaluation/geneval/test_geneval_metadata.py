@@ -68,6 +68,9 @@ def test_a_line_with_everything(tmp_path: Path) -> None:
         ({"include": [{"class": "dog", "count": 1, "color": "grey"}]}, "color 'grey'"),
         ({"include": [{"class": "dog", "count": 1, "position": ["left", 0]}]}, "position ['left', 0]"),
         ({"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}, "placed by object 0"),
+        ({"include": [{"class": "dog", "count": 1, "colour": "red"}]}, "include 0 has the key 'colour': did you mean"),
+        ({"exclude": [{"class": "dog", "counts": 2}]}, "exclude 0 has the key 'counts': did you mean 'count'"),
+        ({"prompt": "a \ud800 dog"}, r"prompt 'a \ud800 dog', which no UTF-8 text holds"),
         ({"exclude": [{"class": "dog", "count": -1}]}, "exclude 0 has the count -1"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -19,29 +18,12 @@ from PIL import Image
 import bittern
 from bittern.cli import main
 from bittern.errors import UserError
-from bittern.evaluation.drawing import Artist, Settings
+from bittern.evaluation.drawing import Artist
 from bittern.evaluation.generate import read_metadata
-from bittern.evaluation.geneval.suite import evaluate
 from bittern.evaluation.runs import folder
 from bittern.evaluation.shards import Shard
 
-QUICK = Settings(seed=3, steps=1, batch_size=5)
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def run(
-    tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path
-) -> Callable[..., Any]:
-    """The suite on the random pipeline; options override."""
-
-    def go(out: str = "out", **options: Any) -> Any:
-        given = {"model": str(tiny_random_folder), "metadata": twelve, "images_per_prompt": 2, "settings": QUICK}
-        models = {"detector_model": str(detector_folder), "clip_model": str(clip_folder)}
-        chosen = given | models | options
-        return evaluate(chosen.pop("model"), chosen.pop("metadata"), tmp_path / out, **chosen)
-
-    return go
 
 
 @pytest.fixture
@@ -194,94 +176,6 @@ def test_a_reference_is_paired_prompt_by_prompt(
     assert not (tmp_path / "again" / "reference").exists()
 
 
-def test_a_run_of_something_else_is_kept_unless_forced(run: Callable[..., Any], tmp_path: Path) -> None:
-    run()
-    with pytest.raises(UserError, match=r"holds a run with another images_per_prompt \(2, now 1\).*--force"):
-        run(images_per_prompt=1)
-    with pytest.raises(UserError, match="another seed"):
-        run(settings=Settings(seed=4, steps=1, batch_size=5))
-    run(images_per_prompt=1, force=True)
-    assert len(pictures(tmp_path / "out")) == 12
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(UserError, match="holds something else"):
-        run("mine", force=True)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
-    with pytest.raises(UserError, match="is a file"):
-        run("mine/thesis.txt")
-    with pytest.raises(UserError, match=r"thesis\.txt is a file, not a folder"):
-        run("mine/thesis.txt/deep")
-
-
-def test_folders_that_are_not_whole(run: Callable[..., Any], tmp_path: Path, twelve: Path) -> None:
-    run()
-    out = tmp_path / "out"
-
-    def refused(**options: Any) -> str:
-        with pytest.raises(UserError) as told:
-            run("scores", **({"model": None, "images": out, "images_per_prompt": None} | options))
-        return str(told.value)
-
-    assert "expected a folder" in refused(images=tmp_path / "nowhere")
-    assert "holds no numbered folder" in refused(images=out / "00000" / "samples")
-    assert "holds 2 pictures: expected 3" in refused(images_per_prompt=3)
-    lines = twelve.read_text().splitlines()
-    (tmp_path / "more.jsonl").write_text("\n".join([*lines, lines[0]]))
-    assert "lacks the folder 00012" in refused(metadata=tmp_path / "more.jsonl")
-    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(lines)))
-    assert "give the file that the pictures were drawn from" in refused(metadata=tmp_path / "turned.jsonl")
-    (out / "00001" / "samples" / "0001.png").unlink()
-    assert re.search(r"00001/samples holds 1 pictures: expected 2", refused())
-    (out / "00001" / "samples" / "0001.png").write_bytes(b"no picture")
-    assert "cannot be read" in refused()
-    (out / "00001" / "metadata.jsonl").unlink()
-    assert "needs the metadata of its prompt" in refused()
-
-
-def test_references_that_do_not_fit(run: Callable[..., Any], tmp_path: Path) -> None:
-    run()
-    with pytest.raises(UserError, match="would draw other noise"):
-        run("x", model=None, images=tmp_path / "out", reference="tiny-flux")
-    base = tmp_path / "base"
-    shutil.copytree(tmp_path / "out", base)
-    Image.new("RGB", (64, 32)).save(base / "00000" / "samples" / "0000.png")
-    with pytest.raises(UserError, match=r"has pictures of 32x32 pixels and .*base of 64x32: expected one size"):
-        run(reference=str(base))
-    with pytest.raises(UserError, match=r"has pictures of 32x32 pixels and .*base/00000/samples/0000.png of 64x32"):
-        run("y", reference=str(base))
-    assert not pictures(tmp_path / "y")
-    rows = (base / "results.jsonl").read_text().splitlines()
-    (base / "results.jsonl").write_text("\n".join(rows[:5]))
-    with pytest.raises(UserError, match="has no verdict on sample 1 of prompt 2"):
-        run(reference=str(base))
-    (base / "results.jsonl").write_text('{"filename": "a.png"}\n')
-    with pytest.raises(UserError, match=r"results\.jsonl:1 is no line of GenEval's results"):
-        run(reference=str(base))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model": None}, "needs a model that draws"),
-        ({"metadata": None}, "needs its prompts: add --metadata"),
-        ({"images_per_prompt": 0}, "images per prompt is 0"),
-        ({"limit": 0}, "limit is 0"),
-        ({"limit": 3}, "limit 3 leaves tasks"),
-        ({"model": "/nowhere"}, "/nowhere"),
-        ({"reference": "/nowhere"}, "/nowhere"),
-        ({"detector_model": "/nowhere"}, "--detector /nowhere"),
-        ({"clip_model": "./nowhere"}, "--clip ./nowhere"),
-        ({"settings": Settings(seed=-1)}, "seed is -1"),
-    ],
-)
-def test_wrong_requests_fail_before_anything_is_made(
-    options: dict[str, Any], message: str, run: Callable[..., Any], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
-        run(**options)
-    assert not (tmp_path / "out").exists()
-
-
 def test_shards_part_the_work() -> None:
     items = list(range(11))
     parts = [Shard(rank, 4).share(items) for rank in range(4)]
@@ -310,8 +204,9 @@ def test_the_command(
 
 
 def test_fidelity_takes_the_same_clip(
-    tiny_random_folder: Path, clip_folder: Path, tmp_path: Path, capsys: Capture
-) -> None:
+    tiny_random_folder: Path, clip_folder: Path, detector_folder: Path, tmp_path: Path, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     (tmp_path / "p.txt").write_text("a\nb\n")
     words = ["evaluate", str(tiny_random_folder), "--suite", "fidelity", "--reference", str(tiny_random_folder)]
     words += ["--prompts", str(tmp_path / "p.txt"), "--steps", "1", "--clip", str(clip_folder)]
@@ -320,8 +215,17 @@ def test_fidelity_takes_the_same_clip(
     assert told["clip_score"] == told["reference_clip_score"] >= 0 and told["velocity_error"] == 0
     assert main.run(words[:-2]) == 0
     assert "CLIP score not measured: add --clip" in capsys.readouterr().out
+    assert main.run([*words[:-2], "--limit", "1"]) == 0
+    assert "PSNR 100.00 dB (error not known), SSIM 1.0000 (error not known)" in capsys.readouterr().out
+    assert main.run([*words, "--limit", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["fidelity"]
+    assert {told[f"{key}_stderr"] for key in ("psnr", "ssim", "clip_score", "reference_clip_score")} == {None}
     assert main.run(["evaluate", "tiny-flux", "--clip", str(clip_folder)]) == 2
     assert "leave out --clip" in capsys.readouterr().err
+    # Another kind of model is refused before anything is drawn.
+    monkeypatch.setattr(Artist, "draw", None)
+    assert main.run([*words[:-2], "--clip", str(detector_folder)]) == 2
+    assert "is a 'mask2former': expected a clip" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_serves_one_run_at_a_time(run: Callable[..., Any], tmp_path: Path) -> None:

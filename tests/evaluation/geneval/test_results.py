@@ -101,10 +101,45 @@ def test_what_is_no_run_of_these_models_is_refused(runs: Runs, tiny_random_folde
         "steps": "another number of steps",
     }.items():
         assert what in refused(changed(run, tmp_path / key, **{key: 7}), reference)
-    other = changed(reference, tmp_path / "judge")
-    notes = [json.loads(line) | {"judge": "x"} for line in (other / "verdicts.0.jsonl").read_text().splitlines()]
-    (other / "verdicts.0.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
-    assert "judged by another detector or CLIP" in refused(run, other)
+    for key, what in {"detector": "another detector", "clip": "another clip", "rules": "other rules"}.items():
+        other = changed(reference, tmp_path / f"other-{key}")
+        told = json.loads((other / "judge.json").read_text())
+        (other / "judge.json").write_text(json.dumps(told | {key: 7}))
+        assert f"was judged by {what}" in refused(run, other)
+        (other / "judge.json").unlink()
+        assert "does not say who judged its pictures" in refused(run, other)
     torn = changed(reference, tmp_path / "torn")
     (torn / "results.jsonl").write_text("\n".join((torn / "results.jsonl").read_text().splitlines()[:-1]) + "\n")
     assert "verdicts on other pictures" in refused(run, torn)
+
+
+def test_the_last_judge_counts_and_not_every_one_that_ever_was(
+    runs: Runs, tiny_random_folder: Path, twelve: Path, detector_folder: Path, clip_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    few, run, reference = runs
+    shutil.copytree(detector_folder, tmp_path / "other")
+    (tmp_path / "other" / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 96, "longest_edge": 96}}')
+    again = changed(reference, tmp_path / "again")
+    options = {"images_per_prompt": 2, "settings": Settings(steps=1), "clip_model": str(clip_folder)}
+    models, judge = [str(tiny_random_folder), str(few)], again / "judge.json"
+
+    def judged_by(detector: Path) -> dict[str, Any]:
+        return evaluate(models[0], twelve, again, detector_model=str(detector), **options).to_dict()["judge"]
+
+    first = judged_by(detector_folder)
+    assert first == json.loads(judge.read_text()) and set(first) == {"rules", "detector", "clip"}
+    assert gather([run, again], models)[0] is not None
+    other = judged_by(tmp_path / "other")
+    assert other == json.loads(judge.read_text()) and {k for k in first if first[k] != other[k]} == {"detector"}
+    with pytest.raises(UserError, match="was judged by another detector than"):
+        gather([run, again], models)
+    # A kill while results are written leaves none that would pass for the other's.
+    with monkeypatch.context() as patch:
+        patch.setattr("bittern.evaluation.geneval.verdicts.GenEvalJudge.tell", None)
+        with pytest.raises(TypeError):
+            judged_by(detector_folder)
+    with pytest.raises(UserError, match="does not say who judged"):
+        gather([run, again], models)
+    # Judged by the first one again, from verdicts that it reached before.
+    assert judged_by(detector_folder) == first and gather([run, again], models)[0] is not None

@@ -89,6 +89,7 @@ class CompBenchJudge(Judge):
         identities = {name: hosted.identity(folder) for name, folder in self._folders.items()}
         if self._parser is not None:
             identities["parser"] = self._parser.identity
+        self._about: dict[str, Any] = {"rules": _RULES, **identities}
         self._identities = {
             tag: hash_of([str(_RULES), *(identities[need] for need in _NEEDS[tag])])
             for tag in dict.fromkeys(request.tag for request in requests)
@@ -99,6 +100,11 @@ class CompBenchJudge(Judge):
     def parser(self) -> str | None:
         """What parses prompts, if something does."""
         return self._parser and self._parser.identity
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The rules, the models that some prompt needs, and the parser."""
+        return self._about
 
     def identity(self, request: Request) -> str:
         """A hash of what scores the prompt's category, and of how a complex prompt is scored."""

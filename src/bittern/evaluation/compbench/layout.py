@@ -176,7 +176,7 @@ def read_results(folder: Path) -> dict[tuple[int, int], Outcome]:
     """
     found: dict[tuple[int, int], Outcome] = {}
     file = folder / RESULTS
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

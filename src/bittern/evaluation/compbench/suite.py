@@ -105,7 +105,8 @@ def evaluate(
         "compbench", model, out, place, images_per_prompt, limit, reference, settings or Settings(), force,
         shard or Shard(), progress,
     )  # fmt: skip
-    run.check(PER_PROMPT)
+    looking = models or Models()
+    run.check(PER_PROMPT, {"--prompts": prompts, **{f"--{name}": each for name, each in vars(looking).items()}})
     if prompts is None and place is None:
         raise UserError(
             "suite compbench needs its prompts: add --prompts with the folder of T2I-CompBench's files, or one of them"
@@ -123,7 +124,7 @@ def evaluate(
         pictures = [each for each in given if each.request.index in wanted]
     finished = finished_run(reference, layout.read_results)
     run.check_reference(finished)
-    judge = CompBenchJudge(models or Models(), requests, run.shard, run.settings.device, progress, parser)
+    judge = CompBenchJudge(looking, requests, run.shard, run.settings.device, progress, parser)
     about = hash_of(f"{each.index} {each.kind} {each.prompt}" for each in requests)
     found, base = carry_out(
         run,
@@ -138,6 +139,7 @@ def evaluate(
     ours, theirs = found.score.outcomes, base.score.outcomes if base else {}
     return CompBench(
         run=run,
+        judge=judge.about,
         judged=found,
         reference=base,
         difference=paired_difference(ours, theirs, shares=False) if base else None,

@@ -48,7 +48,7 @@ def read_pictures(images: Path, requests: Sequence[Request] | None, per_prompt: 
     """
     if not images.is_dir():
         raise UserError(f"--images {images}: expected a folder with 00000/samples/0000.png in it")
-    folders = {int(folder.name): folder for folder in images.iterdir() if folder.name.isdigit() and folder.is_dir()}
+    folders = _once((int(place.name), place) for place in images.iterdir() if place.name.isdecimal() and place.is_dir())
     if not folders:
         raise UserError(f"--images {images} holds no numbered folder: expected 00000/samples/0000.png and so on")
     pictures: list[Picture[Request]] = []
@@ -63,13 +63,18 @@ def read_pictures(images: Path, requests: Sequence[Request] | None, per_prompt: 
                 f"{wanted.prompt!r}: give the file that the pictures were drawn from"
             )
         samples = _samples(folders[index] / "samples")
+        if not samples:
+            raise UserError(
+                f"{folders[index] / 'samples'} holds no picture: expected 0000.png and so on; draw what is missing, or "
+                "leave the prompt out"
+            )
         per_prompt = per_prompt or len(samples)
         if len(samples) != per_prompt:
             raise UserError(
                 f"{folders[index] / 'samples'} holds {len(samples)} pictures: expected {per_prompt}, as many for every "
                 "prompt; draw what is missing or give --images-per-prompt"
             )
-        pictures += [Picture(wanted, sample, file, _name(wanted, sample)) for sample, file in samples]
+        pictures += [Picture(wanted, sample, file, _name(wanted, sample)) for sample, file in sorted(samples.items())]
     return pictures
 
 
@@ -82,9 +87,22 @@ def _read_request(folder: Path, index: int) -> Request:
     return parse_line(line, str(file), index)
 
 
-def _samples(folder: Path) -> list[tuple[int, Path]]:
+def _samples(folder: Path) -> dict[int, Path]:
     files = [(_PICTURE.fullmatch(file.name), file) for file in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(match[1]), file) for match, file in files if match)
+    return _once((int(match[1]), file) for match, file in files if match)
+
+
+def _once(numbered: Iterable[tuple[int, Path]]) -> dict[int, Path]:
+    """Files or folders by their numbers: 0.png is the picture that 0000.png is."""
+    found: dict[int, Path] = {}
+    for number, place in numbered:
+        other = found.setdefault(number, place)
+        if other is not place:
+            first, second = sorted((other.name, place.name))
+            raise UserError(
+                f"{place.parent} holds {first} and {second}, one number twice: expected each once; remove one"
+            )
+    return found
 
 
 def read_results(folder: Path) -> dict[tuple[int, int], Outcome]:
@@ -95,7 +113,7 @@ def read_results(folder: Path) -> dict[tuple[int, int], Outcome]:
     """
     found: dict[tuple[int, int], Outcome] = {}
     file = folder / RESULTS
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -31,6 +31,7 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 RELATIONS = ("left of", "right of", "above", "below")
 
 _KEYS = {"tag", "include", "exclude", "prompt"}
+_CLAUSE_KEYS = {"class", "count", "color", "position"}
 _EXAMPLE = '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}'
 
 
@@ -109,17 +110,23 @@ def parse_line(line: str, where: str, index: int) -> Request:
         raise UserError(f"{where} is not JSON ({error}): expected a line such as {_EXAMPLE}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where} is no JSON object: expected a line such as {_EXAMPLE}")
-    unknown = next((key for key in value if key not in _KEYS), None)
-    if unknown is not None:
-        raise UserError(f"{where} has the key {unknown!r}: {did_you_mean(unknown, _KEYS)}")
+    _check_keys(value, _KEYS, where)
     tag, prompt = value.get("tag"), value.get("prompt")
     if not isinstance(tag, str) or tag not in TASKS:
         raise UserError(f"{where} has the tag {tag!r}: {did_you_mean(str(tag), TASKS)}")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where} has the prompt {prompt!r}: expected a text to draw; write one")
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in prompt):  # JSON can write half of a letter
+        raise UserError(f"{where} has the prompt {prompt!r}, which no UTF-8 text holds: mend its \\ud escapes")
     include = _clauses(value.get("include"), "include", where)
     exclude = _clauses(value["exclude"], "exclude", where) if "exclude" in value else ()
     return Request(index, tag, prompt, include, exclude, json.dumps(value))
+
+
+def _check_keys(value: dict[str, Any], known: set[str], where: str) -> None:
+    unknown = next((key for key in value if key not in known), None)
+    if unknown is not None:
+        raise UserError(f"{where} has the key {unknown!r}: {did_you_mean(unknown, known)}")
 
 
 def _clauses(value: Any, key: str, where: str) -> tuple[Clause, ...]:
@@ -131,6 +138,7 @@ def _clauses(value: Any, key: str, where: str) -> tuple[Clause, ...]:
 def _clause(value: Any, where: str, number: int) -> Clause:
     if not isinstance(value, dict):
         raise UserError(f'{where} is {value!r}: expected an object such as {{"class": "bench", "count": 1}}')
+    _check_keys(value, _CLAUSE_KEYS, where)
     name, count, color = value.get("class"), value.get("count"), value.get("color")
     if not isinstance(name, str) or name not in OBJECTS:
         raise UserError(f"{where} has the class {name!r}: {_nearest(str(name))}")

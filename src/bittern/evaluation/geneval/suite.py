@@ -97,7 +97,7 @@ def evaluate(
         "geneval", model, out, place, images_per_prompt, limit, reference, settings or Settings(), force,
         shard or Shard(), progress,
     )  # fmt: skip
-    run.check(PER_PROMPT)
+    run.check(PER_PROMPT, {"--metadata": metadata, "--detector": detector_model, "--clip": clip_model})
     if metadata is None and place is None:
         raise UserError("suite geneval needs its prompts: add --metadata evaluation_metadata.jsonl, as GenEval has it")
     requests = None if metadata is None else choose(lines.read_metadata(Path(metadata).expanduser()), limit)
@@ -126,6 +126,7 @@ def evaluate(
     )
     return GenEval(
         run=run,
+        judge=judge.about,
         judged=found,
         reference=base,
         difference=paired_difference(found.score.outcomes, base.score.outcomes) if base else None,

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bittern.evaluation import hosted
-from bittern.evaluation.clip import OPTION, Clip
+from bittern.evaluation import clip, hosted
 from bittern.evaluation.geneval import colors, detector, rules
 from bittern.evaluation.geneval.metadata import OBJECTS, Request
 from bittern.evaluation.runs.folder import RESULTS, Picture, hash_of
@@ -25,7 +24,11 @@ _RULES = 1  # counts changes of what a verdict means; older verdicts are reached
 
 
 class GenEvalJudge(Judge):
-    """Finds out which pictures are right by GenEval's rules."""
+    """Finds out which pictures are right by GenEval's rules.
+
+    Raises:
+        UserError: for a detector or CLIP that is not here, or a model of another kind.
+    """
 
     def __init__(
         self,
@@ -39,14 +42,23 @@ class GenEvalJudge(Judge):
         super().__init__(shard, progress, tuple(TASKS))
         self.needs_colors = any(clause.color for request in requests for clause in request.include)
         self._detector_folder = hosted.locate(detector_model, "--detector")
-        self._clip_folder = hosted.locate(clip_model, OPTION) if self.needs_colors else None
+        self._clip_folder = clip.locate(clip_model) if self.needs_colors else None
         self._detector: detector.Detector | None = None
         self._namer: colors.ColorNamer | None = None
         self._device = shard.device(device)
-        parts = [hosted.identity(each) for each in (self._detector_folder, self._clip_folder) if each]
-        self._identity = hash_of([str(_RULES), *parts])
+        self._models = {
+            name: hosted.identity(each)
+            for name, each in (("detector", self._detector_folder), ("clip", self._clip_folder))
+            if each
+        }
+        self._identity = hash_of([str(_RULES), *self._models.values()])
         known = detector.known_labels(self._detector_folder).values()
         self.unknown = [name for name in OBJECTS if name not in known]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The rules, the detector and, where a prompt names a colour, the colour namer."""
+        return {"rules": _RULES, **self._models}
 
     def identity(self, request: Request) -> str:
         """One hash for all prompts: of the rules, the detector and the colour namer."""
@@ -67,7 +79,7 @@ class GenEvalJudge(Judge):
         def name_colors(name: str, found: Sequence[rules.Detection]) -> list[str]:
             if self._namer is None:
                 assert self._clip_folder is not None
-                self._namer = colors.ColorNamer(Clip.load(self._clip_folder, self._device))
+                self._namer = colors.ColorNamer(clip.Clip.load(self._clip_folder, self._device))
             return self._namer(image, name, found)
 
         verdict = rules.judge(request, objects, name_colors)

@@ -15,7 +15,7 @@ from typing import Any
 
 from bittern.evaluation.compare import Comparison, Entry
 from bittern.evaluation.report import plot
-from bittern.evaluation.report.names import TASK_NAMES, format_bytes, short_name, unique_names
+from bittern.evaluation.report.names import TASK_NAMES, format_bytes, heading, short_name, unique_names
 from bittern.evaluation.report.pictures import MOST_CARDS, Shown, show
 from bittern.evaluation.report.plot import Chart, Value
 from bittern.evaluation.stats import Difference, Estimate
@@ -48,6 +48,7 @@ def render(comparison: Comparison, command: str) -> str:
         style=(folder / "style.css").read_text(encoding="utf-8"),
         script=(folder / "script.js").read_text(encoding="utf-8"),
         entries=entries,
+        heading=heading(comparison),
         names=unique_names([entry.drawing.model for entry in entries]),
         cards=_cards(comparison, shown),
         shown=shown,
@@ -135,11 +136,15 @@ class Gap:
 
 
 def _gaps(differences: Sequence[Difference | None]) -> list[Gap]:
-    found = [(model, each) for model, each in enumerate(differences, start=1) if each]
+    found = [
+        (model, each, each.low, each.high)
+        for model, each in enumerate(differences, start=1)
+        if each and each.low is not None and each.high is not None
+    ]
     if not found:
         return []
-    low = min(0.0, *(each.low for _, each in found))
-    high = max(0.0, *(each.high for _, each in found))
+    low = min(0.0, *(each for _, _, each, _ in found))
+    high = max(0.0, *(each for _, _, _, each in found))
     pad = 0.06 * (high - low)
 
     def place(value: float) -> float:
@@ -147,10 +152,10 @@ def _gaps(differences: Sequence[Difference | None]) -> list[Gap]:
 
     return [
         Gap(
-            model, each, place(each.low), place(each.mean), place(each.high), place(0),
+            model, each, place(its_low), place(each.mean), place(its_high), place(0),
             "< 0.001" if each.p_value < 0.001 else f"= {each.p_value:.2g}",
         )
-        for model, each in found
+        for model, each, its_low, its_high in found
     ]  # fmt: skip
 
 
@@ -163,22 +168,23 @@ def _charts(entries: list[Entry]) -> list[Chart]:
     """Size against PSNR, and against the scores where pictures were judged."""
     names = unique_names([entry.drawing.model for entry in entries])
     sizes = [entry.drawing.inspection.file_bytes for entry in entries]
-    near = [
-        Value(names[index], index % 6, sizes[index], entry.fidelity.mean_psnr.mean, entry.fidelity.mean_psnr.stderr)
-        for index, entry in enumerate(entries)
-        if entry.fidelity
-    ]
+
+    def values(found: Sequence[Estimate | None]) -> list[Value]:
+        # An error that is not known has no whisker.
+        return [
+            Value(names[index], index % 6, sizes[index], each.mean, each.stderr or 0.0)
+            for index, each in enumerate(found)
+            if each
+        ]
+
+    near = values([entry.fidelity and entry.fidelity.mean_psnr for entry in entries])
     charts = [plot.chart("PSNR to the reference, dB", near)] if near else []
     scored = (
         ("Scenes score", [e.score for e in entries]),
         ("GenEval score", [e.geneval and e.geneval.judged.score for e in entries]),
     )
     for title, scores in scored:
-        right = [
-            Value(names[index], index % 6, sizes[index], score.overall.mean, score.overall.stderr)
-            for index, score in enumerate(scores)
-            if score
-        ]
+        right = values([score and score.overall for score in scores])
         charts += [plot.chart(title, right, floor=0.0, ceiling=1.0)] if right else []
     return charts
 

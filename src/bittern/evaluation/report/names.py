@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from bittern.evaluation.compare import Comparison
 
 TASK_NAMES = {
@@ -26,7 +28,7 @@ def headline(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, .
                 name,
                 format_bytes(size.file_bytes),
                 f"{size.bits_per_weight:.2f}",
-                f"{found.mean_psnr.mean:.2f} ± {found.mean_psnr.stderr:.2f}" if found else "reference",
+                found.mean_psnr.text(2) if found else "reference",
                 f"{found.mean_ssim.mean:.4f}" if found else "reference",
                 str(entry.score.overall) if entry.score else "not judged",
                 *([str(run.judged.score.overall) if run else "no run"] if geneval else []),
@@ -52,6 +54,19 @@ def short_name(model: str) -> str:
 
 
 def unique_names(models: list[str]) -> list[str]:
-    """Short names, unless two models share one."""
-    short = [short_name(m) for m in models]
-    return short if len(set(short)) == len(short) else models
+    """Short names, unless two models share one; a model that is there twice is numbered: tiny-flux, tiny-flux (2)."""
+    apart = set(models)
+    names: list[str] = []
+    for model in map(short_name, models) if len(set(map(short_name, apart))) == len(apart) else models:
+        numbered = (f"{model} ({number})" for number in count(2))
+        names.append(model if model not in names else next(name for name in numbered if name not in names))
+    return names
+
+
+def heading(comparison: Comparison) -> str:
+    """What the report is about: fewer bits only where every other model has fewer than the reference."""
+    first, *others = unique_names([entry.drawing.model for entry in comparison.entries])
+    bits, *theirs = (entry.drawing.inspection.bits_per_weight for entry in comparison.entries)
+    if all(each < bits for each in theirs):
+        return f"{first}, in fewer bits"
+    return f"{first} beside {others[0] if len(others) == 1 else f'{len(others)} others'}"

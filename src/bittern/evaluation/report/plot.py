@@ -15,7 +15,7 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Value:
-    """A model's place in the chart before it is drawn: what it weighs and how good it is."""
+    """A model's place in the chart before it is drawn: what it weighs, how good it is, and the whisker's length."""
 
     name: str
     color: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from bittern.errors import UserError
 from bittern.evaluation.drawing import Settings, artist, check_models, device_name, dtype_name, versions
 from bittern.evaluation.generate import check_request
 from bittern.evaluation.runs import folder
+from bittern.evaluation.runs.alike import check_alike, judge_of
 from bittern.evaluation.runs.folder import Picture, Request
 from bittern.evaluation.runs.judging import Judge, Judged, Outcome, finished_picture, size_of
 from bittern.evaluation.shards import Shard
@@ -62,11 +63,16 @@ class Run:
     shard: Shard = field(default_factory=Shard)
     progress: Progress | None = None
 
-    def check(self, default_per_prompt: int) -> None:
+    def check(self, default_per_prompt: int, inputs: Mapping[str, str | Path | None]) -> None:
         """Refuses what no suite can do.
 
+        Args:
+            default_per_prompt: how many pictures a prompt has unless told otherwise.
+            inputs: by option, what the suite reads besides: a file, a folder or a hub id.
+
         Raises:
-            UserError: for numbers that are out of range, or neither a model nor pictures.
+            UserError: for numbers that are out of range, neither a model nor pictures, or an `out` in which, or around
+                which, lies what the run reads.
         """
         if self.images_per_prompt is not None and not 1 <= self.images_per_prompt <= 10_000:
             raise UserError(
@@ -77,6 +83,23 @@ class Run:
             raise UserError(f"limit is {self.limit}: expected at least 1; leave it out for every prompt")
         if self.model is None and self.images is None:
             raise UserError(f"suite {self.suite} needs a model that draws, or --images DIR with pictures; name a MODEL")
+        drawn_by = self.model if self.images is None and isinstance(self.model, str) else None
+        read = {"the model": drawn_by, "--images": self.images, "--reference": self.reference, **inputs}
+        for option, given in read.items():
+            self._check_apart(option, given)
+
+    def _check_apart(self, option: str, given: str | Path | None) -> None:
+        """Refuses an input and a folder of results that lie in one another: --force would delete the input."""
+        place = None if given is None else Path(given).expanduser().resolve()
+        if place is None or not place.exists():  # a hub id, or refused where it is read
+            return
+        out = self.out.resolve()
+        if place.is_relative_to(out) or out.is_relative_to(place):
+            how = "the same folder as" if place == out else "inside" if place.is_relative_to(out) else "around"
+            raise UserError(
+                f"{option} {given} is {how} --out {self.out}: what a run reads and what it writes must lie apart; "
+                "choose another --out"
+            )
 
     def check_drawing(self, pictures: Sequence[Picture[Any]]) -> None:
         """Refuses a drawing that would fail, before time is spent.
@@ -150,6 +173,8 @@ def carry_out(
         about |= {"model": model_identity(run.model), **drawing}
     else:
         about |= {"images": str(run.images.resolve())}
+    if finished is not None:
+        _check_finished(run, about, judge)
     others: list[Picture[Any]] = []
     with ExitStack() as held:
         _prepared(out, about, lay_out if run.images is None else None, shard, held, force=run.force)
@@ -172,6 +197,15 @@ def carry_out(
     if base is not None and base.size is not None and found.size is not None:
         _check_size(str(found.model or "the model"), found.size, str(base.model), base.size)
     return found, base
+
+
+def _check_finished(run: Run, about: dict[str, Any], judge: Judge) -> None:
+    """Refuses a finished run that no paired difference may be taken to; the official scorer's results say nothing."""
+    assert run.reference is not None
+    place, option = Path(run.reference).expanduser(), "--reference"
+    before = folder.read_run(place)
+    if before is not None:
+        check_alike(f"{option} {place}", before, judge_of(place, option), "this run", about, judge.about)
 
 
 def _prepared(
@@ -278,12 +312,14 @@ class Found:
 
     Attributes:
         run: what was asked for.
+        judge: the rules' version and hashes of the models that judged.
         judged: the model's pictures.
         reference: another model's or an earlier run's, of the same prompts.
         difference: the model's score minus the reference's, paired by prompts.
     """
 
     run: Run
+    judge: dict[str, Any]
     judged: Judged
     reference: Judged | None
     difference: Difference | None
@@ -310,5 +346,6 @@ class Found:
             "attention": made.get("attention"),
             "device": made.get("device"),
             "results": str(self.run.out / folder.RESULTS),
+            "judge": self.judge,
             "versions": versions(),
         }

@@ -27,8 +27,10 @@ from bittern.evaluation.generate import save_png
 from bittern.outputs import disk_problem, existing_parent, write_text
 
 RESULTS = "results.jsonl"
+_JUDGE = "judge.json"
 _RUN = "run.json"
 _DRAWN = ".drawn"
+_NOTE = {"prompt": int, "sample": int, "picture": str, "judge": str, "size": str}  # and what the suite's judge found
 
 
 class Request(Protocol):
@@ -205,11 +207,36 @@ def _deal_out(out: Path, ready: Path) -> None:
 
 def read_run(out: Path) -> dict[str, Any] | None:
     """What the run in a folder is about; None where there is none."""
+    run = _read_object(out / _RUN)
+    return run if run is not None and "suite" in run else None
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
     try:
-        run = json.loads((out / _RUN).read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return run if isinstance(run, dict) and "suite" in run else None
+    return value if isinstance(value, dict) else None
+
+
+def tell_judge(out: Path, judge: Mapping[str, Any] | None) -> None:
+    """Say in a run's folder who reached the results there; None while they are being written.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    if judge is not None:
+        write_text(json.dumps(judge, indent=2) + "\n", out / _JUDGE, "evaluation")
+        return
+    try:
+        (out / _JUDGE).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {disk_problem(error) or error}") from error
+
+
+def read_judge(out: Path) -> dict[str, Any] | None:
+    """Who reached the results in a run's folder; None where it does not say."""
+    return _read_object(out / _JUDGE)
 
 
 class Notes:
@@ -234,13 +261,22 @@ class Notes:
 
 
 def read_notes(out: Path) -> list[dict[str, Any]]:
-    """Every whole line that any process wrote; of several about one picture the last is the newest."""
-    lines = [
-        line
-        for file in sorted(out.glob("verdicts.*.jsonl"))
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]
-    ]
-    return [json.loads(line) for line in lines]
+    """Every whole line that any process wrote; of several about one picture the last is the newest.
+
+    Raises:
+        UserError: for a line that is damaged, named by its number.
+    """
+    notes: list[dict[str, Any]] = []
+    for file in sorted(out.glob("verdicts.*.jsonl")):
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                note = json.loads(line)
+            except ValueError:
+                note = None
+            if not isinstance(note, dict) or not all(isinstance(note.get(key), kind) for key, kind in _NOTE.items()):
+                raise UserError(f"{file}:{number} is no verdict: remove that line, and its picture is judged again")
+            notes.append(note)
+    return notes
 
 
 def picture_hash(file: Path) -> str:

@@ -78,6 +78,11 @@ class Judge(ABC):
         self._shard, self._progress = shard, progress
         self._tasks, self._estimate = tasks, estimate
 
+    @property
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """Who judges, as JSON values: the version of the "rules", and a hash of each model by its option's name."""
+
     @abstractmethod
     def identity(self, request: Any) -> str:
         """A hash that changes with the models and rules that judge the pictures of a prompt."""
@@ -120,7 +125,10 @@ class Judge(ABC):
         known = self._known(out)
         told = [(picture, known[self._name(picture)]) for picture in pictures]
         if self._shard.first:
+            # A kill leaves results without a judge, which nobody compares, and never those of another one.
+            folder.tell_judge(out, None)
             self.tell(out, told)
+            folder.tell_judge(out, self.about)
         outcomes = {
             picture.key: Outcome(picture.request.tag, picture.request.prompt, self.value(note))
             for picture, note in told
