@@ -11,7 +11,6 @@ model, compiled if `--compile` is given, and what it makes the compiler do is co
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -134,7 +133,10 @@ def another_strength(model: Any, called_with: Callable[[nn.Module], dict[str, An
 
 def table(record: Row) -> str:
     """The rows as Markdown."""
-    lines = ["| model | run | ms a step | spread | against the same without | weights GiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | run | ms a step | spread | against the same without | weights GiB |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in record["rows"].values():
         slower = row.get("times_slower")
         told = ""

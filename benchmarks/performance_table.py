@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lora_speed
 import peers_speed
 
 from bittern.evaluation.drawing import path_name
@@ -107,6 +108,9 @@ def _made(result: dict[str, Any]) -> str:
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """A result's tables, by what made it."""
+    if "another_strength" in result:
+        about = f"`{result['command']}`: {result['device']}, rank {result['rank']} on {result['targets']} layers"
+        return iter([f"{about}, {_made(result)}\n", lora_speed.table(result), ""])
     if "peers" in result:
         return iter([peers_speed.table(result), ""])
     if "ratios" in result:

@@ -64,7 +64,7 @@ KERNELS: dict[str, Any] = {
     "specialized_gemm": config.SpecializedConfig,
     "specialized_gemm_narrow": config.SpecializedConfig,
 }
-FACTS = {"m", "k", "grouped", "group", "segments", "sums"}
+FACTS = {"m", "k", "grouped", "group", "segments", "sums", "rank"}
 
 
 @pytest.mark.parametrize("family", ["default", *tuned.FAMILIES.values()])
@@ -91,6 +91,7 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
 
 def test_rules_are_asked_in_turn() -> None:
     assert config.prologue_for(HOPPER, 1024).block_m == 8 and config.prologue_for(HOPPER, 1025).block_m == 16
+    assert config.prologue_for(HOPPER, 1025, 96).block_m == 32 and config.prologue_for(HOPPER, 1024, 96).block_m == 8
     assert (
         config.prologue_for(HOPPER, 8).descriptors and not config.prologue_for(config.Device((8, 6), 0), 8).descriptors
     )

@@ -81,13 +81,15 @@ def test_random_codes_are_those_of_rounded_gaussian_weights(weight: str) -> None
     layer = next(iter(layers.quant_layers(random_weights.few_bit(what, recipe, "cpu", torch.bfloat16)).values()))
     layout, scheme = layer.scheme.layout(layer.segments), layer.scheme
     drawn = scheme.format.unpack(layer.parts().codes, layout.padded_k).float()
-    blocks = torch.randn(4096, 1, scheme.group_size or 4096, dtype=torch.float64)
+    group, generator = scheme.group_size or 4096, torch.Generator().manual_seed(0)
+    blocks = torch.randn(2**18 // group, 1, group, dtype=torch.float64, generator=generator)
     lengths = torch.tensor([float(blocks.shape[-1])])
     solve = {"int4": int4.absmax, "nvfp4": nvfp4.absmax, "ternary": ternary.least_squares}[scheme.weight]
     solved = solve(blocks, lengths, torch.bfloat16)[0].float()
     for share in (0.2, 0.4, 0.6, 0.8, 0.95):
-        assert abs(drawn.abs().flatten()[:8192].quantile(share) - solved.abs().flatten()[:8192].quantile(share)) <= 1
-    assert drawn.std().item() == pytest.approx(solved.std().item(), rel=0.08)
+        apart = drawn.abs().flatten()[:8192].quantile(share) - solved.abs().flatten()[:8192].quantile(share)
+        assert abs(apart) <= scheme.format.largest // 6
+    assert drawn.std().item() == pytest.approx(solved.std().item(), rel=0.05)
 
 
 def test_one_seed_makes_one_model() -> None:

@@ -22,12 +22,13 @@ from bittern.quantization import checkpoint_config, empty_layers, fill_meta, mod
 
 _BIASES = ("bias", "scale_shift_table")
 _GRIDS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "int4": (int4.on_grid, 7 / 2.4),
+    "int4": (int4.on_grid, 7 / 2.5),
     "nvfp4": (nvfp4.on_grid, 12 / 2.0),
     "ternary": (ternary.on_grid, 0.82),
 }
-"""How each format rounds, and the deviation of Gaussian weights in codes. The largest of 64 lies at 2.4 deviations, of 16
-at 2.0, and becomes the largest code; scales of least squared error make 0 of ternary weights below .61 deviations."""
+"""How each format rounds, and the deviation of Gaussian weights in codes. The largest of 64 lies at 2.5 deviations, of
+16 at 2.0, and becomes the largest code; least squared error makes 0 of
+ternary weights below .61 deviations."""
 _LEVELS = 2**16
 
 

@@ -186,7 +186,7 @@ def device_of(device: torch.device) -> Device:
 
 def prologue_for(device: Device, m: int, rank: int = 0) -> PrologueConfig:
     """The configuration for M tokens, of which few need small tiles to occupy the device, and a rank."""
-    chosen = tuned.first(PrologueConfig, "prologue", device.capability, m=m)
+    chosen = tuned.first(PrologueConfig, "prologue", device.capability, m=m, rank=rank)
     # Two programs a multiprocessor wait for memory in turns, where there is more than the least of any device.
     while chosen.shared_memory(rank) > max(device.shared_memory // 2, 96 << 10):
         chosen = replace(chosen, block_k=chosen.block_k // 2)

@@ -15,8 +15,8 @@ together, put the exponent of 128 above each by `prmt` (128 + code), subtract wi
 to size, which is exact; that is 2.5 operations a weight instead of 1.4.
 
 A product takes 16 numbers or more, and groups of 16 have 8 of even k: there codes go back in order, and a tile spans
-several groups, so that rows are read 32 bytes at a time. It is halved until a group is left. (One batched product of all
-would say the same, but Triton's is wrong in loops on real devices.)
+several groups, so that rows are read 32 bytes at a time. It is halved until a group is left. (One batched product of
+all would say the same, but in loops Triton's is wrong on real devices: its issue 5620.)
 
 Floor: bytes alone, N·K·b/8 and the scales: 18432 x 3072 int4 g64 30.1 MB or 10.0 us at 3 TB/s, ternary with row
 scales 14.2 MB or 4.7 us, bf16 113 MB or 37.7 us. About 1.4 operations a weight on the general ALUs, 2.8 us.
