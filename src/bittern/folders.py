@@ -27,10 +27,11 @@ from bittern.pipelines import (
     one_line,
     other_components,
     resolve,
+    steps_made_for,
 )
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict, predict_size, quantize
 from bittern.quantization.calibration import Recorder
-from bittern.quantization.conductor import with_samples
+from bittern.quantization.conductor import calibrated_with, with_samples
 from bittern.quantization.fit import Fit, OnFit
 from bittern.quantization.memory import Limits, memory_told, solving_bytes
 from bittern.quantization.preview import skeleton, stored_dtype
@@ -82,7 +83,7 @@ def quantize_folder(
         progress: Called as blocks are finished.
         on_fit: Called with the recipe that was found to meet `fit`, and the size of the file it will give, before
             anything is solved.
-        say: Called with lines about a training.
+        say: Called with lines about a training, and others that a person should read.
 
     Raises:
         UserError: as `load`, `quantize` and `new_folder` do, if the disk is too small, or if an unfinished run for
@@ -98,12 +99,16 @@ def quantize_folder(
         blank, _ = skeleton(place)
     others = [source / INDEX, *other_components(source, place.name)]
     work = workspace_of(out)
+    if recipe.calibrated:
+        prompts = default_prompts(source) if prompts is None else check_prompts(prompts)
     if recipe.distillation is not None:
         if fit is not None:
             raise UserError(f"recipe {recipe.name} trains a model of one size: leave out --fit")
         return _distill_folder(
             model, recipe, out, prompts, seed, device, force, restart, limits, progress, say or (lambda _line: None)
         )
+    if recipe.calibrated:
+        recipe = calibrated_with(recipe, prompts or [], steps_made_for(source, blank), say)
     wanted = None if fit is None else Fit.of(blank, recipe, fit)
     # Finished blocks stay until the whole is written.
     if wanted is None:
@@ -122,8 +127,6 @@ def quantize_folder(
         )
         _write(component(target), model, out, others, report, place, seed, force)
         return report
-    if recipe.calibrated:
-        prompts = default_prompts(source) if prompts is None else check_prompts(prompts)
 
     def recorder(made: Plan) -> Recorder:
         allowed = limits or Limits.of(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bittern.trajectories.calling import CallDefaults, defaults
+from bittern.trajectories.calling import CallDefaults, defaults, steps_of
 from bittern.trajectories.placement import place
 from bittern.trajectories.prompts import check_prompts, default_prompts, read_prompts
 from bittern.trajectories.sampler import choose, sample
@@ -36,5 +36,6 @@ __all__ = [
     "sample",
     "sensitivities",
     "states_bytes",
+    "steps_of",
     "unpack",
 ]

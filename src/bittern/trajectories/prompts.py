@@ -39,7 +39,8 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     """The prompts as a list, if they are usable.
 
     Raises:
-        UserError: if there is none, if one is blank or no text, holds half a character, or a single text was given in place of a list.
+        UserError: if there is none, if one is blank, no text or holds half a character, or a single text was given in
+            place of a list.
     """
     if isinstance(prompts, str):
         raise UserError(f"prompts {prompts[:40]!r} is one text: expected a list of them; put it in brackets")
