@@ -96,7 +96,7 @@ def quantize_folder(
     place = source / denoiser_name(source)
     with one_line(f"model {str(model)!r}"):
         stored_dtype(place)  # a damaged file is told as such, before anything is made of its config
-        blank, _ = skeleton(place)
+        blank, _ = skeleton(place, str(model))
     others = [source / INDEX, *other_components(source, place.name)]
     work = workspace_of(out)
     if recipe.calibrated:

@@ -91,6 +91,7 @@ def preview(
     fit: str | int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    name: str | None = None,
 ) -> Preview:
     """What `quantize` would do to a pipeline, a model, or a folder of either.
 
@@ -103,12 +104,14 @@ def preview(
         fit: As for `quantize`.
         seed: As for `quantize`.
         progress: Called as weights are read for `fit`.
+        name: What errors call a folder.
 
     Raises:
         UserError: as `quantize` does, but for what only the weights' values tell; and for a folder that is no model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    model, notes = skeleton(Path(target).expanduser()) if isinstance(target, str | Path) else (component(target), ())
+    is_folder = isinstance(target, str | Path)
+    model, notes = skeleton(Path(target).expanduser(), name) if is_folder else (component(target), ())
     refuse_quantized(model)
     if fit is not None:
         wanted = Fit.of(model, recipe, fit)
@@ -129,8 +132,16 @@ def preview(
     )
 
 
-def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model of a folder on the meta device, in the dtypes it would be loaded in, and what to say about them."""
+def skeleton(folder: Path, name: str | None = None) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model of a folder on the meta device, in the dtypes it would be loaded in, and what to say about them.
+
+    Args:
+        folder: The model's, or the pipeline's around it.
+        name: What an error calls the model; None for the folder's.
+
+    Raises:
+        UserError: for a folder that is no model, is damaged, or holds a quantized one.
+    """
     place = _place(folder)
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
@@ -139,7 +150,7 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
         raise UserError(f"{place / 'config.json'} is not a model's config: {error!r}") from None
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(f"{str(folder)!r} is already quantized ({method}): give the original")
+        raise UserError(f"{(name or str(folder))!r} is already quantized ({method}): give the original")
     notes: tuple[str, ...] = ()
     try:
         dtype = stored_dtype(place)
