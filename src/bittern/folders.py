@@ -35,6 +35,7 @@ from bittern.quantization.conductor import calibrated_with, with_samples
 from bittern.quantization.fit import Fit, OnFit
 from bittern.quantization.memory import Limits, memory_told, solving_bytes
 from bittern.quantization.preview import skeleton, stored_dtype
+from bittern.quantization.report import growth, whole_size
 from bittern.quantization.stored import Stored, keep_samples, kept_samples
 from bittern.quantization.stream import CHOICE, can_stream, choose_recipe, quantize_streaming, run_manifest
 from bittern.quantization.workspace import SAMPLES, Workspace
@@ -114,6 +115,8 @@ def quantize_folder(
     if wanted is None:
         foreseen = predict(blank, recipe)
         size, solved = foreseen.file_bytes, sum(row.bytes for row in foreseen.rows)
+        if say and (grown := growth(whole_size(blank), size)):
+            say(grown)
     else:
         size = solved = wanted.size
     needed = size + solved + sum(bytes_of(other) for other in others) - (bytes_of(work) if work.exists() else 0)

@@ -23,7 +23,7 @@ from bittern.quantization.jobs import (
     solve_job,
 )
 from bittern.quantization.memory import Limits, memory_told
-from bittern.quantization.report import Report, component, inspect, predict_size, refuse_quantized
+from bittern.quantization.report import Report, component, growth, inspect, predict_size, refuse_quantized, whole_size
 from bittern.recipes import Recipe
 from bittern.scene_prompts import held_out_among
 from bittern.solvers import Stages
@@ -88,6 +88,8 @@ def quantize(
         for path in job.paths:
             check_weight(path, model.get_submodule(path).weight)
 
+    if say and fit is None and (grown := growth(whole_size(model), predict_size(model, recipe))):
+        say(grown)
     recorder = None
     if recipe.calibrated:
         if not isinstance(target, nn.Module):

@@ -17,7 +17,7 @@ from bittern.checkpoints import read_headers, weight_files
 from bittern.errors import UserError, did_you_mean
 from bittern.quantization.calibration import Progress
 from bittern.quantization.fit import Fit, foreseen
-from bittern.quantization.report import COMPONENTS, Report, component, predict, refuse_quantized
+from bittern.quantization.report import COMPONENTS, Report, component, growth, predict, refuse_quantized, whole_size
 from bittern.quantization.stream import reader
 from bittern.recipes import Recipe
 
@@ -120,10 +120,12 @@ def preview(
         recipe = wanted.choose(errors)
     made = plan(model, recipe)
     weights = {path: model.get_submodule(path).weight for path in made.kept}
+    report = predict(model, recipe, made)
+    grown = growth(whole_size(model), report.file_bytes)
     return Preview(
         architecture=made.architecture.name,
-        notes=(*made.architecture.notes, *notes),
-        report=predict(model, recipe, made),
+        notes=(*made.architecture.notes, *notes, *([grown] if grown else [])),
+        report=report,
         groups=tuple(job.paths for job in made.jobs if len(job.paths) > 1),
         kept=tuple(
             Kept(path, tuple(weights[path].shape), weights[path].nbytes, reason) for path, reason in made.kept.items()

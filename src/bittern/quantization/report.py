@@ -165,6 +165,21 @@ def predict_size(target: DiffusionPipeline | nn.Module, recipe: str | Path | Rec
     return predict(target, recipe).file_bytes
 
 
+def growth(before: int, after: int) -> str | None:
+    """What a person should know if a weight file grows.
+
+    Args:
+        before: Bytes of the model's weight file as it is.
+        after: Of the few-bit one.
+    """
+    if after <= before:
+        return None
+    return (
+        f"warning: the few-bit model is larger than the original, {after / 1e6:.2f} MB and not {before / 1e6:.2f} MB: "
+        "lower `rank` in the recipe"
+    )
+
+
 def whole_size(model: nn.Module) -> int:
     """Bytes of the weight file of a model as it is."""
     return file_bytes(_specs(model))
