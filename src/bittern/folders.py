@@ -145,7 +145,7 @@ def quantize_folder(
             states=kept_samples(workspace), keep=lambda states: keep_samples(workspace, states), progress=progress,
         )  # fmt: skip
 
-    manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts, wanted and wanted.size)
+    manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts, wanted and wanted.size, others)
     with Workspace(work, manifest, restart=restart) as workspace:
         with _kept_if_worth_it(workspace, out), memory_told():
             if wanted is not None:
@@ -183,7 +183,7 @@ def _distill_folder(
     in_turn = recipe.distillation is not None and recipe.distillation.mode == "blocks"
     with sharding.joined(device) as device:
         manifest = {
-            **run_manifest(place, recipe, seed, bittern.__version__, given),
+            **run_manifest(place, recipe, seed, bittern.__version__, given, others=others),
             **({"processes": sharding.count()} if sharding.count() > 1 else {}),
         }
         work = workspace_of(out) / (f"process-{sharding.rank()}" if sharding.rank() else "")
