@@ -18,7 +18,8 @@ from bittern.checkpoints import CheckpointConfig, is_few_bit
 from bittern.errors import UserError, did_you_mean
 from bittern.integrations.lora_files import Lora, load_files
 from bittern.outputs import INDEX
-from bittern.quantization.preview import model_on_meta, stored_dtype
+from bittern.quantization.on_meta import model_on_meta
+from bittern.quantization.preview import stored_dtype
 from bittern.quantization.report import COMPONENTS
 from bittern.trajectories import CallDefaults, defaults, steps_of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ from torch import nn
 from bittern import recipes
 from bittern.architectures import plan
 from bittern.checkpoints import read_headers, weight_files
-from bittern.errors import UserError, did_you_mean
+from bittern.errors import UserError
 from bittern.quantization.calibration import Progress
 from bittern.quantization.fit import Fit, foreseen
+from bittern.quantization.on_meta import model_on_meta
 from bittern.quantization.report import COMPONENTS, Report, component, growth, predict, refuse_quantized, whole_size
 from bittern.quantization.stream import reader
 from bittern.recipes import Recipe
@@ -163,53 +164,12 @@ def skeleton(folder: Path, name: str | None = None) -> tuple[nn.Module, tuple[st
     return model_on_meta(class_name, config, dtype, str(place / "config.json")), notes
 
 
-def model_on_meta(class_name: str, config: Mapping[str, Any], dtype: torch.dtype, where: str) -> nn.Module:
-    """A model of a diffusers class on the meta device, in the dtypes it would be loaded in.
-
-    Args:
-        class_name: The diffusers class.
-        config: Its config.
-        dtype: What its files hold.
-        where: What a message calls the config.
-
-    Raises:
-        UserError: for a class that diffusers has not, or a config that is not the class's.
-    """
-    import diffusers
-    from accelerate import init_empty_weights
-
-    model_class: Any = getattr(diffusers, class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
-        known = [name for name in dir(diffusers) if name.endswith("Model")]
-        raise UserError(f"diffusers has no model class {class_name!r}: {did_you_mean(class_name, known)}")
-    try:
-        with init_empty_weights():
-            model = model_class.from_config(dict(config))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{where} makes no {class_name}: {error}") from None
-    return _cast(model.eval(), dtype)
-
-
 def _place(folder: Path) -> Path:
     """Where the model of a folder is: there, or in the denoiser's folder."""
     places = [place for place in (folder, *(folder / name for name in COMPONENTS)) if (place / "config.json").is_file()]
     if not places:
         raise UserError(f"{str(folder)!r} is no model: expected config.json or {' or '.join(COMPONENTS)} in it")
     return places[0]
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model as diffusers loads it: what is in the files in a dtype, but for what it keeps in float32."""
-    in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is None or not tensor.is_floating_point() or name in module._non_persistent_buffers_set:
-                    continue
-                wide = in_fp32 & {*path.split("."), name}
-                cast = tensor.data.to(device="meta", dtype=torch.float32 if wide else dtype)
-                held[name] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
-    return model
 
 
 def stored_dtype(folder: Path, few_bit: Collection[str] = ()) -> torch.dtype:
