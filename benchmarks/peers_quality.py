@@ -237,13 +237,18 @@ def run(args: argparse.Namespace) -> Row:
         raise UserError(f"--limit {args.images}: expected at least one prompt")
     bench = Bench(args)
     libraries = sorted({setting.library for setting in peers.settings()})
+    there = {library: peers.installed(library) for library in libraries}
+    wanted = {method.library for method in chosen}
+    if absent := [library for library in libraries if library in wanted and there[library] is None]:
+        said = f'not installed, so not compared with: {", ".join(absent)}; pip install -e ".[peers]" brings them'
+        print(said, file=sys.stderr, flush=True)
     record: Row = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(bench.pipe, args)
         | {
             "samples": bench.base.samples,
             "targets": len(bench.targets),
-            "peers": {x: peers.installed(x) for x in libraries},
+            "peers": there,
         },
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import bittern
 from bittern import folders, pipelines, recipes
 from bittern.cli import main
 from bittern.errors import UserError
+from bittern.evaluation import scenes
 from bittern.layers import quant_layers, set_path
 from bittern.quantization import calibration_bytes
 from bittern.recipes import Recipe
@@ -112,6 +113,43 @@ def test_it_is_nearer_to_the_original_than_rounding(new_tiny_random_pipeline: Ne
                 whole += float(v.square().sum())
         errors.append((missed / whole) ** 0.5)
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_samples_that_cannot_be_drawn_are_said_and_not_recorded(
+    tiny_random_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, yaml = tmp_path / "p.txt", tmp_path / "w4.yaml"
+    texts.write_text("a red star\n")
+    yaml.write_text("rows: 64\ndefault: {weight: int4, activations: 16, rounding: gptq}\n")
+    command = ["quantize", str(tiny_random_folder), "--recipe", str(yaml), "--prompts", str(texts), "--samples", "500"]
+    assert main.run([*command, "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("500 samples: prompts x steps are 1 x 24 = 24, and all of them are taken\n") == 1
+    config = json.loads((tmp_path / "out/transformer/config.json").read_text())["quantization_config"]
+    assert config["recipe"]["samples"] == 24 and config["recipe"]["name"] == "w4[samples=24]"
+    assert "w4[samples=24]" in (tmp_path / "out/README.md").read_text()
+    said: list[str] = []
+    pipe = pipelines.load(tiny_random_folder)
+    report = bittern.quantize(pipe, yaml, prompts=["a red star"], samples=500, say=said.append)
+    assert report.recipe == "w4[samples=24]" and len(said) == 1
+    assert report == bittern.inspect(tmp_path / "out")
+
+
+def test_held_out_prompts_are_warned_of(tiny_random_folder: Path, tmp_path: Path) -> None:
+    recipe = recipes.load("int4-gptq").override(samples=2, rows=64)
+    held, training = scenes.held_out(1)[0].prompt, scenes.training_prompts()[0].prompt
+    said: list[str] = []
+    folders.quantize_folder(
+        tiny_random_folder, recipe, tmp_path / "out", prompts=[f" {held.upper()}.", training], say=said.append
+    )
+    (line,) = said
+    assert line.startswith("warning: 1 of 2 calibration prompts are held out for evaluation, ")
+    assert held.upper() in line and "\n" not in line
+    said.clear()
+    folders.quantize_folder(
+        tiny_random_folder, recipe, tmp_path / "out", prompts=[training], say=said.append, force=True
+    )
+    assert said == []
 
 
 def test_the_command_writes_the_folder_and_shows_the_stages(

@@ -195,7 +195,7 @@ def test_limits_that_are_too_narrow_are_refused_before_anything_is_drawn(
     for limits, message in (
         (
             Limits(None, 1000),
-            r"records of 0000\.transformer_blocks\.0 take .* MiB of the host, and 0\.00 MiB are allowed",
+            r"records of 0000\.transformer_blocks\.0 take at least .* MiB of the host, and 0\.00 MiB are allowed",
         ),
         (Limits(1000, 2**40), r"sums over the inputs and outputs of 0000\.transformer_blocks\.0 take .* device memory"),
     ):
@@ -207,6 +207,24 @@ def test_limits_that_are_too_narrow_are_refused_before_anything_is_drawn(
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     with pytest.raises(UserError, match="those outside the blocks take"):
         place(model, ["1"], torch.device("cpu"), room=439)
+
+
+def test_records_take_no_more_rows_than_there_are_tokens(tiny_random_folder: Path, tmp_path: Path) -> None:
+    """Two samples have 2 x (256 + 16) tokens, and some in the smaller arguments; rows are for 16,384."""
+    recipe = recipes.load("int4-gptq").override(rows=16384)
+    blank = skeleton(tiny_random_folder / "transformer")[0]
+    jobs = [jobs for _, jobs in blocks_of(plan(blank, recipe))]
+    asked, there = (max(calibration_bytes(part, rows, 4).host for part in jobs) for rows in (16384, 700))
+    assert there < asked / 10
+    limits = Limits(None, there)
+    given: dict[str, Any] = {"prompts": PROMPTS, "samples": 2}
+    folders.quantize_folder(tiny_random_folder, recipe, tmp_path / "tight", limits=limits, **given)
+    folders.quantize_folder(tiny_random_folder, recipe, tmp_path / "plenty", limits=PLENTY, **given)
+    assert weights(tmp_path / "tight") == weights(tmp_path / "plenty")
+    with pytest.raises(UserError, match=r"records of 0000\.\S+ take \d\.\d\d MiB of the host") as refused:
+        folders.quantize_folder(tiny_random_folder, recipe, tmp_path / "out", limits=Limits(None, there // 2), **given)
+    said = float(str(refused.value).split(" take ")[1].split()[0])
+    assert said * 2**20 <= there
 
 
 def test_a_model_that_is_placed_in_part_computes_the_same() -> None:

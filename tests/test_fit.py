@@ -217,6 +217,30 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     assert 0.9 * (2 * least + whole) // 3 < report.file_bytes <= (2 * least + whole) // 3
 
 
+COLUMNS = """
+samples: 4
+rows: 96
+modulation: {weight: int4, group_size: 64, activations: 16, smoothing: none, rounding: nearest}
+default:
+  {weight: ternary, group_size: null, activations: 8, rounding: gptq, smoothing: columns, refits: 1, sweeps: 1}
+"""
+
+
+def test_ternary_with_smoothed_columns_is_fitted(tiny_random_folder: Path, tmp_path: Path) -> None:
+    """Its levels of four bits have no such smoothing, and the errors of all levels are foreseen without it."""
+    file = tmp_path / "columns.yaml"
+    file.write_text(COLUMNS)
+    least, whole = sizes(tiny_random_folder, recipes.load(file))
+    size = least + (whole - least) // 50
+    report = folders.quantize_folder(tiny_random_folder, file, tmp_path / "out", prompts=PROMPTS, fit=size)
+    assert (tmp_path / "out" / FILE).stat().st_size == report.file_bytes <= size
+    assert {row.format for row in report.rows if ".norm" not in row.path} == {"int4", "ternary"}
+    stored = load_file(tmp_path / "out" / FILE)
+    smooth = {name.removesuffix(".smooth") for name in stored if name.endswith(".smooth")}
+    ternary = {row.path for row in report.rows if row.format == "ternary"}
+    assert smooth and smooth <= ternary
+
+
 # ---- calibrated, interrupted
 
 

@@ -341,6 +341,60 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: py
     assert contents(tmp_path) == {"out/config.json": b'{"_class_name": "Old"}'}
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bittern import outputs
+out, moment = sys.argv[1:]
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+rename = Path.rename
+if moment == "reading":
+    outputs._open_to_readers = kill
+if moment == "swap":
+    Path.rename = lambda self, target: kill() if self.name.endswith(".tmp") else rename(self, target)
+if moment == "tidying":
+    outputs.shutil.rmtree = kill
+with outputs.new_folder(out, force=True) as folder:
+    (folder / "config.json").write_text('{"_class_name": "New"}')
+    if moment == "wait":
+        print("writing", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "there", "left"),
+    [("reading", "Old", ["tmp"]), ("swap", None, ["old", "tmp"]), ("tidying", "New", ["old"])],
+)
+def test_what_a_killed_process_leaves_is_swept_by_the_next(
+    moment: str, there: str | None, left: list[str], tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / ".out.more.01234567.tmp"
+    for folder, name in ((out, "Old"), (other, "Other")):
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"_class_name": "{name}"}}')
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out), moment], check=False)
+    assert done.returncode == -9
+    assert sorted(path.suffix[1:] for path in tmp_path.glob(".out.????????.*")) == left
+    assert out.exists() == (there is not None)
+    outputs.check_out(out, force=True)
+    assert not list(tmp_path.glob(".out.????????.*")) and other.exists()
+    assert json.loads((out / "config.json").read_text())["_class_name"] == (there or "Old")
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(out), "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == "writing\n"
+        outputs.check_out(out)
+        assert len(list(tmp_path.glob(".out.*.tmp"))) == 1
+        process.communicate("go\n")
+    assert process.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_disk_that_is_full_midway(model: Path, tmp_path: Path) -> None:
     """The real thing: the kernel refuses the bytes beyond a limit, once in a copy, once in a safetensors file."""
     code = """

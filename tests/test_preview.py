@@ -138,3 +138,26 @@ def test_mistakes_are_one_line(
     assert main.run(["inspect", str(folder), *given.get(arguments, ["--recipe", "int4", "--dry-run"])]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err, shown.err
+
+
+def test_a_model_that_would_grow_is_warned_of(
+    tiny_random_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, grows in (("64", True), ("4", False)):
+        yaml = tmp_path / "r.yaml"
+        # tiny-random is in float32: only branches of that type outweigh it.
+        yaml.write_text(f"default: {{weight: int4, rank: {rank}, branch_dtype: fp32, svd_iterations: 1, rounds: 0}}\n")
+        assert main.run(["inspect", str(tiny_random_folder), "--recipe", str(yaml), "--dry-run", "--json"]) == 0
+        foretold = json.loads(capsys.readouterr().out)
+        before = (tiny_random_folder / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
+        line = (
+            f"warning: the few-bit model is larger than the original, {foretold['predicted_bytes'] / 1e6:.2f} MB and "
+            f"not {before / 1e6:.2f} MB: lower `rank` in the recipe"
+        )
+        assert (foretold["predicted_bytes"] > before) == grows == (line in foretold["notes"])
+        out = tmp_path / f"out{rank}"
+        assert main.run(["quantize", str(tiny_random_folder), "--recipe", str(yaml), "--out", str(out)]) == 0
+        assert (line in capsys.readouterr().err) == grows
+        said: list[str] = []
+        bittern.quantize(pipelines.load(tiny_random_folder), yaml, say=said.append)
+        assert said == [line] * grows

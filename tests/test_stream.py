@@ -48,6 +48,11 @@ def interrupt_after(blocks: int) -> Callable[[str, float, float], None]:
     return progress
 
 
+def interrupt_when_solving(what: str, done: float, _total: float) -> None:
+    if what.startswith("solving") and done >= 1:
+        raise KeyboardInterrupt
+
+
 # ---- the result
 
 
@@ -224,6 +229,38 @@ def test_another_run_is_refused_until_restart(model: Path, tmp_path: Path) -> No
     assert contents(folders.workspace_of(out)) == left
     folders.quantize_folder(model, "ternary-fast", out, restart=True)
     assert bittern.inspect(out).recipe == "ternary-fast"
+
+
+def test_samples_of_another_pipeline_or_of_other_prompts_are_no_part_of_a_run(model: Path, tmp_path: Path) -> None:
+    place, others = model / "transformer", [model / name for name in ("scheduler", "text_encoder", "tokenizer")]
+    recipe = recipes.load("int4-gptq")
+
+    def manifest(prompts: list[str] | None = None) -> dict[str, object]:
+        return stream.run_manifest(place, recipe, 0, "1", prompts, others=others)
+
+    with_prompts, without = manifest(["a", "b"]), manifest()
+    assert manifest(["a", "b"]) == with_prompts
+    assert manifest(["a\nb"])["prompts"] != with_prompts["prompts"]
+    weights = next((model / "text_encoder").glob("*.safetensors"))
+    for file in (model / "scheduler" / "scheduler_config.json", weights):
+        data = bytearray(file.read_bytes())
+        data[-20] ^= 1
+        file.write_bytes(bytes(data))
+        changed = manifest(["a", "b"])
+        assert [key for key in changed if changed[key] != with_prompts[key]] == ["pipeline"]
+        with_prompts = changed
+    # What draws nothing does not mind.
+    assert manifest() == without
+
+
+def test_an_unfinished_run_of_another_scheduler_is_refused(model: Path, tmp_path: Path) -> None:
+    recipe = recipes.load("int4-gptq").override(samples=2, rows=64)
+    with pytest.raises(KeyboardInterrupt):
+        folders.quantize_folder(model, recipe, tmp_path / "out", prompts=["a star"], progress=interrupt_when_solving)
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 3.0}))
+    with pytest.raises(UserError, match="unfinished run with another pipeline"):
+        folders.quantize_folder(model, recipe, tmp_path / "out", prompts=["a star"])
 
 
 def test_two_runs_do_not_meet(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 import bittern
 from bittern import pipelines, tiny_flux, tiny_flux_ternary
+from bittern.cli import main
 from bittern.errors import UserError
 
 TRAINED = Path(tiny_flux_ternary.__file__).parent / tiny_flux_ternary.TRANSFORMER
@@ -48,3 +49,13 @@ def test_the_built_in_name() -> None:
     report = bittern.inspect(pipelines.resolve("tiny-flux-ternary"))
     assert report.ternary_share_blocks >= 0.99
     assert {row.rank for row in report.rows} == {0}
+
+
+@pytest.mark.parametrize("command", [["inspect", "--dry-run"], ["quantize", "--out", "out"]])
+def test_it_is_called_by_its_name_where_it_is_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main.run([command[0], tiny_flux_ternary.NAME, *command[1:], "--recipe", "int4"]) == 2
+    shown = capsys.readouterr().err
+    assert shown == "error: 'tiny-flux-ternary' is already quantized (bittern): give the original\n"

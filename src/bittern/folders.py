@@ -27,13 +27,15 @@ from bittern.pipelines import (
     one_line,
     other_components,
     resolve,
+    steps_made_for,
 )
 from bittern.quantization import Progress, Report, component, inspect, model_card, predict, predict_size, quantize
 from bittern.quantization.calibration import Recorder
-from bittern.quantization.conductor import with_samples
+from bittern.quantization.conductor import calibrated_with, with_samples
 from bittern.quantization.fit import Fit, OnFit
 from bittern.quantization.memory import Limits, memory_told, solving_bytes
 from bittern.quantization.preview import skeleton, stored_dtype
+from bittern.quantization.report import growth, whole_size
 from bittern.quantization.stored import Stored, keep_samples, kept_samples
 from bittern.quantization.stream import CHOICE, can_stream, choose_recipe, quantize_streaming, run_manifest
 from bittern.quantization.workspace import SAMPLES, Workspace
@@ -82,7 +84,7 @@ def quantize_folder(
         progress: Called as blocks are finished.
         on_fit: Called with the recipe that was found to meet `fit`, and the size of the file it will give, before
             anything is solved.
-        say: Called with lines about a training.
+        say: Called with lines about a training, and others that a person should read.
 
     Raises:
         UserError: as `load`, `quantize` and `new_folder` do, if the disk is too small, or if an unfinished run for
@@ -95,20 +97,26 @@ def quantize_folder(
     place = source / denoiser_name(source)
     with one_line(f"model {str(model)!r}"):
         stored_dtype(place)  # a damaged file is told as such, before anything is made of its config
-        blank, _ = skeleton(place)
+        blank, _ = skeleton(place, str(model))
     others = [source / INDEX, *other_components(source, place.name)]
     work = workspace_of(out)
+    if recipe.calibrated:
+        prompts = default_prompts(source) if prompts is None else check_prompts(prompts)
     if recipe.distillation is not None:
         if fit is not None:
             raise UserError(f"recipe {recipe.name} trains a model of one size: leave out --fit")
         return _distill_folder(
             model, recipe, out, prompts, seed, device, force, restart, limits, progress, say or (lambda _line: None)
         )
+    if recipe.calibrated:
+        recipe = calibrated_with(recipe, prompts or [], steps_made_for(source, blank), say)
     wanted = None if fit is None else Fit.of(blank, recipe, fit)
     # Finished blocks stay until the whole is written.
     if wanted is None:
         foreseen = predict(blank, recipe)
         size, solved = foreseen.file_bytes, sum(row.bytes for row in foreseen.rows)
+        if say and (grown := growth(whole_size(blank), size)):
+            say(grown)
     else:
         size = solved = wanted.size
     needed = size + solved + sum(bytes_of(other) for other in others) - (bytes_of(work) if work.exists() else 0)
@@ -122,8 +130,6 @@ def quantize_folder(
         )
         _write(component(target), model, out, others, report, place, seed, force)
         return report
-    if recipe.calibrated:
-        prompts = default_prompts(source) if prompts is None else check_prompts(prompts)
 
     def recorder(made: Plan) -> Recorder:
         allowed = limits or Limits.of(device)
@@ -139,7 +145,7 @@ def quantize_folder(
             states=kept_samples(workspace), keep=lambda states: keep_samples(workspace, states), progress=progress,
         )  # fmt: skip
 
-    manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts, wanted and wanted.size)
+    manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts, wanted and wanted.size, others)
     with Workspace(work, manifest, restart=restart) as workspace:
         with _kept_if_worth_it(workspace, out), memory_told():
             if wanted is not None:
@@ -177,7 +183,7 @@ def _distill_folder(
     in_turn = recipe.distillation is not None and recipe.distillation.mode == "blocks"
     with sharding.joined(device) as device:
         manifest = {
-            **run_manifest(place, recipe, seed, bittern.__version__, given),
+            **run_manifest(place, recipe, seed, bittern.__version__, given, others=others),
             **({"processes": sharding.count()} if sharding.count() > 1 else {}),
         }
         work = workspace_of(out) / (f"process-{sharding.rank()}" if sharding.rank() else "")

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,11 +22,14 @@ INDEX = "model_index.json"
 def check_out(out: str | Path, *, force: bool = False, source: Path | None = None) -> None:
     """Refuses an output folder that `new_folder` would refuse, before time is spent.
 
+    What processes that were killed have left of this output is swept away first (`sweep`).
+
     Raises:
         UserError: if it is a file, holds something and `force` is not given, holds something that is no model,
             is the source itself or around it, or cannot be written.
     """
     path = Path(out).expanduser().resolve()
+    sweep(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"output {str(out)!r} is a file: expected a folder that is new or empty")
     if source is not None and (source.resolve().is_relative_to(path) or path.is_relative_to(source.resolve())):
@@ -54,29 +57,99 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_out(out, force=force)
     path = Path(out).expanduser().resolve()
-    token = secrets.token_hex(4)
-    fresh, aside = (path.parent / f".{path.name}.{token}.{kind}" for kind in ("tmp", "old"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        yield fresh
-        _open_to_readers(fresh)
-        if path.exists():
-            path.rename(aside)
+    with ExitStack() as held:
         try:
-            fresh.rename(path)
-        except BaseException:
-            if aside.exists():
-                aside.rename(path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except Exception as error:
-        reason = disk_problem(error)
-        if reason is None:
-            raise
-        raise UserError(f"output {str(out)!r} cannot be written: {reason}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh, aside = _fresh(path, held)
+            try:
+                yield fresh
+                _open_to_readers(fresh)
+                if path.exists():
+                    held.callback(_close, _lock(path))
+                    path.rename(aside)
+                try:
+                    fresh.rename(path)
+                except BaseException:
+                    if aside.exists():
+                        aside.rename(path)
+                    raise
+                shutil.rmtree(aside, ignore_errors=True)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+        except Exception as error:
+            reason = disk_problem(error)
+            if reason is None:
+                raise
+            raise UserError(f"output {str(out)!r} cannot be written: {reason}; nothing was left behind") from error
+
+
+def sweep(path: Path) -> None:
+    """Takes away what processes that were killed while they wrote `path` have left beside it.
+
+    A process locks its folders for as long as it lives, and what is locked stays. One that was killed between its two
+    renames had put aside what was at `path`, which comes back.
+
+    Args:
+        path: The output, absolute.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{8}})\.(tmp|old)")
+    try:
+        left = [(found, entry) for entry in path.parent.iterdir() if (found := name.fullmatch(entry.name))]
+    except OSError:  # no folder there yet, or none to look into: then there is nothing to do
+        return
+    with ExitStack() as held:
+        dead: dict[tuple[str, str], Path] = {}
+        for found, folder in left:
+            if not folder.is_symlink() and (handle := _lock(folder, wait=False)) is not None:
+                held.callback(_close, handle)
+                dead[found[1], found[2]] = folder
+        for (token, kind), folder in dead.items():
+            if kind == "old" and (token, "tmp") in dead and not path.exists():
+                with suppress(OSError):
+                    folder.rename(path)
+        for folder in dead.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fresh(path: Path, held: ExitStack) -> tuple[Path, Path]:
+    """A new folder beside an output, locked while `held` lasts, and a name for what has to make room."""
+    while True:
+        token = secrets.token_hex(4)
+        fresh, aside = (path.parent / f".{path.name}.{token}.{kind}" for kind in ("tmp", "old"))
+        fresh.mkdir()
+        held.callback(_close, _lock(fresh))
+        # Before it was locked another run may have taken it for a dead one's.
+        if fresh.exists():
+            return fresh, aside
+
+
+def _lock(folder: Path, *, wait: bool = True) -> int | None:
+    """Locks a folder for this process, under whatever name it goes; the lock goes with the process, however it ends.
+
+    Args:
+        folder: Which.
+        wait: Whether to wait for a process that has locked it.
+
+    Returns:
+        What `os.close` unlocks; None if another process has locked it, or nothing can be locked here.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # some file systems of networks lock no folders
+        _close(handle)
+        return None
+    return handle
+
+
+def _close(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
 
 
 def _names_a_class(file: Path) -> bool:

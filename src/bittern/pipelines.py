@@ -18,9 +18,10 @@ from bittern.checkpoints import CheckpointConfig, is_few_bit
 from bittern.errors import UserError, did_you_mean
 from bittern.integrations.lora_files import Lora, load_files
 from bittern.outputs import INDEX
+from bittern.quantization.on_meta import model_on_meta
 from bittern.quantization.preview import stored_dtype
 from bittern.quantization.report import COMPONENTS
-from bittern.trajectories import CallDefaults, defaults
+from bittern.trajectories import CallDefaults, defaults, steps_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -186,6 +187,25 @@ def denoiser_name(folder: Path) -> str:
     if name is None or not (folder / name / "config.json").is_file():
         raise UserError(f"{folder} has no {' or '.join(COMPONENTS)}: expected a whole pipeline; fetch it again")
     return name
+
+
+def steps_made_for(folder: Path, denoiser: nn.Module) -> int | None:
+    """Denoising steps that a pipeline was made for, from its configs; None where they do not say.
+
+    Args:
+        folder: The pipeline's.
+        denoiser: Its own, which may be on meta.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, str(read_json(folder / INDEX).get("_class_name")), None)
+    file = folder / "vae" / "config.json"
+    try:
+        config = read_json(file) if file.is_file() else None
+        vae = config and model_on_meta(str(config.get("_class_name")), config, torch.float32, str(file))
+        return None if kind is None else steps_of(kind, vae, denoiser)
+    except (UserError, KeyError):  # what cannot be loaded is told when it is
+        return None
 
 
 def other_components(folder: Path, denoiser: str) -> list[Path]:

@@ -180,19 +180,23 @@ def held_out(limit: int = 120, seed: int = 0) -> list[ScenePrompt]:
     return [queues[i % len(TASKS)][i // len(TASKS)] for i in range(limit)]
 
 
+def held_out_among(prompts: Sequence[str]) -> list[str]:
+    """Those of `prompts` that are held-out sentences, however they are spaced or capitalized."""
+    forbidden = _held_out_sentences()
+    return [prompt for prompt in prompts if _normal(prompt) in forbidden]
+
+
 def refuse_held_out(prompts: Sequence[str]) -> None:
     """Guard of everything that learns from prompts: held-out sentences are refused.
 
     Raises:
         UserError: names the first held-out prompt among `prompts`.
     """
-    forbidden = _held_out_sentences()
-    for prompt in prompts:
-        if _normal(prompt) in forbidden:
-            raise UserError(
-                f"prompt {prompt!r} is held out for evaluation; expected training prompts only; "
-                "take them from scenes.training_prompts()"
-            )
+    if found := held_out_among(prompts):
+        raise UserError(
+            f"prompt {found[0]!r} is held out for evaluation; expected training prompts only; "
+            "take them from scenes.training_prompts()"
+        )
 
 
 def _normal(prompt: str) -> str:

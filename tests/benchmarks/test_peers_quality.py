@@ -150,6 +150,21 @@ def test_a_calibrated_row_is_kept_and_not_drawn_again(tmp_path, monkeypatch: pyt
     assert run(args) == first
 
 
+def test_libraries_that_are_not_there_are_named_with_the_mend(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "installed", lambda library: None)
+    method = next(method for method in peers_quality.methods() if method.library)
+    args = argparse.Namespace(
+        model="tiny-flux", dtype=None, device="cpu", images=1, steps=1, samples=1, only=method.name,
+        out=tmp_path / "r.json",
+    )  # fmt: skip
+    rows = run(args)["rows"].values()
+    assert rows and all(row["reason"] == f"{method.library} is not installed" for row in rows)
+    line = f'not installed, so not compared with: {method.library}; pip install -e ".[peers]" brings them'
+    assert capsys.readouterr().err.count(line + "\n") == 1
+
+
 def test_a_row_that_does_not_exist_is_refused() -> None:
     with pytest.raises(peers_quality.UserError, match="--only 'int99'"):
         run(argparse.Namespace(only="int99", images=1))

@@ -48,6 +48,8 @@ def test_impossible_rank_is_refused(rank: object) -> None:
     [
         ({"defualt": {}}, r"unknown key 'defualt': did you mean 'default'\?"),
         ({"default": {"rnk": 1}}, r"unknown key 'default\.rnk': did you mean 'rank'\?"),
+        ({"distillation": {"stepz": 3}}, r"unknown key 'distillation\.stepz': did you mean 'steps'\?"),
+        ({"distillation": {"stepz": 3, "steps": 0}}, r"unknown key 'distillation\.stepz': .* \(and 1 more\)"),
         ({"modulation": {"rnak": 1}}, r"modulation: unknown key 'rnak': did you mean 'rank'\?"),
         ({"overrides": {"*.to_q": {"activation": 4}}}, r"overrides\['\*\.to_q'\]: .* mean 'activations'\?"),
         ({"default": {"weight": "int5"}}, r"default\.weight 'int5': expected 'int4', 'nvfp4' or 'ternary'"),
@@ -85,6 +87,11 @@ def test_what_does_not_fit_is_named_in_one_line(changes: dict[str, object], mess
 def test_missing_key_is_named() -> None:
     with pytest.raises(UserError, match=r"mine: key 'default' is missing: add it"):
         validated(Recipe, {"name": "x"}, "mine")
+
+
+def test_a_mistyped_key_comes_before_the_one_that_is_missing() -> None:
+    with pytest.raises(UserError, match=r"mine: unknown key 'defualt': did you mean 'default'\?"):
+        validated(Recipe, {"name": "x", "defualt": {"weight": "int4"}}, "mine")
 
 
 def test_patches_apply_in_order() -> None:

@@ -39,6 +39,7 @@ def test_marks_and_separators_of_other_systems(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "x"}\n{"text": "y"}', "p.jsonl:2 has no prompt"),
         ("p.jsonl", b'["a red star"]', "has no prompt"),
         ("p.jsonl", b'{"prompt": "  "}', "has no prompt"),
+        ("p.jsonl", b'{"prompt": "x"}\n{"prompt": "caf\\ud83d"}', r"p.jsonl:2: prompt 'caf\\ud83d' holds half of a"),
     ],
 )
 def test_unusable_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -46,6 +47,11 @@ def test_unusable_files_are_refused_by_name(tmp_path: Path, name: str, content: 
     with pytest.raises(UserError, match=message) as error:
         read_prompts(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_whole_surrogate_pairs_are_one_character(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "caf\\ud83d\\ude00"}')
+    assert check_prompts(read_prompts(tmp_path / "p.jsonl")) == ["caf\U0001f600"]
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -76,7 +82,13 @@ def test_a_folder_without_prompts_gets_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([], "no prompts"), ("a star", "one text"), (["a", " "], "prompt 2"), (["a", 3], "prompt 2 is 3")],
+    [
+        ([], "no prompts"),
+        ("a star", "one text"),
+        (["a", " "], "prompt 2"),
+        (["a", 3], "prompt 2 is 3"),
+        (["\ud83d"], "prompt 1 .* half of a"),
+    ],
 )
 def test_unusable_prompts_are_refused(prompts: object, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bittern.checkpoints.config import FORMAT_VERSION, QUANT_METHOD, CheckpointConfig, Target
 from bittern.checkpoints.files import TensorSpec, read_headers, read_tensor, weight_files
-from bittern.checkpoints.native import check_headers, check_values, from_disk, is_few_bit, on_disk, to_disk
+from bittern.checkpoints.native import check_headers, check_values, from_disk, is_few_bit, is_leaf, on_disk, to_disk
 
 __all__ = [
     "FORMAT_VERSION",
@@ -16,6 +16,7 @@ __all__ = [
     "check_values",
     "from_disk",
     "is_few_bit",
+    "is_leaf",
     "on_disk",
     "read_headers",
     "read_tensor",

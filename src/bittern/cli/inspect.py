@@ -46,7 +46,7 @@ def inspect(
         folder = given if given.is_dir() and model not in pipelines.BUILT_IN else pipelines.resolve(model)
         if recipe is not None:
             hush()
-            foreseen = quantization.preview(folder, recipe, fit=fit, progress=out.progress)
+            foreseen = quantization.preview(folder, recipe, fit=fit, progress=out.progress, name=model)
             out.result({"model": model, **foreseen.to_dict()}, *preview_tables(foreseen))
             return
         report = quantization.inspect(folder)

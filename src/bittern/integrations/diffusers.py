@@ -9,7 +9,6 @@ knows; `tests/integrations/test_canary.py` fails when diffusers moves any of it.
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Mapping
 from enum import StrEnum
@@ -28,7 +27,7 @@ from bittern.integrations import nunchaku_lite
 # Everything of our own that is heavy is imported where it is used: registering must cost nothing.
 if TYPE_CHECKING:
     from bittern.architectures import Job, Plan
-    from bittern.checkpoints import CheckpointConfig, Target
+    from bittern.checkpoints import CheckpointConfig
     from bittern.checkpoints.nunchaku import Incoming
     from bittern.recipes import Recipe
 
@@ -210,8 +209,8 @@ class BitternQuantizer(DiffusersQuantizer):
     def _build(self, model: nn.Module) -> None:
         """Empty few-bit layers in the model on meta, once the files are known to fill them."""
         from bittern.checkpoints import check_headers, check_values, read_headers
-        from bittern.layers import LEAVES, swap
-        from bittern.quantization import empty_layers
+        from bittern.layers import swap
+        from bittern.quantization import check_targets, empty_layers, other_shapes
 
         if self.quantization_config.lite is not None:
             found = nunchaku_lite.prepare(model, self.quantization_config.lite, self._files)
@@ -220,8 +219,11 @@ class BitternQuantizer(DiffusersQuantizer):
             # Diffusers looks for the names that the files have.
             self._keys[:] = found.specs()
         config = self._checkpoint()
-        for path, target in config.targets.items():
-            _layer_at(model, path, target)
+        check_targets(model, config)
+        if self._incoming is None:
+            headers = read_headers(self._files)
+            check_headers(headers, config, other_shapes(model, config))
+            check_values(headers, config)
         layers = empty_layers(model, config, config.targets)
         for path, layer in layers.items():
             swap(model, path, layer)
@@ -232,16 +234,8 @@ class BitternQuantizer(DiffusersQuantizer):
                 state.pop(f"{prefix}{path}.weight", None)
 
         self._hidden = model.register_state_dict_post_hook(hide)
-        expected = model.state_dict()
         # Diffusers asks every key's size here, and a group's members have their tensors in the first one's.
-        model.get_buffer = expected.__getitem__
-        leaves = {f"{path}.{leaf}" for path in config.targets for leaf in LEAVES}
-        others = {name: tuple(tensor.shape) for name, tensor in expected.items() if name not in leaves}
-        if self._incoming is not None:
-            return
-        headers = read_headers(self._files)
-        check_headers(headers, config, others)
-        check_values(headers, config)
+        model.get_buffer = model.state_dict().__getitem__
 
     def _prepare(self, model: nn.Module) -> None:
         """The plan of a model that is to be quantized while its weights arrive."""
@@ -373,29 +367,6 @@ class BitternQuantizer(DiffusersQuantizer):
         if checkpoint is None:
             raise BitternError("the model is not quantized yet")
         return checkpoint
-
-
-def _layer_at(model: nn.Module, path: str, target: Target) -> nn.Linear | nn.Conv2d:
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        module = None
-    kind = nn.Conv2d if target.kernel else nn.Linear
-    if not isinstance(module, kind):
-        what = "convolution" if target.kernel else "linear"
-        raise UserError(f"target {path!r} is no {what} of {type(model).__name__}: the config is another model's")
-    n, *inputs = module.weight.shape
-    shape, kernel = (n, math.prod(inputs)), tuple(inputs[1:]) or None
-    if shape != target.shape or kernel != target.kernel:
-        raise UserError(
-            f"target {path!r} has shape {list(target.shape)}{_kernel(target.kernel)}: expected "
-            f"{list(shape)}{_kernel(kernel)}, as config.json describes the model"
-        )
-    return module
-
-
-def _kernel(kernel: tuple[int, ...] | None) -> str:
-    return f" and kernel {list(kernel)}" if kernel else ""
 
 
 def register() -> None:

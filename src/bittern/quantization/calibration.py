@@ -11,7 +11,7 @@ Sensitivities are those of the full-precision model; they are taken in passes, b
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +28,7 @@ from bittern.trajectories import (
     Statistics,
     default_prompts,
     device_of,
+    most_tokens,
     record,
     sample,
     sensitivities,
@@ -149,10 +150,10 @@ class Recorder:
             finished: Blocks that are solved already.
 
         Raises:
-            UserError: for limits that are too narrow, before anything is done; as `sample`, `record` and
+            UserError: for limits that are too narrow, before anything is recorded; as `sample`, `record` and
                 `sensitivities` do.
         """
-        planned = passes(blocks, self.recipe.rows, self.itemsize, self.limits)
+        planned = self._planned(blocks)
         if self.recipe.predecessors == "few-bit" and any(needs_data(job.solver) for _, jobs in blocks for job in jobs):
             yield from self._behind(blocks, finished)
             return
@@ -168,6 +169,24 @@ class Recorder:
         for turn, (members, _) in enumerate(planned):
             what = f" (pass {turn + 1} of {len(planned)})" if len(planned) > 1 else ""
             yield members, self.record([job for index in members for job in blocks[index][1]], what)
+
+    def _planned(self, blocks: Blocks) -> list[tuple[list[int], Cost]]:
+        """The passes. Where the rows that the recipe asks for are too many, samples are drawn to see how many come."""
+        if self.states is None:
+            with suppress(UserError):
+                return passes(blocks, self.recipe.rows, self.itemsize, self.limits)
+            # A sample has a token at least.
+            least = min(self.recipe.rows, self.recipe.samples)
+            passes(blocks, least, self.itemsize, self.limits, at_least=True)
+            with self._drawn():
+                pass
+        return passes(blocks, self._rows(), self.itemsize, self.limits)
+
+    def _rows(self) -> int:
+        """Rows that are kept of an input, at most."""
+        with suppress(TypeError):  # arguments of an unknown kind
+            return min(self.recipe.rows, most_tokens(self.states)) if self.states else self.recipe.rows
+        return self.recipe.rows
 
     def solved(self, layers: Mapping[str, FewBitLayer]) -> None:
         """Tells of layers that are solved, by path: what is recorded next may be behind them."""
@@ -220,7 +239,7 @@ class Recorder:
 
         Sensitivities are those of the full-precision model, of as many blocks at a time as there is room for.
         """
-        most = max(calibration_bytes(jobs, self.recipe.rows, self.itemsize).host for _, jobs in blocks)
+        most = max(calibration_bytes(jobs, self._rows(), self.itemsize).host for _, jobs in blocks)
         room, chain, left = self.limits.records - most, None, [list(range(len(blocks)))]
         while left:
             with self._drawn() as (model, states):
@@ -256,7 +275,7 @@ class Recorder:
         if not any(is_felt(job) for _, jobs in blocks for job in jobs):
             return [list(range(len(blocks)))]
         limits = replace(self.limits, records=self.limits.records - outputs)
-        return [members for members, _ in passes(blocks, self.recipe.rows, self.itemsize, limits)]
+        return [members for members, _ in passes(blocks, self._rows(), self.itemsize, limits)]
 
 
 @contextmanager

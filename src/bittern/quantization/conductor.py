@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,11 @@ from bittern.quantization.jobs import (
     solve_job,
 )
 from bittern.quantization.memory import Limits, memory_told
-from bittern.quantization.report import Report, component, inspect, predict_size, refuse_quantized
+from bittern.quantization.report import Report, component, growth, inspect, predict_size, refuse_quantized, whole_size
 from bittern.recipes import Recipe
+from bittern.scene_prompts import held_out_among
 from bittern.solvers import Stages
-from bittern.trajectories import check_prompts
+from bittern.trajectories import check_prompts, default_prompts, defaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -43,6 +44,7 @@ def quantize(
     limits: Limits | None = None,
     progress: Progress | None = None,
     on_fit: OnFit | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Report:
     """Replaces the layers of a pipeline's transformer or U-Net, or of a model, by few-bit ones.
 
@@ -54,7 +56,8 @@ def quantize(
         recipe: The name of a recipe, the path of a YAML file, or a `Recipe`.
         prompts: Calibration prompts, for a recipe that is calibrated; None takes the pipeline's own or the bundled
             ones. A data-free recipe refuses them.
-        samples: (prompt, step) pairs to calibrate with, in place of the recipe's own number.
+        samples: (prompt, step) pairs to calibrate with, in place of the recipe's own number; as many as there are, if
+            they are fewer, which the report's recipe then says.
         fit: The size that the weight file is to have at most, in bytes or as "6.0GiB": ranks, and layers that keep 16
             bits, are chosen to meet it with the least error (see `quantization.fit`).
         seed: The same model, recipe and seed give the same bytes on one machine with one number of threads: with
@@ -64,6 +67,7 @@ def quantize(
         progress: Called as layers are solved.
         on_fit: Called with the recipe that was found to meet `fit`, and the size that it will give, before anything is
             solved.
+        say: Called with lines that a person should read.
 
     Returns:
         What every layer became; `inspect(target)` gives it again.
@@ -84,8 +88,13 @@ def quantize(
         for path in job.paths:
             check_weight(path, model.get_submodule(path).weight)
 
+    if say and fit is None and (grown := growth(whole_size(model), predict_size(model, recipe))):
+        say(grown)
     recorder = None
     if recipe.calibrated:
+        if not isinstance(target, nn.Module):
+            prompts = default_prompts(target.config.get("_name_or_path")) if prompts is None else prompts
+            recipe = calibrated_with(recipe, prompts, defaults(target).steps, say)
         recorder = recorder_of(target, model, recipe, prompts, seed, limits, progress)
     if fit is not None:
         wanted = Fit.of(model, recipe, fit)
@@ -155,3 +164,29 @@ def with_samples(recipe: str | Path | Recipe, prompts: Sequence[str] | None, sam
     if not recipe.calibrated and (prompts is not None or samples is not None):
         raise UserError(f"recipe {recipe.name} uses no prompts: leave them out")
     return recipe if samples is None else recipe.override(samples=samples)
+
+
+def calibrated_with(
+    recipe: Recipe, prompts: Sequence[str], steps: int | None, say: Callable[[str], object] | None
+) -> Recipe:
+    """A calibrated recipe with no more samples than can be drawn.
+
+    Args:
+        recipe: Of any number.
+        prompts: To draw.
+        steps: Of a trajectory; None if they are not known.
+        say: Called with a line about samples that cannot be drawn, and one about prompts that are held out for
+            evaluation: what is calibrated with them is judged too well.
+    """
+    say = say or (lambda _line: None)
+    if found := held_out_among(prompts):
+        say(
+            f"warning: {len(found)} of {len(prompts)} calibration prompts are held out for evaluation, {found[0]!r} "
+            "among them: the scenes suite will judge this model too well; take other prompts"
+        )
+    most = len(prompts) * (steps or recipe.samples)
+    if recipe.samples <= most:
+        return recipe
+    say(f"{recipe.samples} samples: prompts x steps are {len(prompts)} x {steps} = {most}, and all of them are taken")
+    own = recipe.name.replace(f"samples={recipe.samples}", f"samples={most}")
+    return recipe.model_copy(update={"samples": most, "name": own})

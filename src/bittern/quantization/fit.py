@@ -280,18 +280,24 @@ def _free(job: Job, made: Plan, recipe: Recipe) -> bool:
 
 
 def _levels(job: Job, model: nn.Module, made: Plan, recipe: Recipe) -> tuple[Level, ...]:
-    schemes = [job.scheme]
+    solved = [(job.scheme, job.solver)]
     if job.scheme.weight == "ternary":
-        schemes.append(replace(job.scheme, weight="int4", group_size=64, packing=None))
+        # Columns are fitted to ternary codes; other smoothing does for int4 as well.
+        smoothing = "none" if job.solver["smoothing"] == "columns" else job.solver["smoothing"]
+        int4 = replace(job.scheme, weight="int4", group_size=64, packing=None, smooth=smoothing != "none")
+        solved.append((int4, {**job.solver, "smoothing": smoothing}))
     whole = sum(model.get_submodule(path).weight.nbytes for path in job.paths)
     most = min(min(shape) for shape in job.shapes)
     found = [Level(None, job, whole)]
-    for scheme in schemes:
+    for scheme, solver in solved:
         for rank in sorted({job.scheme.rank, *(rank for rank in RANKS if rank <= most)}):
             patch: dict[str, Any] = {"rank": rank}
-            if len(schemes) > 1:
-                patch |= {"weight": scheme.weight, "group_size": scheme.group_size, "packing": scheme.packing}
-            one = replace(job, scheme=replace(scheme, rank=rank))
+            if len(solved) > 1:
+                patch |= {
+                    "weight": scheme.weight, "group_size": scheme.group_size, "packing": scheme.packing,
+                    "smoothing": solver["smoothing"],
+                }  # fmt: skip
+            one = replace(job, scheme=replace(scheme, rank=rank), solver=solver)
             nbytes = tensor_bytes(checkpoint_config(replace(made, jobs=(one,)), recipe, seed=0))
             if nbytes < whole:
                 found.append(Level(patch, one, nbytes))

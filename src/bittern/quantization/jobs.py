@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bittern.architectures import Job, Plan
-from bittern.checkpoints import CheckpointConfig, Target
+from bittern.checkpoints import CheckpointConfig, Target, TensorSpec, is_leaf, on_disk
 from bittern.errors import UnusableModel, UserError
 from bittern.layers import FewBitLayer, QuantConv2d, QuantLinear, flat_weight, join_group
 from bittern.quantization.calibration import Calibration
@@ -175,6 +176,48 @@ def empty_layers(model: nn.Module, config: CheckpointConfig, paths: Iterable[str
         if group[0] in layers:
             join_group([layers[path] for path in group])
     return layers
+
+
+def check_targets(model: nn.Module, config: CheckpointConfig) -> None:
+    """Refuses a config whose targets are not the model's.
+
+    Args:
+        model: Before its layers became few-bit; it may be on meta.
+        config: Of a checkpoint.
+
+    Raises:
+        UserError: for the first target that is no such layer of the model.
+    """
+    for path, target in config.targets.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Conv2d if target.kernel else nn.Linear):
+            what = "convolution" if target.kernel else "linear"
+            raise UserError(f"target {path!r} is no {what} of {type(model).__name__}: the config is another model's")
+        n, *inputs = module.weight.shape
+        shape, kernel = (n, math.prod(inputs)), tuple(inputs[1:]) or None
+        if shape != target.shape or kernel != target.kernel:
+            raise UserError(
+                f"target {path!r} has shape {list(target.shape)}{_kernel(target.kernel)}: expected "
+                f"{list(shape)}{_kernel(kernel)}, as config.json describes the model"
+            )
+
+
+def _kernel(kernel: tuple[int, ...] | None) -> str:
+    return f" and kernel {list(kernel)}" if kernel else ""
+
+
+def other_shapes(model: nn.Module, config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a model's checkpoint holds beside the targets' few-bit tensors.
+
+    Args:
+        model: As for `check_targets`.
+        config: Of the checkpoint.
+    """
+    state = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    return {name: spec.shape for name, spec in on_disk(state, config).items() if not is_leaf(name, config)}
 
 
 def fill_meta(model: nn.Module, read: Callable[[str], Tensor]) -> None:

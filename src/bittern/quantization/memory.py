@@ -1,6 +1,7 @@
 """How much memory calibration takes and may take.
 
-    host memory of a pass    sum over jobs with K inputs of  rows K itemsize + 4 K,  and of what lies on the device
+    host memory of a pass    sum over jobs with K inputs of  rows K itemsize + 4 K,  and of what lies on the device;
+                             rows are those of the recipe, or all tokens that samples have, where they are fewer
     device memory of a pass  4 K^2 for a job whose Gram matrix counts, 4 N^2 for a target whose sensitivity does
 
 The host also holds the samples; and, of a model that is read from files, its weights while they are loaded, and then
@@ -112,8 +113,17 @@ def is_felt(job: Job) -> bool:
     return needs_data(job.solver) and job.solver["sensitivity"] and (job.scheme.rank > 0 or job.scheme.smooth)
 
 
-def passes(blocks: Blocks, rows: int, itemsize: int, limits: Limits) -> list[tuple[list[int], Cost]]:
+def passes(
+    blocks: Blocks, rows: int, itemsize: int, limits: Limits, *, at_least: bool = False
+) -> list[tuple[list[int], Cost]]:
     """Which blocks are recorded together, in order, and what each pass takes.
+
+    Args:
+        blocks: To be recorded.
+        rows: Tokens that are kept of each input, at most.
+        itemsize: Bytes of a number of the model's activations.
+        limits: Of memory.
+        at_least: Whether there may be more rows than these, as a refusal then says.
 
     Raises:
         UserError: for a block that goes beyond the limits by itself.
@@ -123,8 +133,9 @@ def passes(blocks: Blocks, rows: int, itemsize: int, limits: Limits) -> list[tup
     for index, (name, jobs) in enumerate(blocks):
         cost = calibration_bytes(jobs, rows, itemsize)
         if cost.host > limits.records:
+            taken = f"{'at least ' * at_least}{memory_size(cost.host)}"
             raise UserError(
-                f"records of {name} take {memory_size(cost.host)} of the host, and {memory_size(limits.records)} are "
+                f"records of {name} take {taken} of the host, and {memory_size(limits.records)} are "
                 "allowed: allow more record memory, or lower `rows` in the recipe"
             )
         if share is not None and cost.device > share:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from torch import nn
 from bittern import recipes
 from bittern.architectures import plan
 from bittern.checkpoints import read_headers, weight_files
-from bittern.errors import UserError, did_you_mean
+from bittern.errors import UserError
 from bittern.quantization.calibration import Progress
 from bittern.quantization.fit import Fit, foreseen
-from bittern.quantization.report import COMPONENTS, Report, component, predict, refuse_quantized
+from bittern.quantization.on_meta import model_on_meta
+from bittern.quantization.report import COMPONENTS, Report, component, growth, predict, refuse_quantized, whole_size
 from bittern.quantization.stream import reader
 from bittern.recipes import Recipe
 
@@ -91,6 +92,7 @@ def preview(
     fit: str | int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    name: str | None = None,
 ) -> Preview:
     """What `quantize` would do to a pipeline, a model, or a folder of either.
 
@@ -103,12 +105,14 @@ def preview(
         fit: As for `quantize`.
         seed: As for `quantize`.
         progress: Called as weights are read for `fit`.
+        name: What errors call a folder.
 
     Raises:
         UserError: as `quantize` does, but for what only the weights' values tell; and for a folder that is no model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
-    model, notes = skeleton(Path(target).expanduser()) if isinstance(target, str | Path) else (component(target), ())
+    is_folder = isinstance(target, str | Path)
+    model, notes = skeleton(Path(target).expanduser(), name) if is_folder else (component(target), ())
     refuse_quantized(model)
     if fit is not None:
         wanted = Fit.of(model, recipe, fit)
@@ -117,10 +121,12 @@ def preview(
         recipe = wanted.choose(errors)
     made = plan(model, recipe)
     weights = {path: model.get_submodule(path).weight for path in made.kept}
+    report = predict(model, recipe, made)
+    grown = growth(whole_size(model), report.file_bytes)
     return Preview(
         architecture=made.architecture.name,
-        notes=(*made.architecture.notes, *notes),
-        report=predict(model, recipe, made),
+        notes=(*made.architecture.notes, *notes, *([grown] if grown else [])),
+        report=report,
         groups=tuple(job.paths for job in made.jobs if len(job.paths) > 1),
         kept=tuple(
             Kept(path, tuple(weights[path].shape), weights[path].nbytes, reason) for path, reason in made.kept.items()
@@ -129,8 +135,16 @@ def preview(
     )
 
 
-def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model of a folder on the meta device, in the dtypes it would be loaded in, and what to say about them."""
+def skeleton(folder: Path, name: str | None = None) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model of a folder on the meta device, in the dtypes it would be loaded in, and what to say about them.
+
+    Args:
+        folder: The model's, or the pipeline's around it.
+        name: What an error calls the model; None for the folder's.
+
+    Raises:
+        UserError: for a folder that is no model, is damaged, or holds a quantized one.
+    """
     place = _place(folder)
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
@@ -139,7 +153,7 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
         raise UserError(f"{place / 'config.json'} is not a model's config: {error!r}") from None
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(f"{str(folder)!r} is already quantized ({method}): give the original")
+        raise UserError(f"{(name or str(folder))!r} is already quantized ({method}): give the original")
     notes: tuple[str, ...] = ()
     try:
         dtype = stored_dtype(place)
@@ -150,53 +164,12 @@ def skeleton(folder: Path) -> tuple[nn.Module, tuple[str, ...]]:
     return model_on_meta(class_name, config, dtype, str(place / "config.json")), notes
 
 
-def model_on_meta(class_name: str, config: Mapping[str, Any], dtype: torch.dtype, where: str) -> nn.Module:
-    """A model of a diffusers class on the meta device, in the dtypes it would be loaded in.
-
-    Args:
-        class_name: The diffusers class.
-        config: Its config.
-        dtype: What its files hold.
-        where: What a message calls the config.
-
-    Raises:
-        UserError: for a class that diffusers has not, or a config that is not the class's.
-    """
-    import diffusers
-    from accelerate import init_empty_weights
-
-    model_class: Any = getattr(diffusers, class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
-        known = [name for name in dir(diffusers) if name.endswith("Model")]
-        raise UserError(f"diffusers has no model class {class_name!r}: {did_you_mean(class_name, known)}")
-    try:
-        with init_empty_weights():
-            model = model_class.from_config(dict(config))
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{where} makes no {class_name}: {error}") from None
-    return _cast(model.eval(), dtype)
-
-
 def _place(folder: Path) -> Path:
     """Where the model of a folder is: there, or in the denoiser's folder."""
     places = [place for place in (folder, *(folder / name for name in COMPONENTS)) if (place / "config.json").is_file()]
     if not places:
         raise UserError(f"{str(folder)!r} is no model: expected config.json or {' or '.join(COMPONENTS)} in it")
     return places[0]
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model as diffusers loads it: what is in the files in a dtype, but for what it keeps in float32."""
-    in_fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is None or not tensor.is_floating_point() or name in module._non_persistent_buffers_set:
-                    continue
-                wide = in_fp32 & {*path.split("."), name}
-                cast = tensor.data.to(device="meta", dtype=torch.float32 if wide else dtype)
-                held[name] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
-    return model
 
 
 def stored_dtype(folder: Path, few_bit: Collection[str] = ()) -> torch.dtype:

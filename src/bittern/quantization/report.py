@@ -8,15 +8,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from bittern import recipes
 from bittern.architectures import Plan, known, plan
-from bittern.checkpoints import CheckpointConfig, TensorSpec, is_few_bit, on_disk, read_headers, weight_files
+from bittern.checkpoints import (
+    CheckpointConfig,
+    TensorSpec,
+    check_headers,
+    is_few_bit,
+    on_disk,
+    read_headers,
+    weight_files,
+)
 from bittern.checkpoints.files import file_bytes
 from bittern.checkpoints.nunchaku import is_lite
 from bittern.errors import UserError
-from bittern.quantization.jobs import checkpoint_config
+from bittern.quantization.jobs import check_targets, checkpoint_config, other_shapes
+from bittern.quantization.on_meta import model_on_meta
 from bittern.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -130,6 +140,9 @@ class Report:
 def inspect(target: DiffusionPipeline | nn.Module | str | Path) -> Report:
     """The report of a pipeline, a model, or a folder of either; of a folder only the headers are read.
 
+    A few-bit folder is checked as far as headers tell, as loading it does: tensors that are missing, belong to no layer
+    or have a wrong shape or dtype. Values (codes out of range, NaN) are checked when it is loaded.
+
     Raises:
         UserError: if it is none of these, or the folder is damaged.
     """
@@ -163,6 +176,21 @@ def predict(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe, 
 def predict_size(target: DiffusionPipeline | nn.Module, recipe: str | Path | Recipe) -> int:
     """Bytes of the weight file that quantizing and saving would write."""
     return predict(target, recipe).file_bytes
+
+
+def growth(before: int, after: int) -> str | None:
+    """What a person should know if a weight file grows.
+
+    Args:
+        before: Bytes of the model's weight file as it is.
+        after: Of the few-bit one.
+    """
+    if after <= before:
+        return None
+    return (
+        f"warning: the few-bit model is larger than the original, {after / 1e6:.2f} MB and not {before / 1e6:.2f} MB: "
+        "lower `rank` in the recipe"
+    )
 
 
 def whole_size(model: nn.Module) -> int:
@@ -212,13 +240,14 @@ def _inspect_folder(folder: Path) -> Report:
             raise UserError(f"{file} is not a model's config: {error}") from None
         if is_lite(config):
             raise UserError(f"{str(place)!r} is packed for Nunchaku Lite: bittern convert makes a few-bit model of it")
-        specs = {name: spec for name, (_, spec) in read_headers(weight_files(place)).items()}
+        headers = read_headers(weight_files(place))
         checkpoint = CheckpointConfig.parse(config["quantization_config"], str(file)) if few_bit else None
         if checkpoint:
-            for path, target in checkpoint.targets.items():
-                for leaf in [*checkpoint.leaves(path), *["bias"] * target.bias]:
-                    if f"{path}.{leaf}" not in specs:
-                        raise UserError(f"tensor '{path}.{leaf}' is missing from {place}: fetch or write it again")
+            made_of = {key: value for key, value in config.items() if key != "quantization_config"}
+            model = model_on_meta(str(config.get("_class_name")), made_of, torch.bfloat16, str(file))
+            check_targets(model, checkpoint)
+            check_headers(headers, checkpoint, other_shapes(model, checkpoint))
+        specs = {name: spec for name, (_, spec) in headers.items()}
         return _report(config.get("_class_name", ""), specs, checkpoint)
     raise UserError(f"{str(folder)!r} is no model: expected a folder with config.json or {COMPONENTS[0]}/config.json")
 

@@ -11,6 +11,7 @@ ends with the bytes of an undisturbed one.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,26 @@ def can_stream(model: nn.Module, folder: Path) -> bool:
 
 
 def run_manifest(
-    folder: Path, recipe: Recipe, seed: int, version: str, prompts: Sequence[str] | None = None, fit: int | None = None
+    folder: Path,
+    recipe: Recipe,
+    seed: int,
+    version: str,
+    prompts: Sequence[str] | None = None,
+    fit: int | None = None,
+    others: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """What a run is about: model, recipe, seed, prompts and versions. Two runs with equal ones may share blocks.
 
-    Where the recipe is to be bent to a size, `fit`, it is the one that was given, since the other is work to find.
+    Args:
+        folder: The denoiser's.
+        recipe: Where it is to be bent to a size, the one that was given, since the other is work to find.
+        seed: As for `quantize`.
+        version: Of bittern.
+        prompts: That are drawn; None if nothing is.
+        fit: The size.
+        others: The pipeline's other components, which count where something is drawn.
     """
+    drawing = [file for other in others for file in sorted(other.rglob("*")) if file.is_file()]
     return {
         "bittern": version,
         "format_version": FORMAT_VERSION,
@@ -61,7 +76,8 @@ def run_manifest(
         "recipe": recipe.dump(),
         "seed": seed,
         "size": fit,
-        "prompts": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "prompts": None if prompts is None else hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "pipeline": None if prompts is None else fingerprint(drawing),
     }
 
 

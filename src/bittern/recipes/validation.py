@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -29,7 +29,8 @@ def validated(model: type[M], data: object, where: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        # A key that is mistyped is unknown under one name and may be missing under another.
+        details = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
         raise UserError(f"{where}: {_line(model, details[0])}{more}") from None
 
@@ -55,7 +56,10 @@ def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
     """The keys that are valid in the (possibly nested) mapping at `path`."""
     for step in path:
         field = model.model_fields.get(step)
-        if field is None or not isinstance(field.annotation, type):
+        annotation: Any = field and field.annotation
+        inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        found = next((kind for kind in inner if issubclass(kind, BaseModel)), None)
+        if found is None:
             return []
-        model = field.annotation
+        model = found
     return list[Any](model.model_fields)

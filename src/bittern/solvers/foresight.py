@@ -65,7 +65,7 @@ def foresee(
     """
     layout = scheme.layout(segments)
     check_weights(weights, layout, names)
-    if options.smoothing in ("grid", "descent"):
+    if options.smoothing in ("grid", "descent", "columns"):
         scheme = replace(scheme, smooth=False)  # what it will be only data can tell
     smooth = data_free_smoothing(weights, layout, scheme, options, magnitudes)
     target = torch.cat([weight.float() for weight in weights])

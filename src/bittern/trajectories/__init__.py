@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bittern.trajectories.calling import CallDefaults, defaults
+from bittern.trajectories.calling import CallDefaults, defaults, steps_of
 from bittern.trajectories.placement import place
 from bittern.trajectories.prompts import check_prompts, default_prompts, read_prompts
 from bittern.trajectories.sampler import choose, sample
 from bittern.trajectories.sensitivity import enough, sensitivities
 from bittern.trajectories.skipping import Skipping, call_order, dependence, most_bytes
-from bittern.trajectories.states import State, device_of, pack, states_bytes, unpack
+from bittern.trajectories.states import State, device_of, most_tokens, pack, states_bytes, unpack
 from bittern.trajectories.statistics import Statistics, record
 from bittern.trajectories.texts import Texts, encode_texts, run_on
 
@@ -28,6 +28,7 @@ __all__ = [
     "encode_texts",
     "enough",
     "most_bytes",
+    "most_tokens",
     "pack",
     "place",
     "read_prompts",
@@ -36,5 +37,6 @@ __all__ = [
     "sample",
     "sensitivities",
     "states_bytes",
+    "steps_of",
     "unpack",
 ]

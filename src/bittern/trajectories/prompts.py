@@ -15,6 +15,8 @@ from bittern.errors import UserError
 OWN_PROMPTS = "calibration_prompts.txt"
 """A file in a pipeline's folder with the prompts it is best calibrated with."""
 
+_HALF = "holds half of a surrogate pair, which is no character: expected whole ones; mend the escapes"
+
 
 def default_prompts(folder: str | Path | None = None) -> list[str]:
     """The prompts to calibrate with where the user names none.
@@ -37,7 +39,8 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     """The prompts as a list, if they are usable.
 
     Raises:
-        UserError: if there is none, if one is blank or no text, or a single text was given in place of a list.
+        UserError: if there is none, if one is blank, no text or holds half a character, or a single text was given in
+            place of a list.
     """
     if isinstance(prompts, str):
         raise UserError(f"prompts {prompts[:40]!r} is one text: expected a list of them; put it in brackets")
@@ -46,6 +49,8 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"prompt {index + 1} is {prompt!r}: expected a text to draw; fill it in or leave it out")
+        if not _is_text(prompt):
+            raise UserError(f"prompt {index + 1} {prompt!r} {_HALF}")
     return list(prompts)
 
 
@@ -53,7 +58,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """The prompts of a `.txt` or `.jsonl` file; blank lines are skipped.
 
     Raises:
-        UserError: if the file is missing, not text, empty, or a JSON line has no prompt.
+        UserError: if the file is missing, not text, empty, or a JSON line has no prompt or half a character.
     """
     path = Path(path)
     try:
@@ -86,4 +91,15 @@ def _json_line(line: str, where: str) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f'{where} has no prompt; expected a line such as {{"prompt": "a red star"}}')
+    if not _is_text(prompt):
+        raise UserError(f"{where}: prompt {prompt!r} {_HALF}")
     return prompt.strip()
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether UTF-8 has it: JSON can spell half of a character that takes two."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -78,6 +78,21 @@ def states_bytes(states: Sequence[State]) -> int:
     return sum(tensor.nbytes for tensor in pack(states)[0].values())
 
 
+def most_tokens(states: Sequence[State]) -> int:
+    """Tokens that any layer can meet in states, at most: a token is a place in what the denoiser is called with.
+
+    Latents [b, c, h, w] or [b, c, f, h, w] have one for each pixel, sequences [b, t, c] one for each step, of images
+    and texts together; a model patches and pools, and makes no more of them.
+    """
+
+    def tokens(tensor: Tensor) -> int:
+        if tensor.dim() < 3:
+            return len(tensor) if tensor.dim() else 1
+        return tensor.numel() // max(1, tensor.shape[1 if tensor.dim() > 3 else -1])
+
+    return sum(tokens(tensor) for state in states for tensor in pack([state])[0].values())
+
+
 def pack(states: Sequence[State]) -> tuple[dict[str, Tensor], list[Any]]:
     """Tensors by name, and JSON values that say where they belong. Tensors that states share are there once.
 
