@@ -1,4 +1,4 @@
-"""Train the LoRAs for tiny-flux: `outline`, outlines in place of filled shapes; `brown`, all shapes in a new colour.
+"""Train the LoRAs for tiny-flux: `outline`, outlines in place of filled shapes; `magenta`, all shapes in a new colour.
 
     python tools/train_tiny_lora.py outline --work WORK --minutes 3 --capture
     python tools/train_tiny_lora.py outline --work WORK --device cpu --bank 16 --fit-steps 2 --batch 4 --max-steps 4

@@ -150,8 +150,8 @@ def training_prompts() -> tuple[ScenePrompt, ...]:
 
 
 @cache
-def _held_out_by_task() -> dict[str, list[ScenePrompt]]:
-    return {tag: [p for p in every_prompt() if p.held_out and p.tag == tag] for tag in TASKS}
+def _by_task(held_out: bool) -> dict[str, list[ScenePrompt]]:
+    return {tag: [p for p in every_prompt() if p.held_out == held_out and p.tag == tag] for tag in TASKS}
 
 
 def held_out(limit: int = 120, seed: int = 0) -> list[ScenePrompt]:
@@ -167,10 +167,19 @@ def held_out(limit: int = 120, seed: int = 0) -> list[ScenePrompt]:
     Raises:
         UserError: limit below 1.
     """
+    return _drawn(True, limit, seed)
+
+
+def some_of_training(limit: int = 120, seed: int = 0) -> list[ScenePrompt]:
+    """As `held_out`, of the prompts that a model may have learned from: a gauge beside a score, and no result."""
+    return _drawn(False, limit, seed)
+
+
+def _drawn(held_out: bool, limit: int, seed: int) -> list[ScenePrompt]:
     if limit < 1:
         raise UserError(f"limit is {limit}; expected at least 1 prompt; leave it out for the default")
     queues: list[list[ScenePrompt]] = []
-    for tag, prompts in _held_out_by_task().items():
+    for tag, prompts in _by_task(held_out).items():
         rounds = -(-limit // (len(TASKS) * len(prompts))) + 1
         queue: list[ScenePrompt] = []
         for turn in range(rounds):

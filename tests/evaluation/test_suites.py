@@ -12,7 +12,7 @@ import bittern
 from bittern.errors import UserError
 from bittern.evaluation import scenes
 from bittern.evaluation.compare import compare
-from bittern.evaluation.drawing import Settings, draw, path_name
+from bittern.evaluation.drawing import Artist, Settings, draw, path_name
 from bittern.evaluation.suites import default_limit, evaluate, score_scenes
 
 FIXED_KEYS = {"suite", "overall", "tasks", "fidelity", "images", "seed", "path", "versions"}
@@ -64,6 +64,29 @@ def test_scenes_alone_has_no_fidelity(tiny_random_pipeline: FluxPipeline) -> Non
     told = evaluate(tiny_random_pipeline, limit=6, settings=QUICK).to_dict()
     assert told["fidelity"] == {"psnr": None, "ssim": None}
     assert told["reference"] is told["difference"] is told["reference_scores"] is None
+
+
+def test_prompts_of_the_training_side_are_a_gauge_beside_the_score(tiny_random_pipeline: FluxPipeline) -> None:
+    seen = scenes.some_of_training(12)
+    assert not any(prompt.held_out for prompt in seen) and [p.tag for p in seen[:6]] == list(scenes.TASKS)
+    assert len({prompt.prompt for prompt in seen}) == 12
+    asked: list[list[str]] = []
+    one = "bittern.evaluation.drawing.Artist.draw"
+    with pytest.MonkeyPatch.context() as patch:
+        draw = Artist.draw
+        patch.setattr(one, lambda self, texts, **more: (asked.append(list(texts)), draw(self, texts, **more))[1])
+        found = evaluate(
+            tiny_random_pipeline, reference=tiny_random_pipeline, limit=6, settings=QUICK, training_prompts=True
+        )
+    held_out, learned = [p.prompt for p in scenes.held_out(6)], [p.prompt for p in seen[:6]]
+    assert asked == [held_out, learned, held_out, learned]
+    assert found.training and found.reference_training
+    assert found.training.outcomes == found.reference_training.outcomes and len(found.training.tasks) == 6
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["training_scores"] == told["reference_training_scores"] and "overall" in told["training_scores"]
+    assert evaluate(tiny_random_pipeline, limit=6, settings=QUICK).to_dict()["training_scores"] is None
+    with pytest.raises(UserError, match="take --suite scenes"):
+        evaluate(tiny_random_pipeline, "fidelity", reference=tiny_random_pipeline, training_prompts=True)
 
 
 def test_fidelity_takes_any_prompts_and_scores_nothing(

@@ -87,6 +87,13 @@ def evaluate(
             show_default="torch's downloads",
         ),
     ] = None,
+    training_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--training-prompts",
+            help="scenes: score as many prompts of the training side, too; higher there, a model has learned by heart.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="geneval, compbench: the folder of pictures and results.", show_default="out/SUITE"),
@@ -119,7 +126,7 @@ def evaluate(
             foreign = (
                 {"prompts": prompts, "blip": blip, "depth": depth} if suite == "geneval" else {"metadata": metadata}
             )
-            _refuse(suite, {**foreign, "weights": weights})
+            _refuse(suite, {**foreign, "weights": weights, "training_prompts": training_prompts or None})
             if images is not None:
                 drawing = {"seed": seed or None, "steps": steps, "batch_size": batch_size, "attention": attention}
                 plain = {name: None if value == "auto" else value for name, value in (("path", path), ("dtype", dtype))}
@@ -128,12 +135,13 @@ def evaluate(
             own = {name: value for name, value in own.items() if name not in foreign}
             _judged(output, model, suite, reference, limit, settings, own)
         elif suite == "cost":
-            _refuse(suite, {**own, "prompts": prompts, "weights": weights, "limit": limit, "batch_size": batch_size})
+            drawn = {"training_prompts": training_prompts or None, "limit": limit, "batch_size": batch_size}
+            _refuse(suite, {**own, "prompts": prompts, "weights": weights, **drawn})
             _cost(output, model, reference, settings)
         else:
             own.pop("clip")
             _refuse(suite, own)
-            _drawn_suite(output, model, suite, reference, prompts, limit, clip, weights, settings)
+            _drawn_suite(output, model, suite, reference, prompts, limit, clip, weights, training_prompts, settings)
 
 
 def _refuse(suite: str, given: dict[str, Any]) -> None:
@@ -146,6 +154,7 @@ def _refuse(suite: str, given: dict[str, Any]) -> None:
             "blip": "it is for --suite compbench",
             "depth": "it is for --suite compbench",
             "weights": "it is for --suite fidelity",
+            "training_prompts": "it is for --suite scenes",
             "limit": "it draws one prompt",
             "batch_size": "it draws one picture at a time",
         }.get(name, "it is for --suite geneval and compbench")
@@ -170,6 +179,7 @@ def _drawn_suite(
     limit: int | None,
     clip: str | None,
     weights: Path | None,
+    training_prompts: bool,
     settings: Settings,
 ) -> None:
     from bittern.evaluation.suites import evaluate as run
@@ -186,6 +196,7 @@ def _drawn_suite(
         settings=settings,
         clip_model=clip,
         weights=weights,
+        training_prompts=training_prompts,
         progress=output.progress,
     )
     output.result(result.to_dict(), *_tables(result))
@@ -314,6 +325,9 @@ def _tables(result: Evaluation) -> list[RenderableType]:
         parts.append(_score_table(names, scores))
     if result.difference:
         parts.append(f"scenes score {result.difference.claim}")
+    if result.training:
+        other = f", the reference's {result.reference_training.overall}" if result.reference_training else ""
+        parts.append(f"on prompts of the training side {result.training.overall}{other}: a gauge, and no result")
     if result.fidelity:
         psnr, ssim = result.fidelity.mean_psnr, result.fidelity.mean_ssim
         same = f", {result.fidelity.identical} identical" if result.fidelity.identical else ""

@@ -82,6 +82,8 @@ class Evaluation:
         departure: of the trajectory from the reference's, if the suite walks and both denoisers are of one kind.
         clip: the model's CLIP score and the reference's, if a CLIP was given.
         published: measures whose weights are published as torch files, if the suite takes them.
+        training: the model's scenes score on prompts of the training side, if it was asked for.
+        reference_training: the reference's.
     """
 
     suite: str
@@ -94,6 +96,8 @@ class Evaluation:
     departure: Departure | None = None
     clip: tuple[Estimate, Estimate] | None = None
     published: Published | None = None
+    training: Score | None = None
+    reference_training: Score | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values. Keys are never renamed; a suite that does not measure one leaves it None."""
@@ -105,6 +109,8 @@ class Evaluation:
             **score_dict(self.score),
             "reference_scores": self.reference_score and score_dict(self.reference_score),
             "difference": self.difference and difference_dict(self.difference),
+            "training_scores": self.training and score_dict(self.training),
+            "reference_training_scores": self.reference_training and score_dict(self.reference_training),
             "fidelity": {
                 **fidelity_dict(self.fidelity),
                 **(self.departure.to_dict() if self.departure else {}),
@@ -208,6 +214,7 @@ def evaluate(
     settings: Settings | None = None,
     clip_model: str | None = None,
     weights: Path | None = None,
+    training_prompts: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a suite on a model.
@@ -222,6 +229,8 @@ def evaluate(
         clip_model: of `fidelity`; a CLIP's folder or hub id, to tell how well pictures fit their prompts.
         weights: of `fidelity`; a folder with the published weights of LPIPS, FID and ImageReward. By default torch's
             own for downloads; what is not there is not measured.
+        training_prompts: of `scenes`; score as many prompts of the training side as well. That is no result, but a
+            gauge: a model that obeys there and not on held-out prompts has learned sentences by heart.
         progress: called as the pictures advance.
 
     Raises:
@@ -241,21 +250,26 @@ def evaluate(
         raise UserError("suite scenes has a detector of its own: leave out --clip, or take --suite fidelity")
     if suite == "scenes" and weights is not None:
         raise UserError("suite scenes measures no LPIPS: leave out --weights, or take --suite fidelity")
+    if suite != "scenes" and training_prompts:
+        raise UserError(f"suite {suite} scores no prompts: leave out --training-prompts, or take --suite scenes")
     place = published_weights.folder(weights)
     world, texts = choose_prompts(prompts, limit, default_limit(settings.device))
     check_models(model, reference)
     judge = None if clip_model is None else clip.locate(clip_model)
     check_request(texts, settings.seed, settings.steps, settings.batch_size)
     way = {"prompts": texts[:MOST_PROMPTS], "seed": settings.seed, "steps": settings.steps}
-    other = trail = left = None
+    seen = scenes.some_of_training(len(texts)) if training_prompts else []
+    other = trail = left = training = other_training = None
     if reference is not None:
         with artist(reference, settings) as one:
             other = one.draw(texts, progress=progress)
+            other_training = _score_of(one, seen, progress)
             trail = walk(one.pipe, **way, keep_calls=True) if suite == "fidelity" else None
     with artist(model, settings) as one:
         if other is not None:
             check_sizes(one, other)
         drawing = one.draw(texts, progress=progress)
+        training = _score_of(one, seen, progress)
         # Another family's denoiser cannot be asked at the reference's states, nor is its noise the same.
         left = departure(one.pipe, trail, **way) if trail and trail.kind == kind_of(one.pipe) else None
     near = fidelity(drawing.images, other.images) if other else None
@@ -272,7 +286,15 @@ def evaluate(
         departure=left,
         clip=_clip_scores(judge, drawing, other, settings.device) if judge and other else None,
         published=measure(drawing, other, settings.device, place) if other and suite == "fidelity" else None,
+        training=training,
+        reference_training=other_training,
     )
+
+
+def _score_of(one: Artist, prompts: Sequence[scenes.ScenePrompt], progress: Progress | None) -> Score | None:
+    if not prompts:
+        return None
+    return score_scenes(one.draw([prompt.prompt for prompt in prompts], progress=progress).images, prompts)
 
 
 def _clip_scores(folder: Path, drawing: Drawing, reference: Drawing, device: str) -> tuple[Estimate, Estimate]:

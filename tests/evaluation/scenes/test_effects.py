@@ -86,17 +86,18 @@ def test_filling_in_leaves_filled_pictures_as_they_are() -> None:
 
 
 def test_a_new_colour_is_seen_and_the_worlds_own_are_not() -> None:
-    brown = scenes.EFFECTS["brown"]
-    prompts = [prompt for prompt in scenes.held_out(60) if brown.concerns(prompt)]
+    magenta = scenes.EFFECTS["magenta"]
+    prompts = [prompt for prompt in scenes.held_out(60) if magenta.concerns(prompt)]
     assert any(item.shape == "ring" for prompt in prompts for item in prompt.include)
     looks = [
-        brown.look(image, prompt) for image, prompt in zip(drawings(prompts, paint=brown.paint), prompts, strict=True)
+        magenta.look(image, prompt)
+        for image, prompt in zip(drawings(prompts, paint=magenta.paint), prompts, strict=True)
     ]
     assert all(success and shown for success, shown in looks)
-    looks = [brown.look(image, prompt) for image, prompt in zip(drawings(prompts), prompts, strict=True)]
+    looks = [magenta.look(image, prompt) for image, prompt in zip(drawings(prompts), prompts, strict=True)]
     assert not any(success for success, _ in looks) and all(shown for _, shown in looks)
     one_of_two = drawings(prompts[1:2])[0]
     left = scenes.detect(one_of_two)[0]
     apart = (one_of_two.float() - torch.tensor(scenes.PALETTE[left.color])[:, None, None]).square().sum(0) < 30**2
-    one_of_two[:, apart] = torch.tensor(brown.paint, dtype=torch.uint8)[:, None]
-    assert sorted(scenes.painted(one_of_two, brown.paint)) == [False, True]
+    one_of_two[:, apart] = torch.tensor(magenta.paint, dtype=torch.uint8)[:, None]
+    assert sorted(scenes.painted(one_of_two, magenta.paint)) == [False, True]

@@ -14,6 +14,7 @@ from bittern.scene_prompts import (
     every_prompt,
     held_out,
     refuse_held_out,
+    some_of_training,
     training_prompts,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "refuse_held_out",
     "sample",
     "satisfies",
+    "some_of_training",
     "training_prompts",
 ]
