@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/how_low.md from what how_low.py measured.
+"""Writes the tables and plots of docs/how_low.md, and one of docs/quality.md, from what how_low.py measured.
 
 python benchmarks/how_low_page.py
 """
@@ -25,6 +25,11 @@ AIM = {"tiny-flux": 0.97, "tiny-unet": 0.95}
 ENOUGH = 1000
 """Pictures from which on a table is a result."""
 NOISE, ROUNDING = "16 bit, other batches", "absmean rounding"
+FOUR_BITS = {
+    "tiny-flux": ("quality_tiny_flux.json", "W4A4 abs-max [a4]"),
+    "tiny-unet": ("ablation_tiny_unet_256.json", "W4A4 abs-max"),
+}
+"""Where plain rounding of weights and activations was measured, on the first of the same prompts."""
 
 
 def records() -> dict[str, Row]:
@@ -38,6 +43,7 @@ def pages(found: dict[str, Row]) -> dict[Path, str]:
     docs = ROOT / "docs"
     return {
         docs / "how_low_table.md": "".join(f"{line}\n" for record in found.values() for line in tables(record)),
+        docs / "ranks_table.md": "".join(f"{line}\n" for line in ranks(found)),
         docs / "images/how_low_psnr.svg": picture(
             "Size against fidelity", "PSNR to the 16-bit pictures, dB", [fidelities(each) for each in found.values()]
         ),
@@ -82,6 +88,25 @@ def tables(record: Row) -> Iterator[str]:
         cells = [_task(row["tasks"][task]) if task in row["tasks"] else "" for task in TASKS]
         yield f"| {name} | {' | '.join(cells)} |"
     yield ""
+
+
+def ranks(found: dict[str, Row]) -> Iterator[str]:
+    """What branches gain over plain rounding to four bits, with exact 4-bit activations, picture by picture."""
+    yield "| model | stored as | bits per weight | PSNR dB | gain over rounding dB | score, difference, 95 % interval |"
+    yield "|---|---|---|---|---|---|"
+    for model, record in found.items():
+        file, name = FOUR_BITS[model]
+        rounded = json.loads((ROOT / "benchmarks/results" / file).read_text())["rows"][name]
+        count = len(rounded["psnr_each"])
+        for name, row in record["rows"].items():
+            if not name.endswith("[a4]"):
+                continue
+            same = {"psnr_each": row["psnr_each"][:count]}
+            gain = gain_over(same, rounded) if len(same["psnr_each"]) == count else ""
+            yield (
+                f"| {model} | {name.removesuffix(' [a4]')} | {row['bits_per_weight']:.2f} | {row['psnr']:.2f} ± "
+                f"{row['psnr_stderr']:.2f} | {gain} | {_score(row['overall'])}, {_difference(row)} |"
+            )
 
 
 def _recovered(rows: dict[str, Row]) -> Iterator[str]:
