@@ -157,6 +157,26 @@ def test_every_target_gets_the_delta_of_the_16_bit_model(
     check_deltas(few, full, paths, lambda pipe: pipe.load_lora_weights(dict(state), adapter_name=A))
 
 
+def test_loaded_adapters_leave_shared_inputs_to_one_operation(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    run = QuantLinear.linear_rows
+
+    def counted(self: QuantLinear, x: Any, start: int, stop: int, *rest: Any) -> Tensor:
+        calls.append((start, stop))
+        return run(self, x, start, stop, *rest)
+
+    monkeypatch.setattr(QuantLinear, "linear_rows", counted)
+    draw(pipe)
+    bare = list(calls)
+    assert len({stop - start for start, stop in bare}) > 2
+    pipe.load_lora_weights(lora_state(pipe, 1), adapter_name=A)
+    calls.clear()
+    draw(pipe)
+    assert calls == bare
+
+
 def test_every_convolution_gets_it_too(unet_pipe: StableDiffusionPipeline, unet_folder: Path) -> None:
     few, full = copy.deepcopy(unet_pipe), StableDiffusionPipeline.from_pretrained(unet_folder)
     paths = denoiser_paths(few.unet)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from layers_helpers import INT4, TERNARY, few_bit, solved
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from bittern.errors import UserError
@@ -114,6 +115,65 @@ def test_what_can_run_together_runs_as_one_operation(monkeypatch: pytest.MonkeyP
     assert rows([a, b, c]) == apart
     b.path = "auto"
     assert rows([a, b, c]) == [(0, 61)]
+
+
+def wear(model: nn.ModuleList, name: str, targets: list[str], **more: Any) -> None:
+    """Loads a random adapter by peft."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, **more)
+    inject_adapter_in_model(config, model, adapter_name=name)
+
+
+@pytest.mark.parametrize("gelus", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loras_do_not_part_a_group(dtype: torch.dtype, gelus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = group().to(dtype), torch.randn(3, 96, dtype=dtype)
+    bare = [layer(x) for layer in model]
+    wear(model, "a", ["0", "2"])
+    wear(model, "b", ["1", "2"], lora_dropout=0.5)
+    model.eval()
+    ranges: list[tuple[int, int]] = []
+    run = QuantLinear.linear_rows
+    monkeypatch.setattr(
+        QuantLinear,
+        "linear_rows",
+        lambda self, x, start, stop, *rest: ranges.append((start, stop)) or run(self, x, start, stop, *rest),
+    )
+
+    def check(expected: list[tuple[int, int]]) -> list[Tensor]:
+        apart = [member(x) for member in model]
+        ranges.clear()
+        found = group_linear(list(model), x, gelus=gelus)
+        assert ranges == expected
+        for place, (one, y) in enumerate(zip(apart, found, strict=True)):
+            want = nn.functional.gelu(one, approximate="tanh") if place >= len(model) - gelus else one
+            assert torch.allclose(y, want, atol=1e-5 if dtype == torch.float32 else 2e-2) and y.dtype == dtype
+        return apart
+
+    whole, parted = [(0, 61)], [(0, 20), (20, 28), (28, 61)]
+    for active in (["a"], ["b"], ["a", "b"]):
+        for member in model:
+            member.set_adapter(active)
+        differ = [not torch.equal(*pair) for pair in zip(check(whole), bare, strict=True)]
+        assert differ == ["a" in active, "b" in active, True]
+    model[2].scale_layer(-0.5)
+    check(whole)
+    for member in model:
+        member.enable_adapters(False)
+    assert all(torch.equal(*pair) for pair in zip(check(whole), bare, strict=True))
+    for member in model:
+        member.enable_adapters(True)
+    model[1].register_forward_hook(lambda *_: None)
+    check(parted)
+
+
+def test_a_dora_is_called_by_itself() -> None:
+    torch.manual_seed(0)
+    model, x = group(), torch.randn(3, 96)
+    wear(model, "a", ["1"], use_dora=True)
+    model.eval()
+    for one, y in zip([member(x) for member in model], group_linear(list(model), x), strict=True):
+        assert torch.allclose(one, y, atol=1e-5)
 
 
 def test_memory_is_counted_once() -> None:

@@ -147,7 +147,9 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         x, gate = self.norm(stream, emb=temb)
         *qkv, mlp = group_linear((attn.to_q, attn.to_k, attn.to_v, self.proj_mlp), x, gelus=1)
         attended = attn.processor.attend([Stream.of(attn, qkv, "norm_q", "norm_k")], image_rotary_emb)
-        stream = stream + gate.unsqueeze(1) * self.proj_out([attended, mlp])
+        # What peft puts around a layer reads one tensor.
+        both = [attended, mlp] if isinstance(self.proj_out, QuantLinear) else torch.cat([attended, mlp], dim=-1)
+        stream = stream + gate.unsqueeze(1) * self.proj_out(both)
         if stream.dtype == torch.float16:
             stream = stream.clip(-65504, 65504)
         text, image = stream[:, :tokens], stream[:, tokens:]
@@ -163,4 +165,5 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         hooked = attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)
         act = self.act_mlp
         hooked = hooked or act._forward_hooks or act._forward_pre_hooks or getattr(act, "approximate", None) != "tanh"
-        return type(attn.processor) is GroupedAttention and isinstance(self.proj_out, QuantLinear) and not hooked
+        layer = getattr(self.proj_out, "base_layer", self.proj_out)
+        return type(attn.processor) is GroupedAttention and isinstance(layer, QuantLinear) and not hooked

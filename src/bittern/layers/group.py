@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bittern.errors import UserError
 from bittern.layers.few_bit import LEAVES, SHARED_LEAVES
-from bittern.layers.linear import QuantLinear
+from bittern.layers.linear import QuantLinear, is_unhooked
 
 
 class Group:
@@ -66,8 +66,9 @@ def join_group(members: Sequence[QuantLinear]) -> Group:
 def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor], *, gelus: int = 0) -> list[Tensor]:
     """The outputs of several layers for one input, together where possible.
 
-    Layers that follow one another in a group run as one operation, and their outputs are views of its result.
-    Others are called one by one: layers without a group, wrapped by peft, or with hooks of their own.
+    Layers that follow one another in a group run as one operation, and their outputs are views of its result. Those
+    that wear plain LoRAs of peft do so as well, and the LoRAs' products are added to their outputs. Others are called
+    one by one: layers without a group, in other wrappers, or with hooks of their own.
 
     Args:
         members: The layers.
@@ -75,11 +76,42 @@ def group_linear(members: Sequence[nn.Module], x: Tensor | Sequence[Tensor], *, 
         gelus: How many of the last are followed by a GELU, in its tanh form.
     """
     outputs: list[Tensor] = []
-    for run in _runs(members):
+    for run in _runs([_beneath(member) if isinstance(x, Tensor) else member for member in members]):
+        worn = members[len(outputs) : len(outputs) + len(run)]
         # Of what is left, `gelus` layers at the end have one.
         plain = min(len(run), max(0, len(members) - len(outputs) - gelus))
-        outputs += _as_one(run, x, plain) if len(run) > 1 else [_by_itself(run[0], x, gelu=not plain)]
+        if len(run) == 1:
+            outputs.append(_by_itself(worn[0], x, gelu=not plain))
+        elif all(layer is member for layer, member in zip(run, worn, strict=True)):
+            outputs += _as_one(run, x, plain)
+        else:
+            assert isinstance(x, Tensor)
+            found = [_adapted(*each, x) for each in zip(worn, run, _as_one(run, x, len(run)), strict=True)]
+            outputs += found[:plain] + [nn.functional.gelu(y, approximate="tanh") for y in found[plain:]]
     return outputs
+
+
+def _beneath(member: Any) -> nn.Module:
+    """The few-bit layer that wears plain LoRAs of peft and nothing else; any other layer itself."""
+    layer = getattr(member, "base_layer", None)
+    if not isinstance(layer, QuantLinear) or not isinstance(getattr(member, "lora_A", None), nn.ModuleDict):
+        return member
+    # What is no plain product, such as a DoRA, wants to call the layer itself.
+    other = any(name in getattr(member, "lora_variant", {}) for name in member.active_adapters)
+    return member if other or member.merged or not is_unhooked(member) else layer
+
+
+def _adapted(member: Any, layer: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """A few-bit layer's output with the products of the LoRAs that it wears: y + scaling · x · A^T · B^T each."""
+    if member is layer or member.disable_adapters:
+        return y
+    total = y
+    for name in member.active_adapters:
+        if name in member.lora_A:
+            down, up = member.lora_A[name], member.lora_B[name]
+            low = down(member.lora_dropout[name](x.to(down.weight.dtype)))
+            total = total + up(low) * member.scaling[name]
+    return total.to(y.dtype)
 
 
 def _as_one(run: Sequence[nn.Module], x: Tensor | Sequence[Tensor], plain: int) -> list[Tensor]:

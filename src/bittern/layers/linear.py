@@ -121,7 +121,7 @@ class QuantLinear(FewBitLayer, nn.Linear):
     @property
     def is_plain(self) -> bool:
         """Whether a call is `forward` and nothing else, so that it may run in other ways."""
-        return not (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)
+        return is_unhooked(self)
 
     def linear_rows(
         self,
@@ -168,3 +168,8 @@ class QuantLinear(FewBitLayer, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.numbers()}"
         )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether a call is the module's own `forward` and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
