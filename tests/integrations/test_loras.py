@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounter
 import bittern
 from bittern import recipes
 from bittern.errors import UserError
+from bittern.integrations import loras
 from bittern.layers import QuantLinear, quant_layers
 from bittern.quantization import component
 from bittern.recipes import Recipe
@@ -453,6 +454,67 @@ def weights(pipe: Any, paths: list[str]) -> dict[str, Tensor]:
 def of_a(pipe: Any, paths: list[str]) -> dict[str, Tensor]:
     state = lora_state(pipe, 1, 4)
     return {p: state[f"transformer.{p}.lora_B.weight"] @ state[f"transformer.{p}.lora_A.weight"] for p in paths}
+
+
+def with_alphas(pipe: Any, ranks: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """As trainers write them that keep an alpha beside the factors."""
+    state: dict[str, Tensor] = {}
+    for seed, (path, rank) in enumerate(ranks.items(), 1):
+        state |= lora_state(pipe, seed, rank, [path])
+        state[f"transformer.{path}.alpha"] = torch.tensor(float(rank) / 2 + seed, dtype=dtype)
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alphas_beside_the_factors_are_fused(dtype: torch.dtype, pipe: FluxPipeline) -> None:
+    ranks = {"transformer_blocks.0.attn.to_q": 4, "transformer_blocks.0.attn.to_k": 4, "proj_out": 8}
+    paths, before = denoiser_paths(pipe.transformer), tensors(pipe.transformer)
+    pipe.load_lora_weights(with_alphas(pipe, ranks, dtype), adapter_name=A)
+    pipe.set_adapters(A, 0.7)
+    loaded = outputs(pipe.transformer, paths)
+    assert bittern.fuse_loras(pipe).strengths == {A: 0.7}
+    assert_close(outputs(pipe.transformer, paths), loaded, 1e-2)
+    bittern.unfuse_loras(pipe)
+    # One strength, though the units of q and k are two.
+    assert 0 < bittern.fuse_loras(pipe, max_rank=2).error < 1
+    bittern.unfuse_loras(pipe)
+    pipe.unload_lora_weights()
+    assert_same_tensors(pipe.transformer, before)
+
+
+@pytest.mark.parametrize("place", ["WidenedBranch", "_Merged.write", "swap"])
+def test_whatever_goes_wrong_nothing_has_changed(
+    place: str, pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_two(pipe)
+    pipe.set_adapters(A, 0.7)
+    before, loaded, paths = tensors(pipe.transformer), outputs(pipe.transformer, paths_of_few(pipe)), paths_of_few(pipe)
+    schemes = {path: layer.scheme for path, layer in quant_layers(pipe.transformer).items()}
+    holder, _, name = place.rpartition(".")
+    where: Any = getattr(loras, holder) if holder else loras
+    real, calls = getattr(where, name), 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("no memory left")
+        return real(*args)
+
+    monkeypatch.setattr(where, name, failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        bittern.fuse_loras(pipe, {A: 0.2, B: 0.5})
+    monkeypatch.undo()
+    assert_same_tensors(pipe.transformer, before)
+    assert {path: layer.scheme for path, layer in quant_layers(pipe.transformer).items()} == schemes
+    assert pipe.get_active_adapters() == [A]
+    assert all(torch.equal(y, loaded[path]) for path, y in outputs(pipe.transformer, paths).items())
+    bittern.fuse_loras(pipe)
+    assert_close(outputs(pipe.transformer, paths), loaded, 1e-2)
+
+
+def paths_of_few(pipe: Any) -> list[str]:
+    return list(quant_layers(pipe.transformer))
 
 
 # ---- folders

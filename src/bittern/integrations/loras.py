@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -156,39 +157,39 @@ def fuse_loras(
         )
     if max_rank is not None and max_rank < 1:
         raise UserError(f"max_rank {max_rank}: expected 1 or more")
-    if strengths is not None:
-        _activate(pipe, model, strengths)
-    wrappers = dict(peft_layers(model))
-    active = {path: names for path, wrapper in wrappers.items() if (names := active_adapters(wrapper))}
-    if not active:
-        raise UserError("no adapter is active: expected pipe.load_lora_weights(...) before, or pipe.enable_lora()")
-    for path, names in active.items():
-        for name in names:
-            check_plain(path, wrappers[path], name)
+    others = [other for _, other in other_components(pipe, model)]
+    with _rolled_back([model, *others]) as undo:
+        if strengths is not None:
+            _activate(pipe, model, strengths)
+        wrappers = dict(peft_layers(model))
+        active = {path: names for path, wrapper in wrappers.items() if (names := active_adapters(wrapper))}
+        if not active:
+            raise UserError("no adapter is active: expected pipe.load_lora_weights(...) before, or pipe.enable_lora()")
+        for path, names in active.items():
+            for name in names:
+                check_plain(path, wrappers[path], name)
 
-    products: dict[FewBitLayer, list[Product]] = {}
-    record = Fused({}, wrappers=wrappers, peft={key: getattr(model, key) for key in _PEFT if hasattr(model, key)})
-    for path, names in active.items():
-        base = wrappers[path].get_base_layer()
-        if isinstance(base, FewBitLayer):
-            products.setdefault(base.holder, []).extend(product_of(wrappers[path], base, name) for name in names)
-        else:
-            record.merged.append(_Merged(wrappers[path], list(names), base.weight.detach().clone()))
-    cuts = [_cut(of_holder, max_rank) for of_holder in products.values()] if max_rank else []
-    if cuts:
-        products = dict(zip(products, (cut.products for cut in cuts), strict=True))
-    try:
+        products: dict[FewBitLayer, list[Product]] = {}
+        peft = {key: getattr(model, key) for key in _PEFT if hasattr(model, key)}
+        record = Fused(common_strengths(wrappers, active), wrappers=wrappers, peft=peft)
+        for path, names in active.items():
+            base = wrappers[path].get_base_layer()
+            if isinstance(base, FewBitLayer):
+                products.setdefault(base.holder, []).extend(product_of(wrappers[path], base, name) for name in names)
+            else:
+                record.merged.append(_Merged(wrappers[path], list(names), base.weight.detach().clone()))
+        cuts = [_cut(of_holder, max_rank) for of_holder in products.values()] if max_rank else []
+        if cuts:
+            products = dict(zip(products, (cut.products for cut in cuts), strict=True))
         for holder, of_holder in products.items():
             record.branches.append(WidenedBranch(holder, of_holder))
-    except UserError:
-        for branch in record.branches:
-            branch.narrow()
-        raise
-    for merged in record.merged:
-        merged.write()
-    record.strengths = common_strengths(wrappers, active)
-    for path, wrapper in wrappers.items():
-        swap(model, path, wrapper.get_base_layer())
+            undo.callback(record.branches[-1].narrow)
+        for merged in record.merged:
+            undo.callback(merged.restore)
+            merged.write()
+        for path, wrapper in wrappers.items():
+            undo.callback(swap, model, path, wrapper)
+            swap(model, path, wrapper.get_base_layer())
     for key in record.peft:
         delattr(model, key)
     remember(model, record)
@@ -289,6 +290,28 @@ def other_components(pipe: Target, model: nn.Module) -> Iterator[tuple[str, nn.M
     for name, part in parts.items():
         if isinstance(part, nn.Module) and getattr(part, "_orig_mod", part) is not model:
             yield name, part
+
+
+@contextmanager
+def _rolled_back(models: Sequence[nn.Module]) -> Iterator[ExitStack]:
+    """What to do if the block fails; whatever it is, the adapters of the models count as they did before."""
+    before = [
+        (layer, list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling))
+        for model in models
+        for _, layer in peft_layers(model)
+        if hasattr(layer, "scaling")
+    ]
+
+    def restore() -> None:
+        for layer, names, disabled, scaling in before:
+            layer.set_adapter(names)
+            layer.enable_adapters(not disabled)
+            layer.scaling.update(scaling)
+
+    with ExitStack() as undo:
+        undo.callback(restore)
+        yield undo
+        undo.pop_all()
 
 
 def _activate(pipe: Target, model: Any, strengths: Mapping[str, float]) -> None:

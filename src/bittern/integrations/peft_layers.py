@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bittern.errors import UserError
 from bittern.layers import flat_weight
@@ -62,13 +63,20 @@ def check_plain(path: str, wrapper: Any, name: str) -> None:
 def unit_of(wrapper: Any, name: str) -> float:
     """What peft multiplies an adapter of strength 1 by."""
     rank = wrapper.r[name]
-    return wrapper.lora_alpha[name] / (math.sqrt(rank) if wrapper.use_rslora.get(name) else rank)
+    # Diffusers leaves the alphas of a file in peft's names as tensors.
+    return float(wrapper.lora_alpha[name]) / (math.sqrt(rank) if wrapper.use_rslora.get(name) else rank)
 
 
 def strength_of(wrapper: Any, name: str) -> float:
     """What the user has set; 1 for an adapter that adds nothing at any strength."""
-    unit = unit_of(wrapper, name)
-    return wrapper.scaling[name] / unit if unit else 1.0
+    unit, scaling = unit_of(wrapper, name), wrapper.scaling[name]
+    if not unit:
+        return 1.0
+    strength = float(scaling) / unit
+    # Times alpha / r and back leaves a rounding error, of the alpha's type: the shortest number within it was set.
+    error = abs(strength) * (torch.finfo(scaling.dtype).eps if isinstance(scaling, Tensor) else 1e-12)
+    rounded = (round(strength, digits) for digits in range(15))
+    return next((value for value in rounded if abs(value - strength) <= error), strength)
 
 
 def product_of(wrapper: Any, base: Any, name: str) -> Product:
@@ -88,6 +96,5 @@ def common_strengths(wrappers: Mapping[str, Any], active: Mapping[str, Sequence[
     found: dict[str, set[float]] = {}
     for path, names in active.items():
         for name in names:
-            # Scaling by alpha / r and back leaves rounding errors.
-            found.setdefault(name, set()).add(round(strength_of(wrappers[path], name), 9))
+            found.setdefault(name, set()).add(strength_of(wrappers[path], name))
     return {name: values.pop() if len(values) == 1 else None for name, values in found.items()}

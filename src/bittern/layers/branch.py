@@ -83,9 +83,8 @@ class WidenedBranch:
             down[:own], up[:, :own] = holder._held("down"), holder._held("up")
         for product, columns in zip(self.products, self._columns, strict=True):
             down[columns] = product.down
+            self._write(up, product, columns)
         self._put(down, up, replace(self.scheme, rank=rank))
-        for product in self.products:
-            self.scale(product.name, product.strength)
 
     @property
     def rank(self) -> int:
@@ -99,10 +98,14 @@ class WidenedBranch:
             if product.name != name:
                 continue
             product.strength = strength
-            if product.up.device != up.device:
-                product.up = product.up.to(up.device)
-            with torch.no_grad():
-                torch.mul(product.up, product.unit * strength, out=up[slice(*product.rows), columns])
+            self._write(up, product, columns)
+
+    @staticmethod
+    def _write(up: Tensor, product: Product, columns: slice) -> None:
+        if product.up.device != up.device:
+            product.up = product.up.to(up.device)
+        with torch.no_grad():
+            torch.mul(product.up, product.unit * product.strength, out=up[slice(*product.rows), columns])
 
     def narrow(self) -> None:
         """Takes the products off: the branch has its own tensors again, to the bit, or none."""
