@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,25 @@ def test_from_pretrained_takes_a_lite_folder(few_bit: Path, lite: Path, tmp_path
     assert attn.to_q.group is attn.to_v.group is not None
     direct.save_pretrained(tmp_path / "saved")
     assert bittern.inspect(tmp_path / "saved").recipe == "nunchaku-lite-int4"
+
+
+def test_a_lite_pipeline_draws_as_the_manual_loads_it(tiny_random_folder: Path, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        own = FluxTransformer2DModel.load_config(tiny_random_folder / "transformer")
+        model = FluxTransformer2DModel.from_config({**own, "num_attention_heads": 4})
+    pipe = diffusers.FluxPipeline.from_pretrained(tiny_random_folder, transformer=model)
+    bittern.quantize(pipe, svdquant())
+    pipe.save_pretrained(tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "lite", "nunchaku-lite")
+    manual = (Path(__file__).parents[1] / "docs" / "engines.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", manual, re.S)
+    found: dict[str, Any] = {}
+    exec(example.replace("a-nunchaku-lite-folder", str(tmp_path / "lite")), found)
+    again: Any = found["pipe"]
+    again.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16, "guidance_scale": 0.0}
+    assert torch.isfinite(again("a red cat", **size, output_type="pt").images).all()
 
 
 def test_a_lite_folder_in_shards(lite: Path, tmp_path: Path) -> None:
