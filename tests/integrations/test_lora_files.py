@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,81 @@ def test_damaged_and_foreign_files(pipe: FluxPipeline, write: Callable[..., Path
             load_loras(pipe, [missing])
     with pytest.raises(UserError, match="strength nan: expected a finite number"):
         load_loras(pipe, [f"{tmp_path / 'some.safetensors'}:nan"])
+    assert not wrappers(pipe.transformer)
+
+
+def metadata(**settings: Any) -> dict[str, str]:
+    said = {"r": 4, "lora_alpha": 4, "target_modules": [Q], **settings}
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in said.items()})}
+
+
+A, B = (f"transformer.{Q}.lora_{ab}.weight" for ab in "AB")
+WHOLE = {A: torch.ones(4, 64), B: torch.ones(64, 4)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "message"),
+    [
+        ({A: torch.ones(4, 64).to(torch.int8)}, None, rf"has torch.int8 for '{A}': expected a float type"),
+        ({A: torch.ones(4, 64, 1), B: torch.ones(64, 4, 1)}, None, r"has shape \[4, 64, 1\]: expected \[rank, 64\]"),
+        ({A: torch.ones(4)}, None, r"has shape \[4\]: expected \[rank, 64\]"),
+        ({B: torch.ones(64)}, None, r"has shape \[64\]: expected \[64, rank\]"),
+        ({A: torch.ones(0, 64), B: torch.ones(64, 0)}, None, r"lora_A of rank 0 and lora_B of rank 0"),
+        ({f"transformer.{Q}.alpha": torch.ones(3)}, None, r"has \[3\] values for .*alpha': expected one"),
+        ({B: torch.full((64, 4), torch.nan)}, None, rf"256 of 256 values of '{B}' are NaN or infinite"),
+        ({A: torch.tensor([[torch.inf] + [0.0] * 63] * 4)}, None, rf"4 of 256 values of '{A}' are NaN or infinite"),
+        ({}, {"lora_adapter_metadata": "[1]"}, "is no JSON mapping"),
+        ({}, {"lora_adapter_metadata": "{"}, "is no JSON mapping"),
+        ({}, {"lora_adapter_metadata": '{"foo": 1}'}, "has 'foo', which is no setting of peft's"),
+        ({}, {"lora_adapter_metadata": "{}"}, "has transformer.r None and .* is of rank 4"),
+        ({}, metadata(r=8), f"has transformer.r 8 and 'transformer.{Q}' is of rank 4"),
+        ({}, metadata(extra=8), "has 'transformer.extra', which is no setting"),
+        # What no check foresees.
+        ({}, metadata(rank_pattern={"to_q": 3}), "cannot be loaded by diffusers into this FluxPipeline .*nothing was"),
+        ({}, metadata(lora_alpha="4"), "cannot be loaded by diffusers"),
+    ],
+)
+def test_a_file_that_is_wrong_inside_leaves_nothing_loaded(
+    change: dict[str, Tensor],
+    said: dict[str, str] | None,
+    message: str,
+    pipe: FluxPipeline,
+    write: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    save_file({**WHOLE, **change}, tmp_path / "wrong.safetensors", said)
+    with pytest.raises(UserError, match=message) as caught:
+        load_loras(pipe, [write(GOOD), tmp_path / "wrong.safetensors"])
+    assert "\n" not in str(caught.value)
+    assert not wrappers(pipe.transformer) and not getattr(pipe.transformer, "peft_config", {})
+    # With an adapter that was there before, it counts as it did.
+    names = load_loras(pipe, [f"{write(GOOD, 'before.safetensors')}:0.5"])
+    try:
+        with pytest.raises(UserError):
+            load_loras(pipe, [write(GOOD), tmp_path / "wrong.safetensors"])
+        assert pipe.get_list_adapters() == {"transformer": names} and pipe.get_active_adapters() == names
+        assert {layer.scaling["before"] for layer in wrappers(pipe.transformer).values()} == {0.5}
+    finally:
+        pipe.unload_lora_weights()
+
+
+def test_settings_of_a_file_that_fit(pipe: FluxPipeline, tmp_path: Path) -> None:
+    save_file(WHOLE, tmp_path / "right.safetensors", metadata(lora_alpha=2))
+    try:
+        load_loras(pipe, [tmp_path / "right.safetensors"])
+        assert wrappers(pipe.transformer)[Q].scaling == {"right": 0.5}
+    finally:
+        pipe.unload_lora_weights()
+
+
+@pytest.mark.parametrize(("leaf", "kind"), [("lokr_w", "LoKr"), ("hada_w", "LoHa")])
+@pytest.mark.parametrize("prefix", [f"transformer.{Q}.", "lora_unet_double_blocks_0_img_attn_proj."])
+def test_kinds_whose_files_diffusers_does_not_read(
+    prefix: str, leaf: str, kind: str, pipe: FluxPipeline, write: Callable[..., Path]
+) -> None:
+    file = write({f"{prefix}{leaf}1": (8, 8), f"{prefix}{leaf}2": (8, 8)})
+    with pytest.raises(UserError, match=rf"is a {kind}, whose files diffusers does not read for FluxPipeline: "):
+        load_loras(pipe, [file])
     assert not wrappers(pipe.transformer)
 
 

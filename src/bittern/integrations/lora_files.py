@@ -7,19 +7,22 @@ match nothing and the model that the file seems to be for.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from bittern.checkpoints import read_headers, read_tensor
 from bittern.errors import UserError
+from bittern.integrations.peft_layers import delete_adapters, rolled_back
 from bittern.layers import FewBitLayer
 
 if TYPE_CHECKING:
@@ -43,6 +46,9 @@ _FAMILIES = (
 
 # Of an UNet's cross-attention: the width of its text.
 _TEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+
+_TAKE_LOKR = ("Flux2LoraLoaderMixin", "ZImageLoraLoaderMixin")
+"""Whose LoKr files diffusers reads."""
 
 _FACTOR = re.compile(
     r"^(?P<path>.+?)\.(?:lora_(?P<ab>[AB])\.(?P<leaf>weight|bias)|lora_magnitude_vector(?:\.weight)?)$"
@@ -102,22 +108,46 @@ def load_files(pipe: DiffusionPipeline, loras: Sequence[tuple[Path, float]]) -> 
         check_lora(pipe, file)
     names: list[str] = []
     taken = {name for adapters in _any(pipe).get_list_adapters().values() for name in adapters}
-    for file in files:
-        names.append(_name(file, taken))
-        taken.add(names[-1])
-        with _quiet():
-            _any(pipe).load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=names[-1])
-    if names:
-        _any(pipe).set_adapters(names, [strength for _, strength in loras])
+    models = [part for part in _parts(pipe).values() if isinstance(part, nn.Module)]
+    with rolled_back(models) as undo:
+        for model in models:
+            undo.callback(delete_adapters, model, names)
+        for file in files:
+            names.append(_name(file, taken))
+            taken.add(names[-1])
+            _load(pipe, file, names[-1])
+        if names:
+            _any(pipe).set_adapters(names, [strength for _, strength in loras])
     return names
+
+
+def _load(pipe: DiffusionPipeline, file: Path, name: str) -> None:
+    try:
+        with _quiet():
+            _any(pipe).load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    # Whatever diffusers and peft stumble over that the checks below have not seen.
+    except Exception as error:
+        raise UserError(
+            f"LoRA {str(file)!r} cannot be loaded by diffusers into this {type(pipe).__name__} ({_said(error)}); "
+            "nothing was loaded"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _parts(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The components that LoRAs of this pipeline are for."""
+    return {name: getattr(pipe, name, None) for name in _any(pipe)._lora_loadable_modules}
 
 
 def check_lora(pipe: DiffusionPipeline, file: Path) -> None:
     """Refuses a LoRA file that does not fit a pipeline as a whole; loads nothing.
 
     Raises:
-        UserError: for a file that is damaged or no LoRA, names that match no layer, shapes and ranks that do not fit,
-            and scales that diffusers would leave out.
+        UserError: for a file that is damaged or no LoRA, names that match no layer, shapes, ranks and settings that do
+            not fit, numbers that are not finite, and scales that diffusers would leave out.
     """
     headers = read_headers([file])
     shapes = {name: spec.shape for name, (_, spec) in headers.items()}
@@ -125,8 +155,14 @@ def check_lora(pipe: DiffusionPipeline, file: Path) -> None:
         raise UserError(
             f"LoRA {str(file)!r} is a DoRA in a form whose scales diffusers leaves out: convert it to peft's"
         )
+    _check_kind(pipe, file, shapes)
+    settings = _settings(file)
     for name in shapes:
-        alpha = float(read_tensor(headers, name)) if name.endswith(".alpha") and math.prod(shapes[name]) == 1 else 0.0
+        if not name.endswith(".alpha"):
+            continue
+        if math.prod(shapes[name]) != 1:
+            raise UserError(f"LoRA {str(file)!r} has {list(shapes[name])} values for {name!r}: expected one")
+        alpha = float(read_tensor(headers, name))
         # Diffusers halves until a product is positive, which it never is.
         if not 0 <= alpha < math.inf:
             raise UserError(
@@ -137,11 +173,11 @@ def check_lora(pipe: DiffusionPipeline, file: Path) -> None:
             state = _converted(pipe, file)
     # Whatever the converters of diffusers stumble over.
     except Exception as error:
-        said = " ".join(str(error).split())[:120]
         raise UserError(
-            f"LoRA {str(file)!r} is none that diffusers can read for {type(pipe).__name__} ({said}): {_for(shapes)}"
+            f"LoRA {str(file)!r} is none that diffusers can read for {type(pipe).__name__} ({_said(error)}): "
+            f"{_for(shapes)}"
         ) from error
-    parts = {name: getattr(pipe, name, None) for name in _any(pipe)._lora_loadable_modules}
+    parts = _parts(pipe)
     unmatched = [key for key in state if _layer(parts, key) is None]
     if unmatched or not state:
         example = f", such as {unmatched[0]!r}" if unmatched else ""
@@ -151,6 +187,7 @@ def check_lora(pipe: DiffusionPipeline, file: Path) -> None:
         )
     ranks: dict[str, dict[str, int]] = {}
     for key, tensor in state.items():
+        _check_numbers(file, key, tensor)
         factor = _FACTOR.match(key)
         if factor is None or factor["leaf"] != "weight":
             continue
@@ -159,11 +196,73 @@ def check_lora(pipe: DiffusionPipeline, file: Path) -> None:
         _check_shape(file, key, tensor, layer, is_down=factor["ab"] == "A", shapes=shapes, widens=_widens(pipe))
         ranks.setdefault(factor["path"], {})[factor["ab"]] = tensor.shape[0 if factor["ab"] == "A" else 1]
     for path, found in ranks.items():
-        if found.get("A") != found.get("B"):
+        if found.get("A") != found.get("B") or not found.get("A"):
             has = " and ".join(f"lora_{ab} of rank {rank}" for ab, rank in sorted(found.items()))
             raise UserError(
                 f"LoRA {str(file)!r} has {has} for {path!r}: expected two factors of one rank; fetch it again"
             )
+    if settings is not None:
+        _check_settings(file, settings, {path: found["A"] for path, found in ranks.items()})
+
+
+def _check_kind(pipe: DiffusionPipeline, file: Path, names: Iterable[str]) -> None:
+    """Refuses adapters that diffusers does not read from files; peft may compute them nevertheless."""
+    takes_lokr = any(base.__name__ in _TAKE_LOKR for base in type(pipe).__mro__)
+    for name in names:
+        kind = "LoHa" if ".hada_" in name else "LoKr" if ".lokr_" in name and not takes_lokr else None
+        if kind:
+            raise UserError(
+                f"LoRA {str(file)!r} is a {kind}, whose files diffusers does not read for {type(pipe).__name__}: give a "
+                f"LoRA, or wear it through peft, with add_adapter({kind}Config(...)) of the model"
+            )
+
+
+def _check_numbers(file: Path, key: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise UserError(f"LoRA {str(file)!r} has {tensor.dtype} for {key!r}: expected a float type")
+    bad = int((~torch.isfinite(tensor.float())).sum())
+    if bad:
+        raise UserError(
+            f"LoRA {str(file)!r}: {bad} of {tensor.numel()} values of {key!r} are NaN or infinite; fetch it again"
+        )
+
+
+def _settings(file: Path) -> dict[str, Any] | None:
+    """What a file says of its adapter in peft's words."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        text = (handle.metadata() or {}).get("lora_adapter_metadata")
+    if text is None:
+        return None
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise UserError(f"lora_adapter_metadata of LoRA {str(file)!r} is no JSON mapping; fetch it again")
+    return said
+
+
+def _check_settings(file: Path, said: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    """Refuses settings that peft does not have, and ranks that are not those of the factors."""
+    from peft import LoraConfig
+
+    where = f"lora_adapter_metadata of LoRA {str(file)!r}"
+    known = {setting.name for setting in fields(LoraConfig)}
+    by_part: dict[str, dict[str, Any]] = {}
+    for key, value in said.items():
+        part, _, setting = str(key).partition(".")
+        if setting not in known:
+            raise UserError(f"{where} has {key!r}, which is no setting of peft's: expected names as 'transformer.r'")
+        by_part.setdefault(part, {})[setting] = value
+    for path, rank in ranks.items():
+        part = path.partition(".")[0]
+        settings = by_part.get(part, {})
+        pattern = settings.get("rank_pattern") or {}
+        allowed = [settings.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+        if rank not in allowed:
+            raise UserError(f"{where} has {part}.r {settings.get('r')!r} and {path!r} is of rank {rank}: fetch it again")
 
 
 def looks_like(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -254,6 +353,11 @@ def _check_shape(
     widens: bool,
 ) -> None:
     shape = tuple(_any(layer).weight.shape)
+    taps = shape[2:] if is_down else (1,) * len(shape[2:])
+    if factor.shape[2:] != taps or factor.ndim != len(shape):
+        sizes = ["rank", *shape[1:]] if is_down else [shape[0], "rank", *taps]
+        expected = ", ".join(map(str, sizes))
+        raise UserError(f"LoRA {str(file)!r}: {key!r} has shape {list(factor.shape)}: expected [{expected}]")
     has, wants = (factor.shape[1], shape[1]) if is_down else (factor.shape[0], shape[0])
     # FLUX: a LoRA may leave inputs out, and those of control models bring some more to the first layer.
     if has == wants or (widens and is_down and (has < wants or not isinstance(layer, FewBitLayer))):

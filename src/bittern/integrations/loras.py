@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -27,6 +26,7 @@ from bittern.integrations.peft_layers import (
     common_strengths,
     peft_layers,
     product_of,
+    rolled_back,
 )
 from bittern.layers import FewBitLayer, quant_layers, swap
 from bittern.layers.branch import Product, WidenedBranch, placed
@@ -158,7 +158,7 @@ def fuse_loras(
     if max_rank is not None and max_rank < 1:
         raise UserError(f"max_rank {max_rank}: expected 1 or more")
     others = [other for _, other in other_components(pipe, model)]
-    with _rolled_back([model, *others]) as undo:
+    with rolled_back([model, *others]) as undo:
         if strengths is not None:
             _activate(pipe, model, strengths)
         wrappers = dict(peft_layers(model))
@@ -290,28 +290,6 @@ def other_components(pipe: Target, model: nn.Module) -> Iterator[tuple[str, nn.M
     for name, part in parts.items():
         if isinstance(part, nn.Module) and getattr(part, "_orig_mod", part) is not model:
             yield name, part
-
-
-@contextmanager
-def _rolled_back(models: Sequence[nn.Module]) -> Iterator[ExitStack]:
-    """What to do if the block fails; whatever it is, the adapters of the models count as they did before."""
-    before = [
-        (layer, list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling))
-        for model in models
-        for _, layer in peft_layers(model)
-        if hasattr(layer, "scaling")
-    ]
-
-    def restore() -> None:
-        for layer, names, disabled, scaling in before:
-            layer.set_adapter(names)
-            layer.enable_adapters(not disabled)
-            layer.scaling.update(scaling)
-
-    with ExitStack() as undo:
-        undo.callback(restore)
-        yield undo
-        undo.pop_all()
 
 
 def _activate(pipe: Target, model: Any, strengths: Mapping[str, float]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bittern.errors import UserError
-from bittern.layers import flat_weight
+from bittern.layers import flat_weight, swap
 from bittern.layers.branch import Product
 
 
@@ -98,3 +99,40 @@ def common_strengths(wrappers: Mapping[str, Any], active: Mapping[str, Sequence[
         for name in names:
             found.setdefault(name, set()).add(strength_of(wrappers[path], name))
     return {name: values.pop() if len(values) == 1 else None for name, values in found.items()}
+
+
+@contextmanager
+def rolled_back(models: Sequence[nn.Module]) -> Iterator[ExitStack]:
+    """What to do if the block fails; whatever it is, the adapters of the models count as they did before."""
+    before = [
+        (layer, list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling))
+        for model in models
+        for _, layer in peft_layers(model)
+        if hasattr(layer, "scaling")
+    ]
+
+    def restore() -> None:
+        for layer, names, disabled, scaling in before:
+            layer.set_adapter(names)
+            layer.enable_adapters(not disabled)
+            layer.scaling.update(scaling)
+
+    with ExitStack() as undo:
+        undo.callback(restore)
+        yield undo
+        undo.pop_all()
+
+
+def delete_adapters(model: Any, names: Sequence[str]) -> None:
+    """Takes adapters off a model, even half loaded ones that it does not know of."""
+    for path, layer in list(peft_layers(model)):
+        for name in adapters_of(layer).intersection(names):
+            layer.delete_adapter(name)
+        if not adapters_of(layer):
+            swap(model, path, layer.get_base_layer())
+    configs = getattr(model, "peft_config", {})
+    for name in names:
+        configs.pop(name, None)
+    if hasattr(model, "peft_config") and not configs:
+        del model.peft_config
+        model._hf_peft_config_loaded = False
