@@ -513,6 +513,17 @@ def test_whatever_goes_wrong_nothing_has_changed(
     assert_close(outputs(pipe.transformer, paths), loaded, 1e-2)
 
 
+def test_diffusers_own_fusing_is_refused_before_it_writes(pipe: FluxPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "few")
+    for each in (pipe, copy.deepcopy(pipe), FluxPipeline.from_pretrained(tmp_path / "few")):
+        load_two(each)
+        before = tensors(each.transformer)
+        with pytest.raises(UserError, match=r"read-only.*fuse them with bittern.fuse_loras"):
+            each.fuse_lora()
+        assert_same_tensors(each.transformer, before)
+        assert not any(getattr(module, "merged", False) for module in each.transformer.modules())
+
+
 def paths_of_few(pipe: Any) -> list[str]:
     return list(quant_layers(pipe.transformer))
 

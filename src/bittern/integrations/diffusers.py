@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -162,12 +162,14 @@ class BitternQuantizer(DiffusersQuantizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_hidden": None}
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Any) -> None:
         """Makes diffusers see a model that was quantized in memory as one that was loaded."""
         model.is_quantized = True
         model.quantization_method = Method.BITTERN
         model.hf_quantizer = self
         model.register_to_config(quantization_config=self.quantization_config)
+        # Before peft merges into the 16-bit layers, which come first.
+        model.fuse_lora = _refuse_fusing
         self._model = weakref.ref(model)
 
     # ---- loading
@@ -367,6 +369,12 @@ class BitternQuantizer(DiffusersQuantizer):
         if checkpoint is None:
             raise BitternError("the model is not quantized yet")
         return checkpoint
+
+
+def _refuse_fusing(*args: Any, **kwargs: Any) -> NoReturn:
+    from bittern.layers.facade import refuse_writing
+
+    refuse_writing()
 
 
 def register() -> None:
