@@ -539,6 +539,7 @@ def test_a_fused_model_is_saved_when_it_is_asked_for(pipe: FluxPipeline, tmp_pat
         pipe.save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match="save_fused"):
         pipe.transformer.save_pretrained(tmp_path / "plain-model")
+    assert not list(tmp_path.iterdir())
     bittern.save_fused(pipe, tmp_path / "fused")
     bittern.save_fused(pipe.transformer, tmp_path / "model")
     again = DiffusionPipeline.from_pretrained(tmp_path / "fused")
@@ -550,6 +551,7 @@ def test_a_fused_model_is_saved_when_it_is_asked_for(pipe: FluxPipeline, tmp_pat
     # The model is still fused, and still refuses.
     with pytest.raises(UserError, match="save_fused"):
         pipe.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
     with pytest.raises(UserError, match="not empty"):
         bittern.save_fused(pipe, tmp_path / "fused")
     bittern.unfuse_loras(pipe)

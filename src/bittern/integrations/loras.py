@@ -109,6 +109,7 @@ def fused(model: nn.Module) -> Fused | None:
 def remember(model: Any, record: Fused) -> None:
     """Notes what is fused, and has `save_pretrained` refuse."""
     model._bittern_fused = record
+    _guard_pipelines()
     # On the model and not in its quantizer, which in a copy of the model knows the model no more.
     model.save_pretrained = functools.partial(_refuse_saving, tuple(record.strengths))
 
@@ -123,6 +124,23 @@ def _refuse_saving(names: Sequence[str], *args: Any, **kwargs: Any) -> NoReturn:
         f"adapters {', '.join(names)} are fused into the model: bittern.save_fused(pipe, folder) writes it with them, "
         "bittern.unfuse_loras(pipe) takes them off"
     )
+
+
+@functools.cache
+def _guard_pipelines() -> None:
+    """Has pipelines around such a model refuse, too, before they write their other components."""
+    from diffusers import DiffusionPipeline
+
+    plain = DiffusionPipeline.save_pretrained
+
+    @functools.wraps(plain)
+    def save_pretrained(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        for part in self.components.values():
+            if isinstance(part, nn.Module) and (record := fused(getattr(part, "_orig_mod", part))):
+                _refuse_saving(tuple(record.strengths))
+        return plain(self, *args, **kwargs)
+
+    DiffusionPipeline.save_pretrained = save_pretrained
 
 
 def fuse_loras(
