@@ -339,6 +339,11 @@ def test_other_mistakes(few_bit: Path, lite: Path, tmp_path: Path) -> None:
     [
         (lambda c: c["svdq_w4a4"].update(rank=48), "has rank 32: expected 48"),
         (lambda c: c["svdq_w4a4"].update(rank="32"), "rank '32': expected a positive whole number"),
+        (
+            lambda c: c["svdq_w4a4"].update(precision="nvfp4", group_size=16),
+            "says that its weights are nvfp4 and holds int4",
+        ),
+        (lambda c: c.update(compute_dtype="float99"), "compute_dtype 'float99': "),
         (lambda c: c["svdq_w4a4"].update(precision="int3"), "did you mean 'int4'"),
         (lambda c: c["svdq_w4a4"].update(group_size=32), "group_size 32: expected 64"),
         (

@@ -124,10 +124,9 @@ def _original(file: Path, base: Path | None) -> tuple[list[Path], dict[str, Any]
 
     def load(headers: Headers, read: Read) -> Incoming:
         stored = "nvfp4" if any(spec.dtype == torch.float8_e4m3fn for _, spec in headers.values()) else "int4"
-        if said.weight not in (None, stored):
-            raise UserError(f"{file} says that its weights are {said.weight} and holds {stored}: fetch it again")
         units = flux_units(model, shifted=stored == "int4")
-        return incoming(headers, units, shapes_of(model), read, renamed=flux_names(model), rank=said.rank)
+        shapes, names = shapes_of(model), flux_names(model)
+        return incoming(headers, units, shapes, read, renamed=names, weight=said.weight, rank=said.rank)
 
     return [file], config, load
 
@@ -145,8 +144,8 @@ def _lite(place: Path) -> tuple[list[Path], dict[str, Any], Load]:
 
     def load(headers: Headers, read: Read) -> Incoming:
         units = lite_units(model, said.targets, said.awq)
-        groups = lite_groups(model, units)
-        return incoming(headers, units, shapes_of(model), read, groups=groups, rank=said.rank, name="nunchaku-lite")
+        groups, shapes = lite_groups(model, units), shapes_of(model)
+        return incoming(headers, units, shapes, read, groups=groups, **said.expected, name="nunchaku-lite")
 
     return weight_files(place), config, load
 
@@ -262,8 +261,9 @@ def _to_lite(
     narrow = [path for path in checkpoint.targets if path not in set(wide)]
     units = lite_units(model, narrow, wide)
     found = outgoing(checkpoint, headers, units, read, NEWER, TARGETS["nunchaku-lite"])
-    said = Lite(found.style.weight, found.rank if narrow else None, tuple(narrow), tuple(wide))
-    return found, said.dump(str(found.style.dtype).removeprefix("torch."))
+    dtype = str(found.style.dtype).removeprefix("torch.")
+    said = Lite(found.style.weight, found.rank if narrow else None, tuple(narrow), tuple(wide), dtype)
+    return found, said.dump()
 
 
 def _write(

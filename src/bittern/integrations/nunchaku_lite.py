@@ -63,8 +63,9 @@ def register() -> None:
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """What a folder says that its floats are; bfloat16 if it says nothing."""
-    found = getattr(torch, str(config.get("compute_dtype", "bfloat16")), None)
-    return found if isinstance(found, torch.dtype) else torch.bfloat16
+    from bittern.checkpoints.nunchaku import lite
+
+    return getattr(torch, lite(config, "config.json").dtype)
 
 
 def prepare(model: nn.Module, config: Mapping[str, Any], files: Iterable[Path]) -> Incoming:
@@ -83,7 +84,7 @@ def prepare(model: nn.Module, config: Mapping[str, Any], files: Iterable[Path]) 
     units = lite_units(model, said.targets, said.awq)
     with opened(headers) as read:
         groups = lite_groups(model, units)
-        return incoming(headers, units, shapes, read, groups=groups, rank=said.rank, name="nunchaku-lite")
+        return incoming(headers, units, shapes, read, groups=groups, **said.expected, name="nunchaku-lite")
 
 
 def tensors(found: Incoming) -> dict[str, Tensor]:

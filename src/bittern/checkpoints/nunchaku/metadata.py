@@ -14,6 +14,7 @@ from bittern.errors import UserError, did_you_mean
 
 LITE_METHOD = "nunchaku_lite"
 _METHOD = "svdquant"
+_DTYPES = ("bfloat16", "float16", "float32")
 _WEIGHTS = {"int4": ("int4", 64), "fp4_e2m1_all": ("nvfp4", 16)}
 
 
@@ -176,16 +177,23 @@ class Lite:
         rank: Of the branches; None without W4A4 layers.
         targets: W4A4 layers.
         awq: W4A16 layers.
+        dtype: Torch's name of the floats.
     """
 
     weight: str
     rank: int | None
     targets: tuple[str, ...]
     awq: tuple[str, ...]
+    dtype: str
 
-    def dump(self, dtype: str) -> dict[str, Any]:
-        """The mapping for `config.json`; `dtype` is torch's name of the floats."""
-        out: dict[str, Any] = {"quant_method": LITE_METHOD, "compute_dtype": dtype}
+    @property
+    def expected(self) -> dict[str, Any]:
+        """What `incoming` holds the file against."""
+        return {"weight": self.weight if self.targets else None, "rank": self.rank}
+
+    def dump(self) -> dict[str, Any]:
+        """The mapping for `config.json`."""
+        out: dict[str, Any] = {"quant_method": LITE_METHOD, "compute_dtype": self.dtype}
         if self.targets:
             group = 64 if self.weight == "int4" else 16
             out["svdq_w4a4"] = {
@@ -215,6 +223,9 @@ def lite(quantization: Mapping[str, Any], where: str) -> Lite:
     for key in quantization:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r} in quantization_config: {did_you_mean(key, known)}")
+    dtype = str(quantization.get("compute_dtype") or "bfloat16").removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise UserError(f"{where}: quantization_config has compute_dtype {dtype!r}: {did_you_mean(dtype, _DTYPES)}")
     svdq, awq = (_section(quantization, name, where) for name in ("svdq_w4a4", "awq_w4a16"))
     if not svdq and not awq:
         raise UserError(f"{where}: quantization_config names no targets: expected svdq_w4a4 or awq_w4a16")
@@ -233,7 +244,7 @@ def lite(quantization: Mapping[str, Any], where: str) -> Lite:
             f"{where}: awq_w4a16 is {awq.get('precision')!r} in groups of {awq.get('group_size')!r}: "
             "expected 'int4' in groups of 64"
         )
-    return Lite(weight, rank, tuple(svdq.get("targets", ())), tuple(awq.get("targets", ())))
+    return Lite(weight, rank, tuple(svdq.get("targets", ())), tuple(awq.get("targets", ())), dtype)
 
 
 def _section(quantization: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:

@@ -70,6 +70,7 @@ def incoming(
     *,
     renamed: Mapping[str, str] | None = None,
     groups: Iterable[Sequence[str]] = (),
+    weight: str | None = None,
     rank: int | None = None,
     name: str = "nunchaku",
 ) -> Incoming:
@@ -82,6 +83,7 @@ def incoming(
         read: Gives the file's tensors; only small ones are asked for.
         renamed: What the file calls some of the others.
         groups: Targets that read one tensor; they become a group if they share smoothing and the branch's first factor.
+        weight: The format of W4A4 weights that the file says it has, if it says so.
         rank: That the file says it has, if it says so.
         name: What to call the recipe.
 
@@ -91,6 +93,8 @@ def incoming(
     for unit in units:
         _check_unit(unit)
     style = _style(headers, units)
+    if weight not in (None, style.weight):
+        raise UserError(f"the file says that its weights are {weight} and holds {style.weight}: {MEND}")
     copies = {ours: (renamed or {}).get(ours, ours) for ours in others if not _is_leaf(ours, units)}
     ranks = {unit.packed: _rank(headers, style, unit, rank) for unit in units if not unit.is_awq}
     expected: dict[str, TensorSpec] = {}
