@@ -325,16 +325,30 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("leaf", ["wscales", "smooth", "lora_up"])
-def test_numbers_that_are_not_finite(tmp_path: Path, leaf: str) -> None:
-    file = damaged(
-        tmp_path,
-        with_tensor(
-            f"{QKV}.{leaf}", lambda t: t.flatten().index_fill(0, torch.tensor([3]), torch.nan).reshape(t.shape)
-        ),
-    )
-    with pytest.raises(UserError, match="NaN or infinite"):
-        import_checkpoint(file, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "reported"),
+    [
+        *((f"{QKV}.{leaf}", "transformer_blocks.0.attn.to_") for leaf in ("wscales", "smooth", "lora_up", "bias")),
+        ("x_embedder.weight", "x_embedder.weight"),
+        ("transformer_blocks.0.norm_q.weight", "transformer_blocks.0.attn.norm_q.weight"),
+    ],
+)
+def test_numbers_that_are_not_finite(tmp_path: Path, name: str, reported: str) -> None:
+    change = with_tensor(name, lambda t: t.flatten().index_fill(0, torch.tensor([3]), torch.nan).reshape(t.shape))
+    with pytest.raises(UserError, match=rf"tensor '{reported}.*NaN or infinite"):
+        import_checkpoint(damaged(tmp_path, change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"), [("wtscale", 0.0), ("wtscale", -1.0), ("wtscale", torch.nan), ("wcscales", -1.0), ("wscales", -1.0)]
+)
+def test_scales_of_nvfp4_that_are_none(tmp_path: Path, leaf: str, value: float) -> None:
+    tensors = files.flux_tensors(files.SMALL, weight="nvfp4")
+    tensors[f"{QKV}.{leaf}"].view(-1)[0] = value
+    save_file(tensors, tmp_path / "f.safetensors", files.metadata(files.SMALL, weight="nvfp4"))
+    with pytest.raises(UserError, match=rf"tensor '{QKV}.{leaf}': 1 of \d+ scales are negative, 0 or NaN: expected"):
+        import_checkpoint(tmp_path / "f.safetensors", tmp_path / "out")
 
 
 def test_a_pipeline_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -135,13 +135,13 @@ def check_values(headers: Headers, config: CheckpointConfig) -> None:
 
 
 def check_value(name: str, tensor: Tensor, config: CheckpointConfig) -> None:
-    """Refuses values that a target's tensor, made of another file, cannot have.
+    """Refuses values that a tensor made of another file cannot have, of a target or not.
 
     Raises:
         UserError: naming the tensor.
     """
     path, _, leaf = name.rpartition(".")
-    wrong = _problem(tensor, leaf, path, config) if path in config.targets else None
+    wrong = _problem(tensor, leaf, path, config) if path in config.targets else _not_finite(tensor)
     if wrong:
         raise UserError(f"tensor {name!r}, as converted: {wrong}")
 
@@ -154,12 +154,16 @@ def _problem(tensor: Tensor, leaf: str, path: str, config: CheckpointConfig) -> 
         except UserError as error:
             return str(error)
         return None
-    bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
-    if bad:
-        return f"{bad} of {tensor.numel()} values are NaN or infinite: {MEND}"
+    if wrong := _not_finite(tensor):
+        return wrong
     if leaf == "smooth" and not bool((tensor > 0).all()):
         return f"smoothing divides by it, so expected values above 0: {MEND}"
     return None
+
+
+def _not_finite(tensor: Tensor) -> str | None:
+    bad = int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
+    return f"{bad} of {tensor.numel()} values are NaN or infinite: {MEND}" if bad else None
 
 
 def is_leaf(name: str, config: CheckpointConfig) -> bool:

@@ -29,6 +29,7 @@ from bittern.checkpoints.files import TensorSpec
 from bittern.checkpoints.nunchaku import layout
 from bittern.checkpoints.nunchaku.layout import FP4_GROUP, GROUP, padded
 from bittern.checkpoints.nunchaku.units import Unit
+from bittern.errors import UserError
 from bittern.scheme import Scheme
 
 Read = Callable[[str], Tensor]
@@ -130,6 +131,9 @@ def read_unit(unit: Unit, style: Style, scheme: Scheme, read: Read, has: Callabl
         scheme: What the targets are.
         read: Gives packed tensors.
         has: Whether there is one of this name.
+
+    Raises:
+        UserError: for scales of nvfp4 that are below 0, or one for all that is 0.
     """
     tensors = _read_awq(unit, scheme, read) if unit.is_awq else _read_svdq(unit, style, scheme, read, has)
     if has(f"{unit.packed[-1]}.bias"):
@@ -161,6 +165,8 @@ def _read_svdq(unit: Unit, style: Style, scheme: Scheme, read: Read, has: Callab
         parts["down"].append(layout.unpack_down(read(f"{name}.{style.names.down}"))[:, :k])
         parts["up"].append(layout.unpack_up(read(f"{name}.{style.names.up}"))[:n])
         if style.weight == "nvfp4":
+            # Beyond the sign bit alone, which is -0.
+            _check_scales(f"{name}.wscales", parts["scales"][-1].view(torch.uint8) > 128, "0 or more")
             row_scales.append(_row_scales(name, n, read, has))
     tensors = {
         leaf: found[0] if len(found) == 1 else torch.cat(found, dim=-1)
@@ -179,7 +185,17 @@ def _row_scales(name: str, n: int, read: Read, has: Callable[[str], bool]) -> Fl
     rows = torch.ones(n)
     if has(f"{name}.wcscales"):
         rows = layout.unpack_vector(read(f"{name}.wcscales"))[:n].float()
-    return rows * read(f"{name}.wtscale").float() if has(f"{name}.wtscale") else rows
+        _check_scales(f"{name}.wcscales", ~(rows >= 0), "0 or more")
+    if has(f"{name}.wtscale"):
+        whole = read(f"{name}.wtscale").float()
+        _check_scales(f"{name}.wtscale", ~(whole > 0), "a value above 0")
+        rows = rows * whole
+    return rows
+
+
+def _check_scales(name: str, wrong: Tensor, expected: str) -> None:
+    if bad := int(wrong.sum()):
+        raise UserError(f"tensor {name!r}: {bad} of {wrong.numel()} scales are negative, 0 or NaN: expected {expected}")
 
 
 def _read_awq(unit: Unit, scheme: Scheme, read: Read) -> dict[str, Tensor]:
