@@ -267,6 +267,11 @@ QUANTIZATION = json.loads(files.metadata(files.SMALL)["quantization_config"])
         (with_metadata(config="{"), "config in its metadata is no JSON mapping"),
         (with_metadata(config=None), "name a pipeline of the model with --pipeline"),
         (with_metadata(config={**files.SMALL, "num_layers": 2}), "transformer_blocks.1"),
+        (
+            with_metadata(config={**files.SMALL, "num_layers": 10**6}),
+            r"has num_layers 1000000, and there are \d+ tensors",
+        ),
+        (with_metadata(config={**files.SMALL, "num_single_layers": 10**6}), "has num_single_layers 1000000"),
         (with_metadata(quantization_config={**QUANTIZATION, "method": "gptq"}), "method 'gptq'"),
         (with_metadata(quantization_config=[1]), "quantization_config in its metadata is no JSON mapping"),
         (with_metadata(quantization_config={**QUANTIZATION, "weight": "int4"}), "weights of dtype None"),
@@ -341,7 +346,8 @@ def test_numbers_that_are_not_finite(tmp_path: Path, name: str, reported: str) -
 
 
 @pytest.mark.parametrize(
-    ("leaf", "value"), [("wtscale", 0.0), ("wtscale", -1.0), ("wtscale", torch.nan), ("wcscales", -1.0), ("wscales", -1.0)]
+    ("leaf", "value"),
+    [("wtscale", 0.0), ("wtscale", -1.0), ("wtscale", torch.nan), ("wcscales", -1.0), ("wscales", -1.0)],
 )
 def test_scales_of_nvfp4_that_are_none(tmp_path: Path, leaf: str, value: float) -> None:
     tensors = files.flux_tensors(files.SMALL, weight="nvfp4")

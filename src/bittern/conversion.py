@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.checkpoints import CheckpointConfig, TensorSpec, check_headers, is_few_bit, read_headers, weight_files
-from bittern.checkpoints.files import STEM, opened, streamed_file
+from bittern.checkpoints.files import MEND, STEM, opened, streamed_file
 from bittern.checkpoints.native import Headers, check_value, is_leaf
 from bittern.checkpoints.nunchaku import (
     MODEL_CLASSES,
@@ -119,8 +119,7 @@ def _original(file: Path, base: Path | None) -> tuple[list[Path], dict[str, Any]
         _check_family(base, denoiser_name(base), class_name)
         config, where = (own, str(place)) if config is None else (config, where)
     _check_original(class_name)
-    config = _clean(config, class_name)
-    model = model_on_meta(class_name, config, torch.bfloat16, where)
+    model, config = _model(class_name, config, [file], where)
 
     def load(headers: Headers, read: Read) -> Incoming:
         stored = "nvfp4" if any(spec.dtype == torch.float8_e4m3fn for _, spec in headers.values()) else "int4"
@@ -139,8 +138,7 @@ def _lite(place: Path) -> tuple[list[Path], dict[str, Any], Load]:
         raise UserError(f"{place} is not packed for Nunchaku Lite: its config.json has no such quant_method")
     said = lite(config["quantization_config"], str(place / "config.json"))
     class_name = str(config.get("_class_name"))
-    config = _clean(config, class_name)
-    model = model_on_meta(class_name, config, torch.bfloat16, str(place / "config.json"))
+    model, config = _model(class_name, config, weight_files(place), str(place / "config.json"))
 
     def load(headers: Headers, read: Read) -> Incoming:
         units = lite_units(model, said.targets, said.awq)
@@ -206,8 +204,7 @@ def export_checkpoint(
         raise UserError(f"{place} is no few-bit model of bittern's: quantize or import it first")
     checkpoint = CheckpointConfig.parse(config["quantization_config"], str(place / "config.json"))
     class_name = str(config.get("_class_name"))
-    config = _clean(config, class_name)
-    model = model_on_meta(class_name, config, torch.bfloat16, str(place / "config.json"))
+    model, config = _model(class_name, config, weight_files(place), str(place / "config.json"))
     headers = read_headers(weight_files(place))
     others = {key: shape for key, shape in shapes_of(model).items() if not is_leaf(key, checkpoint)}
     added = {f"{path}.bias": target.shape[:1] for path, target in checkpoint.targets.items() if target.bias}
@@ -312,6 +309,19 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], config: CheckpointConfig) ->
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's parameters and buffers."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _model(
+    class_name: str, config: Mapping[str, Any], files: Sequence[Path], where: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model on meta that a config describes, and the config without what another library has added."""
+    count = len(read_headers(files))
+    for key, value in config.items():
+        # Every layer has a tensor, and building layers takes time.
+        if key.endswith("layers") and isinstance(value, int) and value > count:
+            raise UserError(f"{where} has {key} {value}, and there are {count} tensors: {MEND}")
+    config = _clean(config, class_name)
+    return model_on_meta(class_name, config, torch.bfloat16, where), config
 
 
 def _clean(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
