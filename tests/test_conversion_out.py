@@ -295,9 +295,47 @@ def test_nvfp4_goes_out_and_comes_back(tmp_path: Path, to: str) -> None:
     agree(layer(before, f"{DOUBLE}.ff.net.2")(wide), files.meaning(files.of_layer(stored, name), 128, 512)(wide))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nvfp4_files_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Scales of rows and of the tensor, which are one number here, are found again as products."""
+    stored = files.write_flux(tmp_path / "f.safetensors", weight="nvfp4", dtype=dtype)
+    import_checkpoint(tmp_path / "f.safetensors", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again.safetensors", "nunchaku")
+    again, products = load_file(tmp_path / "again.safetensors"), 0
+    for name, tensor in stored.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "wcscales":
+            before, after = (t[name].float() * t[f"{path}.wtscale"].float() for t in (stored, again))
+            assert torch.equal(before, after), name
+            products += 1
+        elif leaf in ("qweight", "wscales"):
+            assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), name
+    assert products == 8 + 2 * 4
+
+
+def test_nvfp4_lite_folders_come_back(tmp_path: Path) -> None:
+    """The single block's last layer reads two tensors and has one scale a row."""
+    source = quantized(tmp_path / "few-bit", svdquant(NVFP4, modulation=INT4))
+    export_checkpoint(source, tmp_path / "lite", "nunchaku-lite")
+    tensors = load_file(tmp_path / "lite" / WEIGHTS)
+    tensors = {name: t * 1.25 if name.endswith("wcscales") else t for name, t in tensors.items()}
+    tensors = {name: t * 1.1 if name.endswith("wtscale") else t for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "lite" / WEIGHTS, {"format": "pt"})
+    import_checkpoint(tmp_path / "lite", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again", "nunchaku-lite")
+    again, k = load_file(tmp_path / "again" / WEIGHTS), 128 + 512
+    x = inputs(k)
+    before, after = (files.meaning(files.of_layer(t, f"{SINGLE}.proj_out"), 128, k)(x) for t in (tensors, again))
+    agree(after, before)
+
+
 def test_row_scales_of_more_than_16_bits(tmp_path: Path) -> None:
     files.write_flux(tmp_path / "f.safetensors", weight="nvfp4")
     import_checkpoint(tmp_path / "f.safetensors", tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours" / WEIGHTS)
+    rows = tensors[f"{DOUBLE}.attn.to_q.row_scales"]
+    rows.copy_(torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)) + 0.5)
+    save_file(tensors, tmp_path / "ours" / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match="need more than 16 bits"):
         export_checkpoint(tmp_path / "ours", tmp_path / "again.safetensors", "nunchaku")
 
@@ -332,6 +370,12 @@ def test_other_mistakes(few_bit: Path, lite: Path, tmp_path: Path) -> None:
         bittern.inspect(lite)
     with pytest.raises(UserError, match="is a few-bit model of bittern"):
         import_checkpoint(few_bit, tmp_path / "out")
+    (tmp_path / "deep").mkdir()
+    config = json.loads((lite / "config.json").read_text())
+    (tmp_path / "deep" / "config.json").write_text(json.dumps({**config, "num_layers": 10**6}))
+    (tmp_path / "deep" / WEIGHTS).symlink_to(lite / WEIGHTS)
+    with pytest.raises(UserError, match=r"config\.json has num_layers 1000000, and there are"):
+        import_checkpoint(tmp_path / "deep", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -212,8 +212,8 @@ def _check_kind(pipe: DiffusionPipeline, file: Path, names: Iterable[str]) -> No
         kind = "LoHa" if ".hada_" in name else "LoKr" if ".lokr_" in name and not takes_lokr else None
         if kind:
             raise UserError(
-                f"LoRA {str(file)!r} is a {kind}, whose files diffusers does not read for {type(pipe).__name__}: give a "
-                f"LoRA, or wear it through peft, with add_adapter({kind}Config(...)) of the model"
+                f"LoRA {str(file)!r} is a {kind}, whose files diffusers does not read for {type(pipe).__name__}: give "
+                f"a LoRA, or wear it through peft, with add_adapter({kind}Config(...)) of the model"
             )
 
 
@@ -262,7 +262,9 @@ def _check_settings(file: Path, said: Mapping[str, Any], ranks: Mapping[str, int
         pattern = settings.get("rank_pattern") or {}
         allowed = [settings.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
         if rank not in allowed:
-            raise UserError(f"{where} has {part}.r {settings.get('r')!r} and {path!r} is of rank {rank}: fetch it again")
+            raise UserError(
+                f"{where} has {part}.r {settings.get('r')!r} and {path!r} is of rank {rank}: fetch it again"
+            )
 
 
 def looks_like(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

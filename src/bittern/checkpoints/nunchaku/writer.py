@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -251,6 +252,9 @@ def _components(
 
 def _one_row_scale(unit: Unit, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The scales of several K-segments under one scale a row."""
+    first = leaves["row_scales"][:, :1]
+    if bool((leaves["row_scales"] == first).all()):
+        return {"row_scales": first}
     lay = KLayout(unit.segments, FP4_GROUP)
     whole = KLayout((unit.k,), FP4_GROUP)
     combined = formats.nvfp4.combine(leaves["scales"], leaves["row_scales"], lay)
@@ -261,11 +265,21 @@ def _one_row_scale(unit: Unit, leaves: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _row_scales(name: str, scales: Float[Tensor, " n"], rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    one = torch.ones(1, dtype=dtype)
-    stored = scales.to(dtype)
-    if not torch.equal(stored.float(), scales):
-        raise UserError(f"the scales of {name}'s rows need more than 16 bits: Nunchaku stores them in {dtype}")
-    return {"wcscales": layout.pack_vector(layout.fill(stored, (rows,), 1)), "wtscale": one}
+    for whole in _factors(float(scales.amax()), dtype):
+        stored = (scales / whole).to(dtype)
+        if torch.equal(stored.float() * whole, scales):
+            made = layout.pack_vector(layout.fill(stored, (rows,), 1))
+            return {"wcscales": made, "wtscale": whole.to(dtype).reshape(1)}
+    raise UserError(
+        f"the scales of {name}'s rows need more than 16 bits: Nunchaku stores them in {dtype}, with one factor for all"
+    )
+
+
+def _factors(largest: float, dtype: torch.dtype) -> Float[Tensor, " m"]:
+    """What rows may have been multiplied with: 1, and what leaves the largest between a half and 2."""
+    info = torch.finfo(dtype)
+    power = 2.0 ** min(max(math.frexp(largest)[1] - 1, math.log2(info.tiny)), math.log2(info.max) - 1)
+    return torch.cat([torch.ones(1), torch.arange(1, 2, info.eps) * power])
 
 
 def _awq(unit: Unit, style: Style, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
