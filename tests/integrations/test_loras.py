@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline
@@ -360,6 +361,15 @@ def test_which_adapters_and_how_strongly(pipe: FluxPipeline) -> None:
     assert_close(outputs(pipe.transformer, paths), want, 1e-2)
 
 
+@pytest.mark.parametrize("strength", [np.float32(0.5), torch.tensor(0.5)], ids=["numpy", "tensor"])
+def test_strengths_that_others_worked_out(strength: Any, pipe: FluxPipeline) -> None:
+    load_two(pipe)
+    assert bittern.fuse_loras(pipe, {A: strength, B: 1}).strengths == {A: 0.5, B: 1.0}
+    bittern.set_lora_strengths(pipe, {B: strength})
+    bittern.unfuse_loras(pipe)
+    assert bittern.fuse_loras(pipe).strengths == {A: 0.5, B: 0.5}
+
+
 def test_projections_that_share_their_down_share_its_rank(pipe: FluxPipeline) -> None:
     pipe.load_lora_weights(kohya(64), adapter_name=A)
     joint = pipe.transformer.get_submodule("transformer_blocks.0.attn.to_q").base_layer
@@ -596,6 +606,9 @@ def test_what_cannot_be_fused_says_so(pipe: FluxPipeline, new_tiny_random_pipeli
         bittern.set_lora_strengths(pipe, {B: 1.0})
     with pytest.raises(UserError, match="strength of 'a' is inf: expected a finite number"):
         bittern.set_lora_strengths(pipe, {A: float("inf")})
+    for wrong in ("1", [0.5, 0.5], torch.ones(2), None):
+        with pytest.raises(UserError, match=r"strength of 'a' is .*: expected a finite number"):
+            bittern.set_lora_strengths(pipe, {A: wrong})  # type: ignore[dict-item]
     with pytest.raises(UserError, match="FluxTransformer2DModel has no few-bit layers"):
         bittern.fuse_loras(new_tiny_random_pipeline())
 

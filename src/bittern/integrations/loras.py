@@ -237,17 +237,17 @@ def set_lora_strengths(pipe: Target, strengths: Mapping[str, float]) -> None:
     """
     model = denoiser(pipe)
     record = fused_record(model, "pipe.set_adapters(names, weights) sets those that are loaded")
-    for name, strength in strengths.items():
+    for name in strengths:
         if name not in record.strengths:
             raise UserError(f"no adapter {name!r} is fused: {did_you_mean(name, record.strengths)}")
-        _check_strength(name, strength)
+    strengths = {name: _finite(name, strength) for name, strength in strengths.items()}
     encoders = [layer for _, other in other_components(pipe, model) for _, layer in peft_layers(other)]
     for name, strength in strengths.items():
         for layer in [*record.wrappers.values(), *encoders]:
             layer.set_scale(name, strength)
         for branch in record.branches:
             branch.scale(name, strength)
-        record.strengths[name] = float(strength)
+        record.strengths[name] = strength
     for merged in record.merged:
         if not strengths.keys().isdisjoint(merged.names):
             merged.write()
@@ -312,11 +312,11 @@ def other_components(pipe: Target, model: nn.Module) -> Iterator[tuple[str, nn.M
 
 def _activate(pipe: Target, model: Any, strengths: Mapping[str, float]) -> None:
     known = set(getattr(model, "peft_config", {}))
-    for name, strength in strengths.items():
+    for name in strengths:
         if name not in known:
             loaded = did_you_mean(name, known) if known else "pipe.load_lora_weights(...) loads one"
             raise UserError(f"no adapter {name!r} is loaded: {loaded}")
-        _check_strength(name, strength)
+    strengths = {name: _finite(name, strength) for name, strength in strengths.items()}
     if not strengths:
         raise UserError("strengths is empty: expected at least one adapter, or None for those that are active")
     target: Any = model if isinstance(pipe, nn.Module) else pipe
@@ -324,9 +324,15 @@ def _activate(pipe: Target, model: Any, strengths: Mapping[str, float]) -> None:
     target.enable_lora()
 
 
-def _check_strength(name: str, strength: float) -> None:
-    if not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise UserError(f"strength of {name!r} is {strength}: expected a finite number")
+def _finite(name: str, strength: Any) -> float:
+    """A strength as a number: those of numpy, and tensors of one, are meant as such."""
+    try:
+        value = math.nan if isinstance(strength, str) else float(strength)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"strength of {name!r} is {strength!r}: expected a finite number")
+    return value
 
 
 @dataclass(frozen=True)
