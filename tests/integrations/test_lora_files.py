@@ -157,6 +157,11 @@ SDXL = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
             kohya("input_blocks_4_1_transformer_blocks_0_attn2_to_k", 768, 64),
             r"none that diffusers can read for FluxPipeline.*for Stable Diffusion 1;",
         ),
+        (peft(Q, 64, 64, prefix=""), rf"such as '{Q}.lora_A.weight': expected 'transformer.{Q}.lora_A.weight'; rename"),
+        (
+            peft(Q, 64, 64, prefix="base_model.model."),
+            rf"such as 'base_model.model.{Q}.lora_A.weight': expected 'transformer.{Q}.lora_A.weight'; rename",
+        ),
         ({"foo": (3,)}, r"1 of 1 tensors .*looks like no LoRA of a model that bittern knows"),
         ({}, r"0 of 0 tensors"),
     ],

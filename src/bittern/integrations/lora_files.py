@@ -24,6 +24,7 @@ from bittern.checkpoints import read_headers, read_tensor
 from bittern.errors import UserError
 from bittern.integrations.peft_layers import delete_adapters, rolled_back
 from bittern.layers import FewBitLayer
+from bittern.quantization.report import COMPONENTS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,6 +47,8 @@ _FAMILIES = (
 
 # Of an UNet's cross-attention: the width of its text.
 _TEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+
+_PEFTS_OWN = "base_model.model."
 
 _TAKE_LOKR = ("Flux2LoraLoaderMixin", "ZImageLoraLoaderMixin")
 """Whose LoKr files diffusers reads."""
@@ -156,6 +159,7 @@ def check_lora(pipe: DiffusionPipeline, file: Path) -> None:
             f"LoRA {str(file)!r} is a DoRA in a form whose scales diffusers leaves out: convert it to peft's"
         )
     _check_kind(pipe, file, shapes)
+    _check_prefix(pipe, file, shapes)
     settings = _settings(file)
     for name in shapes:
         if not name.endswith(".alpha"):
@@ -214,6 +218,19 @@ def _check_kind(pipe: DiffusionPipeline, file: Path, names: Iterable[str]) -> No
             raise UserError(
                 f"LoRA {str(file)!r} is a {kind}, whose files diffusers does not read for {type(pipe).__name__}: give "
                 f"a LoRA, or wear it through peft, with add_adapter({kind}Config(...)) of the model"
+            )
+
+
+def _check_prefix(pipe: DiffusionPipeline, file: Path, names: Iterable[str]) -> None:
+    """Refuses the names that peft itself writes, of which diffusers makes others that are in no file."""
+    parts = _parts(pipe)
+    part = next((name for name in COMPONENTS if name in parts), "")
+    for name in names:
+        bare = name.removeprefix(_PEFTS_OWN)
+        if _FACTOR.match(bare) and bare.partition(".")[0] not in parts and _layer(parts, f"{part}.{bare}") is not None:
+            raise UserError(
+                f"LoRA {str(file)!r} has names without the model's, such as {name!r}: expected '{part}.{bare}'; rename "
+                "its tensors"
             )
 
 
