@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from bittern.errors import UserError, did_you_mean
+from bittern.errors import UserError
 
 
 def model_on_meta(class_name: str, config: Mapping[str, Any], dtype: torch.dtype, where: str) -> nn.Module:
@@ -28,8 +29,10 @@ def model_on_meta(class_name: str, config: Mapping[str, Any], dtype: torch.dtype
 
     model_class: Any = getattr(diffusers, class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
-        known = [name for name in dir(diffusers) if name.endswith("Model")]
-        raise UserError(f"diffusers has no model class {class_name!r}: {did_you_mean(class_name, known)}")
+        # There are hundreds: a listing of them all would bury what is wrong.
+        near = difflib.get_close_matches(class_name, [name for name in dir(diffusers) if name.endswith("Model")], n=1)
+        mend = f"did you mean {near[0]!r}?" if near else "expected the name of one of its models"
+        raise UserError(f"diffusers has no model class {class_name!r}, as {where} says: {mend}")
     try:
         with init_empty_weights():
             model = model_class.from_config(dict(config))
