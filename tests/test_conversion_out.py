@@ -257,7 +257,7 @@ def svdquant(default: dict[str, Any] | None = None, **changes: Any) -> recipes.R
 def test_what_does_not_fit_is_refused(tmp_path: Path, recipe: Any, to: str, message: str) -> None:
     source = quantized(tmp_path / "few-bit", recipe)
     with pytest.raises(UserError, match=message) as caught:
-        export_checkpoint(source, tmp_path / "out.safetensors", to)
+        export_checkpoint(source, tmp_path / ("out.safetensors" if to == "nunchaku" else "out"), to)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["few-bit"]
 
@@ -300,7 +300,8 @@ def test_nvfp4_files_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
     """Scales of rows and of the tensor, which are one number here, are found again as products."""
     stored = files.write_flux(tmp_path / "f.safetensors", weight="nvfp4", dtype=dtype)
     import_checkpoint(tmp_path / "f.safetensors", tmp_path / "ours")
-    export_checkpoint(tmp_path / "ours", tmp_path / "again.safetensors", "nunchaku")
+    written = export_checkpoint(tmp_path / "ours", tmp_path / "again.safetensors", "nunchaku")
+    assert any(f"biases are stored in {dtype}: wider ones are rounded" in note for note in written.notes)
     again, products = load_file(tmp_path / "again.safetensors"), 0
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
@@ -356,6 +357,7 @@ def test_other_mistakes(few_bit: Path, lite: Path, tmp_path: Path) -> None:
         (few_bit, "out", "nunchaku-light", "did you mean 'nunchaku-lite'"),
         (few_bit, "out", "comfyui", "no layers with smoothing and a low-rank branch: convert FLUX.1 with --to"),
         (few_bit, "out", "nunchaku", "expected the name of a .safetensors file"),
+        (few_bit, "out.safetensors", "nunchaku-lite", "is the name of a file: expected that of a folder"),
         (lite, "out", "nunchaku-lite", "is no few-bit model of bittern's"),
         (tmp_path / "absent", "out", "nunchaku-lite", "no folder"),
         (few_bit, few_bit / "f.safetensors", "nunchaku", "lies in the model"),

@@ -70,7 +70,7 @@ def import_checkpoint(
     if not path.exists():
         raise UserError(f"no file or folder {str(source)!r}: expected a .safetensors file or a Nunchaku Lite folder")
     base = None if pipeline is None else resolve(pipeline)
-    check_out(out, force=force, source=path)
+    _check_folder(out, force, path)
     if path.is_file():
         files, config, load = _original(path, base)
         name = denoiser_name(base) if base else None
@@ -221,7 +221,7 @@ def export_checkpoint(
                 _write(file, found.specs(), found.tensors(read), progress, said)
             size = Path(out).expanduser().stat().st_size
         else:
-            check_out(out, force=force, source=path)
+            _check_folder(out, force, path)
             found, quantization = _to_lite(model, checkpoint, headers, read)
             with _folder(out, base, name, found.specs(), force) as folder:
                 _write(folder / f"{STEM}.safetensors", found.specs(), found.tensors(read), progress)
@@ -278,6 +278,12 @@ def _write(
                 progress("converting", done, len(specs))
 
 
+def _check_folder(out: str | Path, force: bool, source: Path) -> None:
+    if Path(out).suffix == ".safetensors":
+        raise UserError(f"output {str(out)!r} is the name of a file: expected that of a folder to write")
+    check_out(out, force=force, source=source)
+
+
 @contextmanager
 def _new_file(out: str | Path, force: bool, source: Path) -> Iterator[Path]:
     """A temporary file beside `out` that takes its place when the block ends well and vanishes when not."""
@@ -317,8 +323,8 @@ def _model(
     """The model on meta that a config describes, and the config without what another library has added."""
     count = len(read_headers(files))
     for key, value in config.items():
-        # Every layer has a tensor, and building layers takes time.
-        if key.endswith("layers") and isinstance(value, int) and value > count:
+        # Every layer has a tensor, and building many layers takes time; of few the names that are missing tell more.
+        if key.endswith("layers") and isinstance(value, int) and value > max(count, 100):
             raise UserError(f"{where} has {key} {value}, and there are {count} tensors: {MEND}")
     config = _clean(config, class_name)
     return model_on_meta(class_name, config, torch.bfloat16, where), config

@@ -110,7 +110,7 @@ def outgoing(
         one, other = min(wide, key=wide.__getitem__), max(wide, key=wide.__getitem__)
         raise UserError(
             f"{one} has rank {ranks[one]} and {other} rank {ranks[other]}: {what} has one rank for all layers; "
-            "quantize with one rank"
+            "quantize with one rank; what was imported of an original file goes back with --to nunchaku"
         )
     rank = next(iter(wide.values()), 0)
     if ranks and set(ranks.values()) != {rank}:
@@ -119,6 +119,9 @@ def outgoing(
         any(unit.shifts) for unit in plain
     ):
         notes.append(f"{what} has no unsigned activations: inputs behind a GELU will be rounded with their sign")
+    biases = (headers[f"{target}.bias"][1] for unit in units for target in unit.targets if f"{target}.bias" in headers)
+    if any(spec.dtype != style.dtype for spec in biases):
+        notes.append(f"biases are stored in {style.dtype}: wider ones are rounded")
     taken = {target for unit in units for target in unit.targets}
     kept = [name for name in headers if name.rpartition(".")[0] not in taken]
     copies = {name: (renamed or {}).get(name, name) for name in kept}
