@@ -233,7 +233,8 @@ def gemms(bench: Bench) -> None:
                     a: Any = a, b: Any = b, rows: Any = rows, columns: Any = columns, config: Any = config
                 ) -> None:
                     run = specialized_gemm if isinstance(config, SpecializedConfig) else gemm
-                    run(a, b, rows, columns, low, up, bias, out, segments[0], None, config)  # noqa: B023
+                    shift = bias.view(1, -1) if run is specialized_gemm else bias  # noqa: B023
+                    run(a, b, rows, columns, low, up, shift, out, segments[0], None, config)  # noqa: B023
 
                 bench.time(f"gemm {kind}", case, name, [call] * 3, floor=floor[kind], predicted=predicted, **facts)
 

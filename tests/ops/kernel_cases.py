@@ -244,6 +244,14 @@ def test_sixteen_bit_linear_on_hostile_inputs(kind: str) -> None:
     check(run(inputs, layer, "a16"), inputs, layer, "a16")
 
 
+MATRICES = ("codes", "scales", "down", "up")
+
+
+def upside_down(x: Tensor) -> Tensor:
+    """The same numbers, columns behind one another."""
+    return x.T.contiguous().T
+
+
 @pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None:
     layer = moved(random_layer(0, N, (200,), rank=16, smooth=True))
@@ -255,6 +263,9 @@ def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None
     strided = torch.empty(5, 3, 400, dtype=BF16, device=DEVICE)[..., ::2].transpose(0, 1).copy_(x)
     assert not strided.is_contiguous()
     assert torch.equal(linear.plan(path, 15)([strided], *layer.args(), path, ()), y)
+    turned = dataclasses.replace(layer, **{name: upside_down(getattr(layer, name)) for name in MATRICES})
+    assert not any(getattr(turned, name).is_contiguous() for name in MATRICES)
+    assert torch.equal(linear.plan(path, 15)([x], *turned.args(), path, ()), y)
     column = torch.empty(15, 300, dtype=BF16, device=DEVICE)[:, 50:250].copy_(x.flatten(0, 1))
     assert torch.equal(linear.plan(path, 15)([column], *layer.args(), path, ()), y.flatten(0, 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import fake_gpu
@@ -100,6 +101,26 @@ def test_what_is_repeated_is_what_triton_would_launch(
         found.append(described(fake_gpu.launched, [*tensors, y]))
     assert len(fake_gpu.searches) == 2 * launches
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("n", "segments", "m", "launches"),
+    [(128, (256,), 2048, 3), (128, (128, 256), 2048, 5), (3072, (256,), 4608, 4), (128, (256,), 512, 3)],
+)
+def test_layers_in_16_bits_with_a_bias_search_once(
+    n: int, segments: tuple[int, ...], m: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As real ones are; many tokens go to the GEMM that has warps that load, a last wave to tiles of its own."""
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 132)
+    layer = random_layer(0, n, segments, rank=16, smooth=True)
+    halved = {name: getattr(layer, name).bfloat16() for name in ("scales", "smooth", "down", "up", "bias")}
+    layer = dataclasses.replace(layer, **halved)
+    inputs = [x.contiguous() for x in random_inputs(0, "gaussian", m, segments, BF16)]
+    for searches in (launches, 0, 0):
+        fake_gpu.searches.clear()
+        call(inputs, layer, "a8-fp8")
+        assert len(fake_gpu.searches) == searches
+    assert len(fake_gpu.launched) == 3 * launches
 
 
 @pytest.mark.parametrize(("path", "m", "launches"), [("a8-fp8", 64, 5), ("a8-int8", 64, 5), ("a16", 7, 2)])

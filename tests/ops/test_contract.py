@@ -15,6 +15,17 @@ from bittern.ops import reference
 OP = torch.ops.bittern.few_bit_linear.default
 
 
+def test_autocast_changes_no_number() -> None:
+    layer = random_layer(0, 24, (96,), rank=16, smooth=True)
+    for path in ("a16", "a8-int8"):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+            want = ops.few_bit_linear([x], path=path, **layer.kwargs())
+            with torch.autocast("cpu", torch.bfloat16):
+                found = ops.few_bit_linear([x], path=path, **layer.kwargs())
+            assert found.dtype == dtype and torch.equal(found, want)
+
+
 @pytest.mark.parametrize("path", ops.PATHS)
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_operation_keeps_torchs_rules(path: str, trained: bool) -> None:

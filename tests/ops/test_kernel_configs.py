@@ -85,6 +85,9 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
             assert not grouped or config.unpack_for(device, k, grouped).block_k % 64 == 0
             assert config.prologue_for(device, m) and config.skinny_for(device, m, 64 if grouped else None)
         assert config.grouped_gemm_for(device, m)
+        for group, per_byte in itertools.product((None, 16, 32, 64, 128, 256), (2, 4)):
+            chosen = config.skinny_for(device, m, group, per_byte)
+            assert chosen.shared_memory(m, group, per_byte) <= device.shared_memory
         for segments, integers in itertools.product((1, 2, 3), (False, True)):
             assert config.gemm_for(device, m, segments, integers, 32).problem(device.shared_memory, 32) is None
 

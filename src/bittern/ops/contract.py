@@ -6,7 +6,8 @@ whole. A schema is a promise to every exported graph, so it changes only with a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -310,11 +311,25 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradients, None, None, None, None, None, bias, None, None, None, ctx.shift_gradient, None
 
 
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Products have the types in which the numbers are defined, whatever autocast would make of them."""
+
+    @functools.wraps(run)
+    def implementation(first: Tensor | Sequence[Tensor], *args: Any) -> Any:
+        kind = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not torch.is_autocast_enabled(kind):
+            return run(first, *args)
+        with torch.autocast(kind, enabled=False):
+            return run(first, *args)
+
+    return implementation
+
+
 for _device in ("CPU", "CUDA"):
-    library.impl("few_bit_linear", _linear, _device)
-    library.impl("few_bit_linear_backward", reference.few_bit_linear_backward, _device)
-    library.impl("dequantize", reference.dequantize, _device)
-    library.impl("quantize_activations", _quantize, _device)
+    library.impl("few_bit_linear", _without_autocast(_linear), _device)
+    library.impl("few_bit_linear_backward", _without_autocast(reference.few_bit_linear_backward), _device)
+    library.impl("dequantize", _without_autocast(reference.dequantize), _device)
+    library.impl("quantize_activations", _without_autocast(_quantize), _device)
 torch.library.register_fake("bittern::few_bit_linear", _linear_shape, lib=library)
 torch.library.register_fake("bittern::few_bit_linear_backward", _backward_shape, lib=library)
 torch.library.register_fake("bittern::dequantize", _dequantize_shape, lib=library)

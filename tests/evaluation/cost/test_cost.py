@@ -218,6 +218,8 @@ def test_a_ratio_within_the_spread_is_not_told() -> None:
     assert not close.told and close.to_dict()["ratio"] is None
     assert "not told: runs give 0.99 to 1.06" in str(close)
     assert "2.00x" in str(told)
+    single = Ratio.of([100.0], [50.0])
+    assert not single.told and single.to_dict()["ratio"] is None and "single run" in str(single)
     slower = Ratio.of([50.0, 51.0], [100.0, 100.0])
     assert slower.told and slower.to_dict() == {"ratio": 0.505, "low": 0.5, "high": 0.51}
 

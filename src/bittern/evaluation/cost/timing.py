@@ -56,17 +56,19 @@ class Ratio:
     value: float
     low: float
     high: float
+    has_spread: bool = True
 
     @classmethod
     def of(cls, base: Sequence[float], other: Sequence[float]) -> Ratio:
         """`base` over `other`, from the medians of their runs."""
         low, high = min(base) / max(other), max(base) / min(other)
-        return cls(statistics.median(base) / statistics.median(other), low, high)
+        several = min(len(base), len(other)) > 1
+        return cls(statistics.median(base) / statistics.median(other), low, high, several)
 
     @property
     def told(self) -> bool:
         """Whether the spread between runs leaves a ratio to be told."""
-        return not self.low <= 1 <= self.high
+        return self.has_spread and not self.low <= 1 <= self.high
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the ratio is None where it cannot be told."""
@@ -74,6 +76,8 @@ class Ratio:
         return {"ratio": value, "low": round(self.low, 3), "high": round(self.high, 3)}
 
     def __str__(self) -> str:
+        if not self.has_spread:
+            return "not told: a single run has no spread"
         span = f"{self.low:.2f} to {self.high:.2f}"
         return f"{self.value:.2f}x ({span})" if self.told else f"not told: runs give {span}"
 

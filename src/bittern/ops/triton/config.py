@@ -157,9 +157,22 @@ class SkinnyConfig:
     stages: int = 3
     groups: int = 4
 
+    def shared_memory(self, m: int, group: int | None, per_byte: int) -> int:
+        """About how many bytes it takes: tiles of codes, and of inputs in 16 bits, on their way."""
+        packed = self.block_b
+        if group is not None:
+            packed = group * (self.groups if is_small(group, per_byte) else 1) // per_byte
+        tokens = min(64, 1 << (m - 1).bit_length())
+        return (self.stages - 1) * packed * (self.block_n + 2 * tokens * per_byte) + 2048
 
-PAIRED = 32
-"""Inputs in a group whose codes of even and of odd k fill a product's 16 each."""
+
+_LEAST_K = 16
+"""Numbers that a product takes at the least."""
+
+
+def is_small(group: int, per_byte: int) -> bool:
+    """Whether the codes of a group, split by their places in a byte, are too few for products of their own."""
+    return group < _LEAST_K * per_byte
 
 
 def padded_rank(rank: int) -> int:
@@ -203,9 +216,12 @@ def grouped_gemm_for(device: Device, m: int) -> GroupedGemmConfig:
     return tuned.first(GroupedGemmConfig, "grouped_gemm", device.capability, m=m)
 
 
-def skinny_for(device: Device, m: int, group: int | None) -> SkinnyConfig:
+def skinny_for(device: Device, m: int, group: int | None, per_byte: int = 2) -> SkinnyConfig:
     """The configuration for M tokens and weights in groups of so many inputs, or in whole rows."""
-    return tuned.first(SkinnyConfig, "skinny", device.capability, m=m, grouped=group is not None, group=group or 0)
+    chosen = tuned.first(SkinnyConfig, "skinny", device.capability, m=m, grouped=group is not None, group=group or 0)
+    while chosen.stages > 1 and chosen.shared_memory(m, group, per_byte) > device.shared_memory:
+        chosen = replace(chosen, stages=chosen.stages - 1)
+    return chosen
 
 
 def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:

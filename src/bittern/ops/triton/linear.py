@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import config
@@ -100,6 +101,9 @@ class LayerPlan:
             y = self(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
             return activated(with_branch(y, inputs, down, up), gelu_from)
         first = inputs[0]
+        if self.launches is None:
+            codes, scales = _contiguous_rows(codes), _contiguous_rows(scales)
+            smooth, down, up, bias = (None if t is None else _contiguous_rows(t) for t in (smooth, down, up, bias))
         out = first.new_empty((*first.shape[:-1], codes.shape[0]))
         tensors = (*inputs, codes, scales, smooth, down, up, bias, self._low(inputs, down), out)
         if self.launches is not None:
@@ -132,6 +136,11 @@ class LayerPlan:
     def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
         """The down-projected inputs [M, R] in float32, where no kernel projects them."""
         return None
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """As kernels want it: they step from number to number of a row."""
+    return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
 
 
 class EightBits(LayerPlan):
@@ -200,7 +209,7 @@ class EightBits(LayerPlan):
                 recorder.part(column_scales, column_scales[:, start:stop]),
                 low if rank else None,
                 None if call.up is None else recorder.part(call.up, call.up[start:stop]),
-                None if call.bias is None else recorder.part(call.bias, call.bias[start:stop]),
+                None if call.bias is None else recorder.part(call.bias, call.bias[start:stop].view(1, -1)),
                 recorder.part(call.out, call.out[:, start:stop]),
                 first,
                 gelu_from,
@@ -318,7 +327,7 @@ class SixteenBits(LayerPlan):
                 call.up if i == last else None,
                 call.bias if i == last else None,
                 call.out if i == last else sums[i],
-                config.skinny_for(here, m, call.layout.group_size),
+                config.skinny_for(here, m, call.layout.group_size, formats.get(call.weight).codes_per_byte),
                 launch=recorder.launch,
             )
 
@@ -348,6 +357,8 @@ def many_tokens(
     if down is not None and up is not None and is_apart(down):
         y = many_tokens(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
         return activated(with_branch(y, inputs, down, up), gelu_from)
+    codes, scales = _contiguous_rows(codes), _contiguous_rows(scales)
+    smooth, down, up = (None if t is None else _contiguous_rows(t) for t in (smooth, down, up))
     first, n = inputs[0], codes.shape[0]
     layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
     whole = torch.empty(n, layout.k, dtype=first.dtype, device=first.device)

@@ -14,9 +14,10 @@ together, put the exponent of 128 above each by `prmt` (128 + code), subtract wi
 4-bit float go to the lowest of the exponent and the highest of the significand, and an `fma` for two multiplies them
 to size, which is exact; that is 2.5 operations a weight instead of 1.4.
 
-A product takes 16 numbers or more, and groups of 16 have 8 of even k: there codes go back in order, and a tile spans
-several groups, so that rows are read 32 bytes at a time. It is halved until a group is left. (One batched product of
-all would say the same, but in loops Triton's is wrong on real devices: its issue 5620.)
+A product takes 16 numbers or more, and groups of 16 have 8 of even k, ternary ones of 32 as many at each place of a
+byte: there codes go back in order, and a tile spans several groups, so that rows are read 32 bytes at a time. It is
+halved until a group is left. (One batched product of all would say the same, but in loops Triton's is wrong on real
+devices: its issue 5620.)
 
 Floor: bytes alone, N·K·b/8 and the scales: 18432 x 3072 int4 g64 30.1 MB or 10.0 us at 3 TB/s, ternary with row
 scales 14.2 MB or 4.7 us, bf16 113 MB or 37.7 us. About 1.4 operations a weight on the general ALUs, 2.8 us.
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from bittern import formats
 from bittern.formats import Segment
-from bittern.ops.triton.config import PAIRED, SkinnyConfig, padded_rank
+from bittern.ops.triton.config import SkinnyConfig, is_small, padded_rank
 from bittern.ops.triton.launch import Launch, cdiv, launch
 from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
 from bittern.ops.triton.unpack import numbers
@@ -79,7 +80,7 @@ def skinny_segment(
     per_byte = formats.get(weight).codes_per_byte
     count = segment.groups.stop - segment.groups.start
     # Groups of a tile; 0 for rows that have one scale.
-    groups = 0 if count == 1 else config.groups if segment.size < PAIRED else 1
+    groups = 0 if count == 1 else config.groups if is_small(segment.size, per_byte) else 1
     block_m = min(64, 1 << (m - 1).bit_length())
     rank = 0 if up is None else up.shape[1]
     operand = torch.bfloat16 if smooth is not None else x.dtype

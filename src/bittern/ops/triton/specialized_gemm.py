@@ -62,12 +62,12 @@ def specialized_gemm(
     config: SpecializedConfig,
     launch: Launch = launch,
 ) -> None:
-    """Fills `out` as `gemm` does; a and b in e4m3, rows of `up` and `out` of whole 16 bytes."""
+    """Fills `out` as `gemm` does; a and b in e4m3, rows of `up` and `out` of whole 16 bytes, bias [1, N]."""
     m, n = out.shape
     rank = 0 if up is None else up.shape[1]
     tiles = cdiv(m, 2 * HALF.value) * cdiv(n, config.block_n)
     branch: Operand = None if up is None else Tiled(up, [config.block_n, padded_rank(rank)])
-    shifts: Operand = None if bias is None else Tiled(bias.view(1, -1), [1, config.block_n])
+    shifts: Operand = None if bias is None else Tiled(bias, [1, config.block_n])
     launch(
         specialized_gemm_kernel,
         (min(tiles, multiprocessors(a.device)),),
