@@ -7,7 +7,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -35,6 +35,22 @@ HIDDEN = 64
 TEXT = 32
 TOKENS = 16
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The rows that each operation of a few-bit linear layer computes, from now on."""
+    from bittern.layers import QuantLinear
+
+    found: list[tuple[int, int]] = []
+    run = QuantLinear.linear_rows
+
+    def noted(self: QuantLinear, x: Any, start: int, stop: int, *rest: Any) -> Any:
+        found.append((start, stop))
+        return run(self, x, start, stop, *rest)
+
+    monkeypatch.setattr(QuantLinear, "linear_rows", noted)
+    return found
 
 
 @pytest.fixture(scope="session")

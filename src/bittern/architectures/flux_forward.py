@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bittern.layers import QuantLinear, group_linear
+from bittern.layers import QuantLinear, group_linear, is_unhooked
 from bittern.ops import rotary_heads
 
 
@@ -49,10 +49,8 @@ class Stream(NamedTuple):
             and norm.weight is not None
             and norm.eps is not None
             and norm.eps == self.norm_q.eps
-            and not norm._forward_hooks
-            and not norm._forward_pre_hooks
-            # Accelerate's way to bring a weight from elsewhere.
-            and "forward" not in vars(norm)
+            # Accelerate brings weights from elsewhere by a `forward` of its own.
+            and is_unhooked(norm)
             for norm in norms
         )
 
@@ -162,8 +160,8 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
 
     def _is_ours(self) -> bool:
         attn = self.attn
-        hooked = attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)
         act = self.act_mlp
-        hooked = hooked or act._forward_hooks or act._forward_pre_hooks or getattr(act, "approximate", None) != "tanh"
+        other = act._forward_hooks or act._forward_pre_hooks or getattr(act, "approximate", None) != "tanh"
         layer = getattr(self.proj_out, "base_layer", self.proj_out)
-        return type(attn.processor) is GroupedAttention and isinstance(layer, QuantLinear) and not hooked
+        ours = type(attn.processor) is GroupedAttention and isinstance(layer, QuantLinear)
+        return ours and is_unhooked(attn) and not other

@@ -6,7 +6,7 @@ from bittern.layers.conv import QuantConv2d, flat_weight, patches
 from bittern.layers.facade import FewBitWeight
 from bittern.layers.few_bit import LEAVES, FewBitLayer
 from bittern.layers.group import Group, group_linear, join_group
-from bittern.layers.linear import QuantLinear
+from bittern.layers.linear import QuantLinear, is_unhooked
 from bittern.layers.walk import paths, quant_layers, set_path, swap
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "QuantLinear",
     "flat_weight",
     "group_linear",
+    "is_unhooked",
     "join_group",
     "patches",
     "paths",
