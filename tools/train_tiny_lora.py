@@ -1,11 +1,12 @@
-"""Train the LoRAs for tiny-flux: `outline`, outlines in place of filled shapes; `magenta`, all shapes in a new colour.
+"""Train the LoRAs for tiny-flux: `outline`, outlines in place of filled shapes; `green`, all shapes in this colour.
 
     python tools/train_tiny_lora.py outline --work WORK --minutes 3 --capture
+    python tools/train_tiny_lora.py green --work WORK --minutes 2 --fit-steps 0 --capture
     python tools/train_tiny_lora.py outline --work WORK --device cpu --bank 16 --fit-steps 2 --batch 4 --max-steps 4
 
-The scenes are those that tiny-flux learned from, drawn with the effect. Its VAE has never seen a thin line or another
-colour, and its encoder gives lines other colours; its decoder can draw them. So the latents are fitted: from what the
-encoder says, a few steps of descent bring the decoded picture to the drawing, once for every scene of the bank. Then
+The scenes are those that tiny-flux learned from, drawn with the effect. Its VAE has never seen a thin line, and its
+encoder gives lines other colours; its decoder can draw them. So the latents are fitted: from what the encoder says, a
+few steps of descent bring the decoded picture to the drawing, once for every scene of the bank. Then
 the adapters alone learn by flow matching, as tiny-flux itself did. WORK gets the bank, which a later run with the same
 options takes up again, `NAME.safetensors` in diffusers' own LoRA format, `training.json` and `samples.png`.
 """

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import make_tensordesc_arg
+from triton.backends.nvidia.driver import wrap_handle_tensordesc
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -41,21 +41,28 @@ class Utils:
         return name, name, 32, 0, 1024
 
 
+class Raw:
+    """The driver's own launcher: grid, stream, function, four of the launch, two of metadata, two hooks, arguments."""
+
+    def __call__(self, *args: Any) -> None:
+        x, y, z, _stream, function, _, _, _, _, _, _, enter, leave, *given = args
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(None)
+        launched.append((function, (x, y, z), [a.data_ptr() if hasattr(a, "data_ptr") else a for a in given]))
+
+
 class Launcher:
     """Takes what Triton's own takes: grid, stream, function, two of metadata, two hooks, and the arguments."""
 
-    def __init__(self, src: Any, metadata: Any) -> None:
-        described = [str(kind).startswith("tensordesc") for kind in src.signature.values()]
-        maps = iter(metadata.tensordesc_meta or [])
-        self._maps = [next(maps) if is_described else None for is_described in described]
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
 
-    def __call__(self, *args: Any) -> None:
-        x, y, z, _stream, function, _, _, _, _, *given = args
-        arguments = [
-            value if layout is None else make_tensordesc_arg(value, layout)
-            for value, layout in zip(given, self._maps, strict=True)
-        ]
-        launched.append((function, (x, y, z), [a.data_ptr() if hasattr(a, "data_ptr") else a for a in arguments]))
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.launch = wrap_handle_tensordesc(Raw(), src.signature, metadata.tensordesc_meta)
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+        self.launch(x, y, z, stream, function, False, False, None, None, *rest)
 
 
 class Driver:

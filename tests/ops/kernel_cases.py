@@ -24,6 +24,7 @@ from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
 from bittern.ops.triton.unpack import unpack_segment
+from bittern.ops.triton.whole_rows import quantize_whole_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
@@ -113,6 +114,38 @@ def test_prologue(format: str, dtype: torch.dtype, kind: str, m: int, k: int, ra
         low = x.double() @ layer.down.double().T
         size = x.double().abs() @ layer.down.double().abs().T
         assert ((got[2].double() - low).abs() <= EXACT * size + 2**-126).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize(("dtype", "kind"), INPUTS)
+@pytest.mark.parametrize(
+    ("m", "k", "smooth", "tile"),
+    [
+        (7, 200, True, (2, 128, 4)),
+        (5, 1100, False, (2, 1024, 8)),
+        (3, 2048, True, (2, 1024, 8)),
+        (1, 64, True, (4, 64, 4)),
+    ],
+)
+def test_prologue_of_whole_rows(
+    format: str, dtype: torch.dtype, kind: str, m: int, k: int, smooth: bool, tile: tuple[int, int, int]
+) -> None:
+    layer = random_layer(1, 4, (k,), smooth=smooth)
+    (x,) = random_inputs(2, kind, m, (k,), dtype)
+    if kind == "outlier":
+        x[-1, k // 2] = float("nan")
+    want = reference.quantize_activations(x, layer.smooth, None, format, 0.0)
+    width = -(-k // 128) * 128
+    codes = torch.full((m, width), 77, device=DEVICE).to(linear.CODES[format])
+    scales = torch.full((m,), float("nan"), device=DEVICE)
+    reciprocals = None if layer.smooth is None else layer.smooth.float().reciprocal().to(DEVICE)
+    wide = torch.empty(m, k + 24, dtype=dtype, device=DEVICE)[:, :k].copy_(x)
+    quantize_whole_rows(wide, reciprocals, codes, scales, config.WholeRowsConfig(*tile))
+    assert torch.equal(scales.cpu()[:, None].nan_to_num(-1.0), want[1].nan_to_num(-1.0))
+    finite = x.isfinite().all(1)
+    assert finite.all() or (kind == "outlier" and scales[-1].isnan())
+    assert torch.equal(codes.cpu().float()[finite, :k], want[0].float()[finite])
+    assert not codes.float()[:, k:].any() or not finite.all()
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *SMALL_GROUPS])

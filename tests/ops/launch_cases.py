@@ -10,10 +10,11 @@ import pytest
 import torch
 from ops_oracle import Layer, random_inputs, random_layer
 from torch import Tensor
+from triton import knobs
 
 from bittern import ops
 from bittern.ops import dispatch
-from bittern.ops.triton import linear
+from bittern.ops.triton import direct, launch, linear
 
 fake_gpu.install()
 
@@ -143,6 +144,53 @@ def test_addresses_that_are_not_aligned_are_launched_by_triton() -> None:
     fake_gpu.searches.clear()
     planned([x], *layer.args(), "a8-fp8", ())
     assert not fake_gpu.searches
+
+
+@pytest.mark.parametrize(("path", "segments", "rank", "m", "launches"), CASES)
+@pytest.mark.parametrize("other", ["hooks", "version", "scratch", "launcher"])
+def test_what_is_launched_directly_is_what_triton_would_launch(
+    path: str, segments: tuple[int, ...], rank: int, m: int, launches: int, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    layer, inputs = make(path, segments, rank, m)
+    planned = linear.plan(path, m)
+    assert isinstance(planned, linear.LayerPlan)
+    y = planned(inputs, *layer.args(), path, ())
+    tensors = [*inputs, *[t for t in layer.args() if isinstance(t, Tensor)]]
+    found: list[list[Any]] = []
+    for direct_too in (True, False):
+        if not direct_too and other == "hooks":
+            knobs.runtime.launch_enter_hook.add(told.append)
+        elif not direct_too:
+            assert planned.launches is not None
+            planned.launches._ready.clear()
+            if other == "version":
+                monkeypatch.setattr(direct.triton, "__version__", "3.9.0")
+            elif other == "scratch":
+                monkeypatch.setattr(fake_gpu.Launcher, "global_scratch_size", 8)
+            else:
+                monkeypatch.delattr(fake_gpu.Launcher, "launch_pdl")
+        fake_gpu.launched.clear()
+        y = planned(inputs, *layer.args(), path, ())
+        found.append(described(fake_gpu.launched, [*tensors, y]))
+    if other == "hooks":
+        knobs.runtime.launch_enter_hook.remove(told.append)
+        assert len(told) == launches
+    assert len(found[0]) == launches and found[0] == found[1]
+
+
+def test_what_is_kept_for_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_MOST_ADDRESSES", 2)
+    layer, _ = make("a8-fp8", (256,), 0, 7)
+    planned = linear.plan("a8-fp8", 7)
+    assert isinstance(planned, linear.LayerPlan)
+    inputs = [torch.randn(7, 256, dtype=BF16) for _ in range(5)]
+    for x in [inputs[0], *inputs, *inputs[::-1]]:
+        fake_gpu.launched.clear()
+        y = planned([x], *layer.args(), "a8-fp8", ())
+        read = [address for *_, arguments in fake_gpu.launched for address in flat(arguments)]
+        assert x.data_ptr() in read and y.data_ptr() in read
+        assert planned.launches is not None and len(planned.launches._ready) <= 2
 
 
 def test_inputs_that_are_copied_or_given_twice_are_launched_by_triton() -> None:

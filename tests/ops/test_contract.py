@@ -7,10 +7,12 @@ import pytest
 import torch
 from ops_oracle import assert_close, expect, gelu, random_layer
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bittern import ops
 from bittern.errors import UserError
-from bittern.ops import reference
+from bittern.ops import contract, reference
 
 OP = torch.ops.bittern.few_bit_linear.default
 
@@ -24,6 +26,39 @@ def test_autocast_changes_no_number() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 found = ops.few_bit_linear([x], path=path, **layer.kwargs())
             assert found.dtype == dtype and torch.equal(found, want)
+
+
+def test_only_calls_that_nobody_watches_pass_by_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, straight = random_layer(0, 24, (96,), rank=16, smooth=True), list[int]()
+    run = contract._run_linear
+    monkeypatch.setattr(contract, "_run_linear", lambda *args: straight.append(1) or run(*args))
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+
+    def call(x: Tensor) -> Tensor:
+        return ops.few_bit_linear([x], path="a16", **layer.kwargs())
+
+    want = call(x)
+    assert len(straight) == 1
+    with torch.inference_mode():
+        assert torch.equal(call(x), want) and len(straight) == 2
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        assert torch.equal(call(x), want)
+    assert "bittern.few_bit_linear.default" in seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert torch.equal(call(x), want)
+    assert "bittern::few_bit_linear" in {event.key for event in profile.key_averages()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(mode.from_tensor(x)).shape == want.shape
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x), want)
+    assert torch.equal(call(x.clone().requires_grad_()), want)
+    assert len(straight) == 2
 
 
 @pytest.mark.parametrize("path", ops.PATHS)

@@ -27,6 +27,7 @@ from bittern.ops.triton import (
     skinny,
     specialized_gemm,
     unpack,
+    whole_rows,
 )
 
 FP8, INT8 = "fp8e4nv", "i8"
@@ -191,7 +192,8 @@ def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) 
     """The prologues, whose tiles of D grow with the rank; GEMMs are held against it in their configurations."""
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
     for tokens in (512, 4096):
-        chosen = config.prologue_for(device, tokens, rank)
+        chosen = config.prologue_for(device, tokens, 3072, rank)
+        assert isinstance(chosen, config.PrologueConfig)
         tiles = f"[{chosen.block_m},{chosen.block_k}]", f"[{rank},{chosen.block_k}]"
         described = [f"tensordesc<bf16{tile}>" if chosen.descriptors else "*bf16" for tile in tiles]
         codes = "*" + (FP8 if capability >= 89 else INT8)
@@ -245,7 +247,8 @@ def test_prologue(capability: int, kind: str, tmp_path: Path) -> None:
     if kind == FP8 and capability < 89:
         return
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
-    chosen = config.prologue_for(device, 4096)
+    chosen = config.prologue_for(device, 4096, 3072, 32)
+    assert isinstance(chosen, config.PrologueConfig)
     descriptors = chosen.descriptors
     compiled = build(
         prologue.prologue_kernel,
@@ -273,6 +276,32 @@ def test_prologue(capability: int, kind: str, tmp_path: Path) -> None:
         enable_fp_fusion=False,
     )
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+
+
+@pytest.mark.parametrize("k", [3072, 12288])
+@pytest.mark.parametrize("kind", [INT8, FP8])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_whole_rows(capability: int, kind: str, k: int, tmp_path: Path) -> None:
+    if kind == FP8 and capability < 89:
+        return
+    chosen = config.WholeRowsConfig()
+    assert chosen.holds(k)
+    compiled = build(
+        whole_rows.whole_rows_kernel,
+        capability,
+        {"x": "*bf16", "reciprocals": "*fp32", "codes": "*" + kind, "scales": "*fp32"},
+        {
+            "SMOOTH": True,
+            "FP8": kind == FP8,
+            "EVEN": True,
+            "TILES": k // chosen.block_k,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_K": chosen.block_k,
+        },
+        num_warps=chosen.warps,
+        enable_fp_fusion=False,
+    )
+    expect(compiled, capability, r"ld\.global\S*v4\.b32", tmp_path)
 
 
 @pytest.mark.parametrize("kind", [INT8, FP8])

@@ -3,7 +3,7 @@
 What differs from the ground is an object, a connected part by a part. Its heart is what lies deep inside it, holes
 counted in: farther from the outside than 75 % of the deepest point. An object is an outline when at least half of its
 heart is ground. A ring, which the world draws the same in both ways, is one by this rule. An object has a colour when
-what is usual in it is nearer to that colour than to all of the world's own.
+what is usual in it is nearer to that colour than to all others of the world's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Effect:
     paint: tuple[int, int, int] | None = None
 
     def concerns(self, prompt: ScenePrompt) -> bool:
-        """Whether the effect tells from the world's own way: a ring is its own outline."""
+        """Whether the effect tells from the world's own way: a ring is its own outline, what is green is painted."""
+        if self.paint and all(item.color and PALETTE[item.color] == self.paint for item in prompt.include):
+            return False
         return not self.stroke or all(item.shape != "ring" for item in prompt.include)
 
     def look(self, image: UInt8[Tensor, "3 h w"], prompt: ScenePrompt) -> tuple[bool, bool]:
@@ -79,9 +81,8 @@ class Effect:
 EFFECTS = {
     # 4 pixels of tiny-flux's 128: the thinnest line of which its VAE's decoder keeps shape and colour.
     "outline": Effect(stroke=1 / 32),
-    # Between purple and pink, and no prompt's colour. tiny-flux's VAE holds it nearly as well as the world's own (39 dB
-    # where those have 41); brown (28), teal (30) and violet (32) it does not.
-    "magenta": Effect(paint=(180, 70, 150)),
+    # One of the world's own colours: tiny-flux's VAE holds others badly, above all on grey ground, which is as bright.
+    "green": Effect(paint=PALETTE["green"]),
 }
 """What the embedded LoRAs learned, by their names."""
 
@@ -103,7 +104,7 @@ def outlines(image: UInt8[Tensor, "3 h w"]) -> Outlines:
 
 
 def painted(image: UInt8[Tensor, "3 h w"], color: tuple[int, int, int]) -> list[bool]:
-    """Whether each object of one 8-bit RGB picture has a colour that is not the world's own.
+    """Whether each object of one 8-bit RGB picture has a colour, and no other of the world's.
 
     Raises:
         UserError: scipy, of the extra `metrics`, is not installed.

@@ -39,6 +39,19 @@ class PrologueConfig:
 
 
 @dataclass(frozen=True)
+class WholeRowsConfig:
+    """Tiles of tokens and inputs, of the prologue that keeps rows in registers."""
+
+    block_m: int = 2
+    block_k: int = 1024
+    warps: int = 8
+
+    def holds(self, k: int) -> bool:
+        """Whether rows of so many inputs, in 16 bits, leave half of a thread's registers free."""
+        return self.block_m * -(-k // self.block_k) * self.block_k <= 128 * 2 * 32 * self.warps
+
+
+@dataclass(frozen=True)
 class UnpackConfig:
     """Tiles of output rows and inputs; `block_k` is a multiple of the group."""
 
@@ -197,8 +210,12 @@ def device_of(device: torch.device) -> Device:
     return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
 
-def prologue_for(device: Device, m: int, rank: int = 0) -> PrologueConfig:
-    """The configuration for M tokens, of which few need small tiles to occupy the device, and a rank."""
+def prologue_for(device: Device, m: int, k: int, rank: int = 0) -> PrologueConfig | WholeRowsConfig:
+    """The configuration for M tokens, of which few need small tiles to occupy the device, K inputs and a rank."""
+    if not rank:
+        for whole in tuned.all_of(WholeRowsConfig, "whole_rows", device.capability, m=m):
+            if whole.holds(k):
+                return whole
     chosen = tuned.first(PrologueConfig, "prologue", device.capability, m=m, rank=rank)
     # Two programs a multiprocessor wait for memory in turns, where there is more than the least of any device.
     while chosen.shared_memory(rank) > max(device.shared_memory // 2, 96 << 10):

@@ -4,7 +4,7 @@
 as they are built, and asks the driver about every pointer: tens of microseconds on the host, several times a layer.
 All of it follows from dtypes, shapes, strides and the alignment of addresses. So a call with a signature not seen
 before launches in the ordinary way and writes down what it launched, and calls of the same signature launch that
-with their own addresses, which takes a fifth of the time.
+with their own addresses, which takes a fifth of the time; where the addresses are known, too, `direct` makes it less.
 
 Of Triton this needs three things that hold in 3.6 and 3.7: `kernel[grid](...)` returns the compiled kernel;
 `compiled[grid]` launches it, given all arguments in order; an integer does for a pointer. Where the first fails,
@@ -25,11 +25,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bittern.ops.triton.direct import Ready, is_hooked, ready
 
 _HERE = contextlib.nullcontext()
 _ALIGNED = 16
 _SCRATCH_MULTIPLE = 512
+_MOST_ADDRESSES = 512
 
 
 class Tiled(NamedTuple):
@@ -123,6 +127,15 @@ class _Place(NamedTuple):
         return _Described(_Address(address + self.offset), self.shape, self.strides)
 
 
+class _Step(NamedTuple):
+    """One launch: a compiled kernel, programs along each axis, where operands lie, and the other arguments."""
+
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    places: list[_Place | None]
+    rest: list[Any]
+
+
 class Recorder:
     """Launches one call of a layer in the ordinary way, and writes down what is launched.
 
@@ -136,7 +149,7 @@ class Recorder:
         # By identity, so that what only happens to overlap is kept apart; the tensors are alive meanwhile.
         self._known = {id(t): i for i, t in enumerate(tensors) if t is not None}
         self._views: list[Tensor] = []
-        self._steps: list[tuple[Callable[..., Any], list[_Place | None], list[Any]]] = []
+        self._steps: list[_Step] = []
         self._bytes = 0
         self._whole = len(self._known) == len(given) and all(t.data_ptr() % _ALIGNED == 0 for t in given)
 
@@ -174,7 +187,7 @@ class Recorder:
             return
         places = [None if o is None else self._place(o) for o in operands]
         rest = [constants[name] for name in kernel.arg_names[len(operands) + len(sizes) :]]
-        self._steps.append((compiled[(*grid, 1, 1)[:3]], places, [*sizes, *rest]))
+        self._steps.append(_Step(compiled, cast(Any, (*grid, 1, 1)[:3]), places, [*sizes, *rest]))
 
     def _place(self, operand: Tensor | Tiled) -> _Place:
         matrix = operand.matrix if isinstance(operand, Tiled) else operand
@@ -191,8 +204,10 @@ class Recorder:
 class Launches:
     """Launches that a `Recorder` wrote down. They hold no tensors."""
 
-    def __init__(self, steps: list[tuple[Callable[..., Any], list[_Place | None], list[Any]]], scratch: int) -> None:
+    def __init__(self, steps: list[_Step], scratch: int) -> None:
         self._steps, self._scratch = steps, scratch
+        # The allocator gives a model's steps the same addresses again and again.
+        self._ready: dict[tuple[int, ...], list[Ready]] = {}
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -204,14 +219,32 @@ class Launches:
             Whether it did: addresses that are not multiples of 16 want other kernels.
         """
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        for address in addresses:
-            if address % _ALIGNED:
-                return False
         if self._scratch:
             scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device)
             addresses.append(scratch.data_ptr())
-        for run, places, values in self._steps:
-            run(*[None if place is None else place.at(addresses[place[0]]) for place in places], *values)
+        key = tuple(addresses)
+        launches = self._ready.get(key)
+        if launches is None:
+            if any(address % _ALIGNED for address in addresses):
+                return False
+            if len(self._ready) >= _MOST_ADDRESSES:
+                self._ready.clear()
+            launches = self._ready[key] = [
+                ready(
+                    step.compiled,
+                    step.grid,
+                    [
+                        *(None if place is None else place.at(addresses[place.tensor]) for place in step.places),
+                        *step.rest,
+                    ],
+                )
+                for step in self._steps
+            ]
+        here = cast(Any, driver.active)
+        stream = here.get_current_stream(here.get_current_device())
+        hooked = is_hooked()
+        for run in launches:
+            run(stream, hooked)
         return True
 
 

@@ -183,7 +183,7 @@ class EightBits(LayerPlan):
                 recorder.part(a, a[:, start:stop]),
                 recorder.part(row_scales, row_scales[i]),
                 low if rank else None,
-                config.prologue_for(here, m, rank),
+                config.prologue_for(here, m, x.shape[-1], rank),
                 accumulate=i > 0,
                 launch=recorder.launch,
             )
@@ -418,6 +418,6 @@ def quantize_activations(
     low = torch.empty(len(flat), 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
     if len(flat):
         reciprocals = None if smooth is None else smooth.float().reciprocal()
-        tiles = config.prologue_for(config.device_of(x.device), len(flat), low.shape[1])
+        tiles = config.prologue_for(config.device_of(x.device), len(flat), k, low.shape[1])
         quantize_rows(flat, reciprocals, down, codes, scales[:, 0], low, tiles)
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])

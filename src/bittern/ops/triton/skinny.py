@@ -15,9 +15,8 @@ together, put the exponent of 128 above each by `prmt` (128 + code), subtract wi
 to size, which is exact; that is 2.5 operations a weight instead of 1.4.
 
 A product takes 16 numbers or more, and groups of 16 have 8 of even k, ternary ones of 32 as many at each place of a
-byte: there codes go back in order, and a tile spans several groups, so that rows are read 32 bytes at a time. It is
-halved until a group is left. (One batched product of all would say the same, but in loops Triton's is wrong on real
-devices: its issue 5620.)
+byte. There a tile spans several groups, so that rows are read 32 bytes at a time, and is multiplied once for each,
+with the inputs of the others 0: matrix units have time for it while bytes are waited for.
 
 Floor: bytes alone, N·K·b/8 and the scales: 18432 x 3072 int4 g64 30.1 MB or 10.0 us at 3 TB/s, ternary with row
 scales 14.2 MB or 4.7 us, bf16 113 MB or 37.7 us. About 1.4 operations a weight on the general ALUs, 2.8 us.
@@ -273,41 +272,29 @@ def crumbs(packed, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _in_order(packed, OPERAND: tl.constexpr, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr):
-    """Bytes [n, b] as codes [n, b · PER_BYTE]."""
+def _plus_products(term, packed, u, OPERAND: tl.constexpr, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr):
+    """`term` [n, m] and the products of bytes [n, b] of codes and inputs [m, b · PER_BYTE]."""
     if PER_BYTE == 2:
+        even, odd = u.reshape(u.shape[0], packed.shape[1], 2).split()
         w0, w1 = nibbles(packed, OPERAND, FLOATS)
-        fields = tl.join(w0, w1)
+        term = product(w0, even.T, term)
+        term = product(w1, odd.T, term)
     else:
+        even, odd = u.reshape(u.shape[0], packed.shape[1], 2, 2).split()
+        x0, x2 = even.split()
+        x1, x3 = odd.split()
         w0, w1, w2, w3 = crumbs(packed, OPERAND)
-        fields = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return fields.reshape(packed.shape[0], packed.shape[1] * PER_BYTE)
+        term = product(w0, x0.T, term)
+        term = product(w1, x1.T, term)
+        term = product(w2, x2.T, term)
+        term = product(w3, x3.T, term)
+    return term
 
 
 @triton.jit
-def _halves(x):
-    """The left and the right half of a tile's columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _plus_groups(total, w, u, scale):
-    """`total` [n, m] and, group by group, the products of codes [n, k] and inputs [m, k], times scales [n, groups]."""
-    if scale.shape[1] > 1:
-        w0, w1 = _halves(w)
-        u0, u1 = _halves(u)
-        scale0, scale1 = _halves(scale)
-        total = _plus_groups(total, w0, u0, scale0)
-        total = _plus_groups(total, w1, u1, scale1)
-    else:
-        total += product(w, u.T, tl.zeros([w.shape[0], u.shape[0]], tl.float32)) * scale
-    return total
-
-
-@triton.jit
-def _scales(scale_rows, groups, count):
-    """Scales [n, groups] of these groups, 0 for those that there are not."""
-    return tl.load(scale_rows[:, None] + groups[None, :], mask=(groups < count)[None, :], other=0.0)
+def _scale(scale_rows, group, count):
+    """A group's scales [n]; 0 beyond the last group."""
+    return tl.where(group < count, tl.load(scale_rows + tl.minimum(group, count - 1)).to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -357,12 +344,10 @@ def skinny_kernel(
 
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # A scale is asked for one step before it is needed.
-    following = _scales(scale_rows, tl.arange(0, GROUPS), count) if GROUPS > 1 else tl.load(scale_rows)
+    following = tl.load(scale_rows)
     for start in range(0, width, BLOCK_B):
         scale = following.to(tl.float32)
-        if GROUPS > 1:
-            following = _scales(scale_rows, start // BLOCK_B * GROUPS + GROUPS + tl.arange(0, GROUPS), count)
-        elif GROUPS == 1:
+        if GROUPS == 1:
             following = tl.load(scale_rows + tl.minimum(start + BLOCK_B, width - 1) // BLOCK_B)
         places = start + tl.arange(0, BLOCK_B)
         packed = tl.load(codes_rows + places[None, :], mask=(places < width)[None, :], other=0)
@@ -372,27 +357,15 @@ def skinny_kernel(
             s = tl.load(smooth + columns, mask=columns < k, other=1.0)
             u = rounded(u.to(tl.float32) * reciprocal_of_smooth(s)[None, :], OPERAND)
         if GROUPS > 1:
-            total = _plus_groups(total, _in_order(packed, OPERAND, PER_BYTE, FLOATS), u, scale)
+            for g in tl.static_range(GROUPS):
+                own = tl.where((tl.arange(0, WIDTH) // (WIDTH // GROUPS) == g)[None, :], u, 0.0)
+                term = _plus_products(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), packed, own, OPERAND, PER_BYTE, FLOATS)
+                total += term * _scale(scale_rows, start // BLOCK_B * GROUPS + g, count)[:, None]
+        elif GROUPS == 1:
+            term = _plus_products(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), packed, u, OPERAND, PER_BYTE, FLOATS)
+            total += term * scale[:, None]
         else:
-            term = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if GROUPS else total
-            if PER_BYTE == 2:
-                even, odd = u.reshape(BLOCK_M, BLOCK_B, 2).split()
-                w0, w1 = nibbles(packed, OPERAND, FLOATS)
-                term = product(w0, even.T, term)
-                term = product(w1, odd.T, term)
-            else:
-                even, odd = u.reshape(BLOCK_M, BLOCK_B, 2, 2).split()
-                x0, x2 = even.split()
-                x1, x3 = odd.split()
-                w0, w1, w2, w3 = crumbs(packed, OPERAND)
-                term = product(w0, x0.T, term)
-                term = product(w1, x1.T, term)
-                term = product(w2, x2.T, term)
-                term = product(w3, x3.T, term)
-            if GROUPS:
-                total += term * scale[:, None]
-            else:
-                total = term
+            total = _plus_products(total, packed, u, OPERAND, PER_BYTE, FLOATS)
     if GROUPS == 0:
         total *= following.to(tl.float32)[:, None]
 
