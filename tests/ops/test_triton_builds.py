@@ -316,26 +316,54 @@ def test_unpack(capability: int, weight: str, group: int, kind: str, tmp_path: P
     assert ".ftz" not in "".join(re.findall(r"mul\S*f32", compiled.asm["ptx"]))
 
 
-@pytest.mark.parametrize(("weight", "group"), [("int4", 64), ("nvfp4", 16)])
+@pytest.mark.parametrize(
+    ("weight", "group", "rank", "factor"),
+    [
+        ("int4", 64, 32, "bf16"),
+        ("nvfp4", 16, 32, "bf16"),
+        ("int4", 256, config.LARGEST_RANK, "bf16"),
+        ("ternary", 0, 64, "bf16"),
+        ("ternary", 0, config.LARGEST_RANK, "bf16"),
+        ("ternary", 0, config.LARGEST_RANK, "fp32"),
+    ],
+)
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_dequantize(capability: int, weight: str, group: int, tmp_path: Path) -> None:
+def test_dequantize(capability: int, weight: str, group: int, rank: int, factor: str, tmp_path: Path) -> None:
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    factors = "*" + factor
+    ranks = dequantize.ranks_at_once(device, rank, wide=factor == "fp32")
     compiled = build(
         dequantize.dequantize_kernel,
         capability,
-        {"codes": "*u8", "scales": SCALES[weight], "smooth": "*bf16", "down": "*bf16", "up": "*bf16", "out": "*bf16"},
         {
-            "PER_BYTE": 2,
+            "codes": "*u8",
+            "scales": SCALES.get(weight, "*bf16"),
+            "smooth": "*bf16",
+            "down": factors,
+            "up": factors,
+            "out": "*bf16",
+        },
+        {
+            "PER_BYTE": formats.get(weight).codes_per_byte,
             "FLOATS": weight == "nvfp4",
             "GROUP": group,
             "SMOOTH": True,
-            "RANK": 32,
+            "RANK": rank,
+            "RANKS": ranks,
             "BLOCK_N": dequantize.BLOCK_N,
             "BLOCK_K": dequantize.BLOCK_K,
         },
         num_warps=8,
         enable_fp_fusion=False,
     )
+    if factor == "fp32":
+        # Three products for each, of which a part is spilled once for a piece of the rank.
+        expect(compiled, capability, r"mma\S*f32\.tf32\.tf32|tcgen05\.mma\S*kind::tf32", tmp_path, 512)
+        return
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    assert compiled.metadata.shared <= dequantize.shared_memory(ranks)
+    # Where there is room, the product is one.
+    assert ranks == rank or capability in (86, 89, 120)
 
 
 INT8_INSTRUCTION = r"mma\S*s32\.s8\.s8"
