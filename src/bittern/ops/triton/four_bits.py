@@ -193,7 +193,8 @@ def groups_kernel(
         grouped = u.reshape(BLOCK_M, GROUPS, _GROUP)
         magnitudes = tl.abs(grouped)
         if SHIFT != 0:
-            magnitudes = tl.where(grouped <= 0.0, 0.0, magnitudes)
+            # Minus infinity must not become code 0: it counts as the other one.
+            magnitudes = tl.where((grouped <= 0.0) & (magnitudes < float("inf")), 0.0, magnitudes)
         # As integers, magnitudes have the same order, with NaN above infinity.
         peak = tl.max(magnitudes.to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
         scale = peak * (_UNSIGNED if SHIFT != 0 else _SIGNED)
