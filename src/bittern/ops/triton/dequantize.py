@@ -100,8 +100,8 @@ def ranks_at_once(device: Device, rank: int, wide: bool) -> int:
     """
     ranks = max(16, padded_rank(rank))
     if wide:
-        # Matrix instructions of datacentre GPUs from Hopper on read D from shared memory, 128 KiB for 64 of the rank; of
-        # less, in more pieces, Triton 3.6 makes no code for 10.0. Elsewhere more than 32 spill by the kilobyte.
+        # From Hopper on, matrix instructions of data centres' GPUs read D from shared memory: 128 KiB for 64 of the
+        # rank. Of less, in more pieces, Triton 3.6 makes no code for 10.0. Elsewhere, more than 32 spill by kilobytes.
         return min(ranks, 64 if device.capability[0] in (9, 10) else 32)
     while ranks > 16 and shared_memory(ranks) > device.shared_memory:
         ranks //= 2
