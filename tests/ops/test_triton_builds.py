@@ -185,15 +185,23 @@ def test_skinny(capability: int, weight: str, group: int | None, rows: int, oper
     assert ".ftz" not in "".join(re.findall(r"fma\.rn\S*x2", compiled.asm["ptx"]))
 
 
-@pytest.mark.parametrize("rank", [64, config.LARGEST_RANK])
-@pytest.mark.parametrize("capability", [80, 86, 90, 120])
-def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "rank", "factor"),
+    [
+        *((capability, rank, "bf16") for capability in (80, 86, 90, 120) for rank in (64, config.LARGEST_RANK)),
+        *((capability, rank, "fp32") for capability in (86, 100) for rank in (32, 64, config.LARGEST_RANK)),
+    ],
+)
+def test_branches_of_many_loras_fit(capability: int, rank: int, factor: str, tmp_path: Path) -> None:
     """The prologues, whose tiles of D grow with the rank; GEMMs are held against it in their configurations."""
+    size = 4 if factor == "fp32" else 2
+    kind = "tf32" if factor == "fp32" else "bf16"
+    instruction = rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::{'tf32' if factor == 'fp32' else 'f16'}"
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
     for tokens in (512, 4096):
-        chosen = config.prologue_for(device, tokens, rank)
-        tiles = f"[{chosen.block_m},{chosen.block_k}]", f"[{rank},{chosen.block_k}]"
-        described = [f"tensordesc<bf16{tile}>" if chosen.descriptors else "*bf16" for tile in tiles]
+        chosen = config.prologue_for(device, tokens, rank, size)
+        tiles = f"bf16[{chosen.block_m},{chosen.block_k}]", f"{factor}[{rank},{chosen.block_k}]"
+        described = [f"tensordesc<{tile}>" if chosen.descriptors else "*" + tile.split("[")[0] for tile in tiles]
         codes = "*" + (FP8 if capability >= 89 else INT8)
         compiled = build(
             prologue.prologue_kernel,
@@ -219,24 +227,24 @@ def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) 
             num_warps=chosen.warps,
             enable_fp_fusion=False,
         )
-        expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
-        assert compiled.metadata.shared <= chosen.shared_memory(rank)
+        expect(compiled, capability, instruction, tmp_path, STACK if factor == "bf16" else 512)
+        assert compiled.metadata.shared <= chosen.shared_memory(rank, size)
     compiled = build(
         four_bits.groups_kernel,
         capability,
-        {"x": "*bf16", "smooth": "*bf16", "down": "*bf16", "codes": "*i8", "scales": "*fp32", "low": "*fp32"},
+        {"x": "*bf16", "smooth": "*bf16", "down": "*" + factor, "codes": "*i8", "scales": "*fp32", "low": "*fp32"},
         {
             "SHIFT": 0.0,
             "SMOOTH": True,
             "RANK": rank,
             "ACCUMULATE": False,
             "BLOCK_M": four_bits.BLOCK_M,
-            "BLOCK_K": four_bits.columns_at_once(rank),
+            "BLOCK_K": four_bits.columns_at_once(rank, size),
         },
         num_warps=4,
         enable_fp_fusion=False,
     )
-    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    expect(compiled, capability, instruction, tmp_path, STACK if factor == "bf16" else 512)
 
 
 @pytest.mark.parametrize("kind", [INT8, FP8])

@@ -80,15 +80,21 @@ def quantize_groups(
         RANK=padded_rank(rank),
         ACCUMULATE=accumulate,
         BLOCK_M=BLOCK_M,
-        BLOCK_K=columns_at_once(rank),
+        BLOCK_K=columns_at_once(rank, 2 if down is None else down.element_size()),
         num_warps=4,
         enable_fp_fusion=False,
     )
 
 
-def columns_at_once(rank: int) -> int:
-    """Columns of a tile of x and D: fewer for a high rank, whose tile of D must fit the smallest shared memory."""
-    return BLOCK_K if padded_rank(rank) <= 64 else BLOCK_K // 2
+def columns_at_once(rank: int, factor_bytes: int = 2) -> int:
+    """Columns of a tile of x and D: fewer for a high rank, whose tile of D must fit the smallest shared memory.
+
+    Args:
+        rank: Of the branch.
+        factor_bytes: Bytes of a number of D.
+    """
+    halvings = max(1, padded_rank(rank) * factor_bytes // 128).bit_length() - 1
+    return BLOCK_K >> halvings
 
 
 def correct_bias(

@@ -183,7 +183,7 @@ class EightBits(LayerPlan):
                 recorder.part(a, a[:, start:stop]),
                 recorder.part(row_scales, row_scales[i]),
                 low if rank else None,
-                config.prologue_for(here, m, rank),
+                config.prologue_for(here, m, rank, _bytes_of_factors(call.down[i])),
                 accumulate=i > 0,
                 launch=recorder.launch,
             )
@@ -216,6 +216,10 @@ class EightBits(LayerPlan):
                 chosen,
                 launch=recorder.launch,
             )
+
+
+def _bytes_of_factors(down: Tensor | None) -> int:
+    return 2 if down is None else down.element_size()
 
 
 def reachable(out: Tensor, up: Tensor | None, bias: Tensor | None) -> bool:
@@ -418,6 +422,7 @@ def quantize_activations(
     low = torch.empty(len(flat), 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
     if len(flat):
         reciprocals = None if smooth is None else smooth.float().reciprocal()
-        tiles = config.prologue_for(config.device_of(x.device), len(flat), low.shape[1])
+        here = config.device_of(x.device)
+        tiles = config.prologue_for(here, len(flat), low.shape[1], _bytes_of_factors(down))
         quantize_rows(flat, reciprocals, down, codes, scales[:, 0], low, tiles)
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])
