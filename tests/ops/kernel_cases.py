@@ -524,6 +524,37 @@ def test_gelu_everywhere() -> None:
     assert ((got.double() - want).abs() <= 1e-5 * want.abs() + 1e-12).all()
 
 
+@pytest.mark.parametrize(("path", "rank"), [*((path, rank) for path in PATHS for rank in (16, 40)), ("a4", 40)])
+def test_branches_in_float32(path: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(("int4", 64, (70, 300), rank, True))
+    assert layer.down is not None and layer.up is not None
+    layer = dataclasses.replace(layer, down=layer.down.float(), up=layer.up.float())
+    inputs = random_inputs(3, "gaussian", 9, layer.layout.segments, BF16)
+    beside: list[int] = []
+    branch = linear.with_branch
+    monkeypatch.setattr(linear, "with_branch", lambda *args: beside.append(rank) or branch(*args))
+    y = run(inputs, layer, path)
+    assert bool(beside) == (path != "a4" and rank > 32)
+    if not beside:
+        check(y, inputs, layer, path)
+        return
+    # The output is rounded once more.
+    want, size = expect(inputs, layer, path)
+    allowed = EXACT + BRANCH + ROUNDING[BF16][0] + (HOPPER_FP8 if path == "a8-fp8" and HOPPER else 0.0)
+    error = abs(y.cpu().double().numpy() - want)
+    assert (error <= allowed * size + ROUNDING[BF16][0] * abs(want)).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "rank", "room"), [((9, 0), 32, True), ((9, 0), 33, False), ((10, 0), 16, False)]
+)
+def test_where_a_branch_in_float32_has_room(
+    capability: tuple[int, int], rank: int, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(capability, 227 << 10))
+    assert linear.has_room_for_float32(torch.zeros(rank, 64)) is room
+
+
 def test_segments_fill_whole_tiles() -> None:
     assert linear.scratch_bounds(KLayout((70, 300, 128), 64)) == [(0, 128), (128, 512), (512, 640)]
 

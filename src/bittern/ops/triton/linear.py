@@ -97,7 +97,7 @@ class LayerPlan:
         gelu_from: int | None = None,
     ) -> Tensor:
         """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
-        if down is not None and up is not None and is_apart(down):
+        if down is not None and up is not None and self._is_apart(down):
             y = self(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
             return activated(with_branch(y, inputs, down, up), gelu_from)
         first = inputs[0]
@@ -133,6 +133,10 @@ class LayerPlan:
         self.launches = recorder.launches() or self.launches
         return out
 
+    def _is_apart(self, down: Tensor) -> bool:
+        """Whether the branch is computed beside the kernels."""
+        return is_apart(down)
+
     def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
         """The down-projected inputs [M, R] in float32, where no kernel projects them."""
         return None
@@ -145,6 +149,9 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 class EightBits(LayerPlan):
     """Path "a8-int8" or "a8-fp8"."""
+
+    def _is_apart(self, down: Tensor) -> bool:
+        return is_apart(down) or (down.element_size() > 2 and not has_room_for_float32(down))
 
     def _record(self, recorder: Recorder, call: _Call) -> None:
         (m, n), device, grouped = call.out.shape, call.out.device, call.layout.group_size is not None
@@ -387,6 +394,15 @@ def many_tokens(
 def is_apart(down: Tensor) -> bool:
     """Whether a branch has more rank than the kernels take, as of several fused LoRAs."""
     return config.padded_rank(down.shape[0]) > config.LARGEST_RANK
+
+
+def has_room_for_float32(down: Tensor) -> bool:
+    """Whether the epilogue of the 8-bit GEMM takes a branch in float32.
+
+    More than 32 of the rank exceed Hopper's shared memory, and of less Triton 3.6 makes no code for 10.0.
+    """
+    here = config.device_of(down.device)
+    return config.padded_rank(down.shape[0]) <= 32 and here.capability[0] != 10
 
 
 def with_branch(y: Tensor, inputs: Sequence[Tensor], down: Tensor, up: Tensor) -> Tensor:
