@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -451,3 +452,17 @@ def test_a_bias_that_was_added(flux2: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "few-bit" / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match=f"{path}.bias was added by the solver: in Nunchaku Lite"):
         export_checkpoint(tmp_path / "few-bit", tmp_path / "lite", "nunchaku-lite")
+
+
+@pytest.mark.parametrize("leaf", ["scales", "up", "down"])
+@pytest.mark.parametrize("to", ["nunchaku", "nunchaku-lite"])
+def test_numbers_that_are_not_finite_are_not_passed_on(few_bit: Path, tmp_path: Path, leaf: str, to: str) -> None:
+    shutil.copytree(few_bit, tmp_path / "few-bit")
+    tensors = load_file(tmp_path / "few-bit" / WEIGHTS)
+    name = f"{DOUBLE}.attn.to_out.0.{leaf}"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "few-bit" / WEIGHTS, {"format": "pt"})
+    out = tmp_path / ("out" if to == "nunchaku-lite" else "out.safetensors")
+    with pytest.raises(UserError, match=f"{re.escape(name)}.*1 of .* values are NaN or infinite"):
+        export_checkpoint(tmp_path / "few-bit", out, to)
+    assert not out.exists()

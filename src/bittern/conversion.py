@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.checkpoints import CheckpointConfig, TensorSpec, check_headers, is_few_bit, read_headers, weight_files
+from bittern.checkpoints import (
+    CheckpointConfig,
+    TensorSpec,
+    check_headers,
+    check_values,
+    is_few_bit,
+    read_headers,
+    weight_files,
+)
 from bittern.checkpoints.files import MEND, STEM, opened, streamed_file
 from bittern.checkpoints.native import Headers, check_value, is_leaf
 from bittern.checkpoints.nunchaku import (
@@ -212,6 +220,8 @@ def export_checkpoint(
     surplus = next((key for key in added if key not in others), None)
     if surplus:
         raise UserError(f"{surplus} was added by the solver: in {TARGETS[to]} this layer has no bias")
+    # Nobody looks at the numbers again before a picture is black.
+    check_values(headers, checkpoint)
     base = path if name else None
     with opened(headers) as read:
         if to == "nunchaku":

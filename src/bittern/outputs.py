@@ -208,7 +208,7 @@ def check_replaces(file: Path, option: str, mark: str, *, force: bool) -> None:
 
 
 def write_text(text: str, file: Path, what: str) -> None:
-    """Write a file as a whole or not at all.
+    """Write a file as a whole or not at all. What killed processes have left of it is taken away.
 
     Args:
         text: its content.
@@ -221,13 +221,30 @@ def write_text(text: str, file: Path, what: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        _sweep_texts(file)
+        with ExitStack() as held:
+            while not temporary.exists():
+                # Before it was locked another process may have taken it for a dead one's.
+                temporary.touch()
+                held.callback(_close, _lock(temporary))
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"cannot write {file}: {reason}; choose a writable place for the {what}") from error
+
+
+def _sweep_texts(file: Path) -> None:
+    """Takes away temporary files of processes that were killed while they wrote `file`: those that nobody locks."""
+    name = re.compile(rf"\.{re.escape(file.name)}\.\d+\.tmp")
+    with suppress(OSError):  # a folder that may not be looked into
+        for entry in file.parent.iterdir():
+            ours = name.fullmatch(entry.name) and not entry.is_symlink()
+            if ours and (handle := _lock(entry, wait=False)) is not None:
+                entry.unlink(missing_ok=True)
+                _close(handle)
 
 
 def bytes_of(place: Path) -> int:

@@ -60,6 +60,7 @@ def refused(arguments: list[str], capsys: Capture) -> str:
         (["benchmark", "flux.1-dve"], ["'flux.1-dve'", "did you mean 'flux.1-dev'"]),
         (["benchmark", "MODEL", "--mini"], ["--mini is for an architecture's name"]),
         (["benchmark", "MODEL", "--graph"], ["--graph", "leave it out"]),
+        (["benchmark", "MODEL", "--path", "a4"], ["--path a4 is for few-bit layers", "give a --recipe"]),
         (["benchmark", "MODEL", "--size", "30"], ["size is 30", "multiple of 4"]),
         (["benchmark", "MODEL", "--recipe", "svdquant-fats"], ["did you mean 'svdquant-fast'"]),
         (["generate", "MODEL", "a", "--steps", "0"], ["steps is 0", "expected"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bittern import pipelines, quantization
+from bittern import formats, pipelines, quantization
 from bittern.cli import main
 from bittern.evaluation.generate import generate, read_metadata, to_pil
 
@@ -157,6 +157,8 @@ def test_doctor_gives_a_reason_for_every_path(capsys: Capture) -> None:
     assert {row["path"] for row in result["paths"]} == {"a4", "a8-int8", "a8-fp8", "a16"}
     assert all(row["reason"] for row in result["paths"])
     assert any(row["runs"] for row in result["paths"])
+    for weight in formats.FORMATS:
+        assert {row["path"] for row in result["paths"] if row["weight"] == weight and row["runs"]}, weight
     assert main.run(["doctor"]) == 0
     assert "a8-int8" in capsys.readouterr().out
 

@@ -64,7 +64,7 @@ def test_segments_may_come_apart_or_together() -> None:
     (layer,) = few_bit([20], 96, segments=(64, 32))
     x = torch.randn(3, 4, 96)
     assert torch.equal(layer(x), layer([x[..., :64], x[..., 64:]]))
-    with pytest.raises(UserError, match=r"for inputs of 64 \+ 31 columns and 20 rows"):
+    with pytest.raises(UserError, match="inputs of 64 and 31 columns"):
         layer([x[..., :64], x[..., 65:]])
 
 
@@ -258,3 +258,37 @@ def test_the_weight_refuses_to_be_written(write: Any) -> None:
     with pytest.raises(UserError, match="read-only"):
         write(layer)
     assert torch.equal(layer.weight.dequantize(), before)
+
+
+def test_inputs_of_other_segments_are_refused_with_their_sizes() -> None:
+    (layer,) = few_bit([24], 136, segments=(64, 72))
+    swapped = [torch.randn(3, k) for k in (72, 64)]
+    with pytest.raises(
+        UserError, match=r"inputs of 72 and 64 columns: expected tensors of 64 and 72, in this order, or one of 136"
+    ):
+        layer(swapped)
+    for inputs, sizes in (
+        ([torch.randn(3, 136)], "136"),
+        ([], "none"),
+        ([torch.randn(3, k) for k in (64, 64, 8)], "64 and 64 and 8"),
+        (torch.randn(3, 135), "135"),
+    ):
+        with pytest.raises(UserError, match=f"inputs of {sizes} columns: expected tensors of 64 and 72"):
+            layer(inputs)
+    assert torch.equal(layer(swapped[::-1]), layer(torch.cat(swapped[::-1], dim=1)))
+    (plain,) = few_bit([24], 64)
+    for inputs in (torch.randn(3, 65), [torch.randn(3, 65)], [torch.randn(3, 32)] * 2):
+        with pytest.raises(UserError, match="columns: expected one tensor of 64"):
+            plain(inputs)
+
+
+def test_no_outputs_and_no_axes_are_what_they_are_to_a_linear() -> None:
+    linear, layer = nn.Linear(64, 0), QuantLinear(64, 0, TERNARY)
+    for x in (torch.randn(3, 64), torch.randn(2, 3, 64), torch.randn(64), torch.randn(0, 64)):
+        assert layer(x).shape == linear(x).shape
+    with pytest.raises(RuntimeError):
+        linear(torch.tensor(1.0))
+    with pytest.raises(UserError, match="a single number without an axis: expected a vector"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(UserError, match="a single number without an axis: expected a vector"):
+        few_bit([24], 136, segments=(64, 72))[0](torch.tensor(1.0))

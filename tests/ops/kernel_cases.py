@@ -19,7 +19,7 @@ from torch import Tensor
 from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
-from bittern.ops.triton import config, heads, linear
+from bittern.ops.triton import config, dequantize, heads, linear
 from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
@@ -75,9 +75,9 @@ def make(case: Any, seed: int = 0, n: int = N, zero_rows: bool = False) -> Layer
     return random_layer(seed, n, segments, weight, group, rank, smooth, zero_rows=zero_rows)
 
 
-def run(inputs: list[Tensor], layer: Layer, path: str) -> Tensor:
+def run(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ...] = ()) -> Tensor:
     function = linear.plan(path, inputs[0].shape[:-1].numel())
-    return function([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, ())
+    return function([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, shift)
 
 
 def check(y: Tensor, inputs: list[Tensor], layer: Layer, path: str) -> None:
@@ -280,6 +280,11 @@ def test_sixteen_bit_linear_on_hostile_inputs(kind: str) -> None:
 MATRICES = ("codes", "scales", "down", "up")
 
 
+def strided(x: Tensor) -> Tensor:
+    """The same numbers with others between."""
+    return torch.stack([x, torch.full_like(x, 77)], dim=-1)[..., 0]
+
+
 def upside_down(x: Tensor) -> Tensor:
     """The same numbers, columns behind one another."""
     return x.T.contiguous().T
@@ -303,14 +308,17 @@ def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None
     assert torch.equal(linear.plan(path, 15)([column], *layer.args(), path, ()), y.flatten(0, 1))
 
 
-@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_token_that_is_not_finite_stays_visible_and_alone(path: str, value: float) -> None:
-    layer = random_layer(0, 20, (300,), rank=16, smooth=True)
+@pytest.mark.parametrize(("path", "shift"), [*((path, ()) for path in (*PATHS, "a4", "a16")), ("a4", (0.171875,))])
+@pytest.mark.parametrize("rank", [16, 0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_not_finite_stays_visible_and_alone(
+    path: str, shift: tuple[float, ...], rank: int, value: float
+) -> None:
+    layer = random_layer(0, 20, (300,), rank=rank, smooth=True)
     (x,) = random_inputs(1, "gaussian", 6, (300,), BF16)
-    clean = run([x], layer, path)
+    clean = run([x], layer, path, shift)
     x[2, 7] = value
-    y = run([x], layer, path)
+    y = run([x], layer, path, shift)
     others = torch.arange(6) != 2
     assert not y[2].isfinite().any()
     assert torch.equal(y[others], clean[others])
@@ -404,8 +412,13 @@ def test_dequantize(case: Any, dtype: torch.dtype) -> None:
     ).abs()
     if layer.up is not None and layer.down is not None:
         size += layer.up.float().abs() @ layer.down.float().abs()
-    there = moved(layer)
     out = torch.full(want.shape, float("nan"), dtype=dtype, device=DEVICE)
+    dequantized(layer, out)
+    assert ((out.cpu().float() - want).abs() <= EXACT * size + ROUNDING[dtype][0] * want.abs()).all()
+
+
+def dequantized(layer: Layer, out: Tensor) -> None:
+    there = moved(layer)
     for segment in layer.layout:
         dequantize_segment(
             there.codes,
@@ -417,7 +430,69 @@ def test_dequantize(case: Any, dtype: torch.dtype) -> None:
             segment,
             out[:, segment.logical],
         )
-    assert ((out.cpu().float() - want).abs() <= EXACT * size + ROUNDING[dtype][0] * want.abs()).all()
+
+
+@pytest.mark.parametrize("factor", [BF16, torch.float32])
+@pytest.mark.parametrize("case", [("ternary", None, (70, 300), 144, True), ("int4", 64, (130,), 40, False)])
+def test_dequantize_takes_a_rank_in_pieces(case: Any, factor: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(case)
+    assert layer.down is not None and layer.up is not None
+    layer = dataclasses.replace(layer, down=layer.down.to(factor), up=layer.up.to(factor))
+    want = reference.dequantize(*layer.args()[:5], layer.weight, layer.group_size, case[2], torch.float32)
+    out = torch.full(want.shape, float("nan"), device=DEVICE)
+    monkeypatch.setattr(dequantize, "ranks_at_once", lambda *_: 16)
+    dequantized(layer, out)
+    size = want.abs() + layer.up.float().abs() @ layer.down.float().abs()
+    assert ((out.cpu() - want).abs() <= EXACT * size).all()
+
+
+# Lengths beside every multiple of a tile, a group and a byte: 1 and 3 inputs, and one more or less than 256 and 512.
+RAGGED = [
+    ("int4", 64, (1, 255)),
+    ("int4", None, (257, 3)),
+    ("int4", 16, (511, 513)),
+    ("int4", 256, (513,)),
+    ("ternary", None, (1, 513)),
+    ("ternary", 64, (257, 129)),
+    ("ternary", 128, (3, 255)),
+    ("nvfp4", 16, (1, 257)),
+]
+
+
+@pytest.mark.parametrize(("weight", "group", "segments"), RAGGED)
+@pytest.mark.parametrize("n", [1, 65])
+def test_kernels_of_weights_keep_to_their_rows_and_columns(
+    weight: str, group: int | None, segments: tuple[int, ...], n: int
+) -> None:
+    """Codes of the padding are as good as any, and what lies around a result is not written."""
+    layer = make((weight, group, segments, 16, True), n=n)
+    codes = formats.get(weight).unpack(layer.codes, layer.layout.padded_k)
+    known = torch.zeros(layer.layout.padded_k, dtype=torch.bool)
+    for segment in layer.layout:
+        known[segment.unpadded] = True
+    garbage = torch.where(known, codes, torch.ones_like(codes))
+    assert weight == "nvfp4" or group is None or not torch.equal(garbage, codes)
+    dirty = dataclasses.replace(layer, codes=formats.get(weight).pack(garbage))
+    want = reference.dequantize(*layer.args()[:5], weight, group, segments, torch.float32)
+    around = torch.full((n + 2, sum(segments) + 6), 77.0, device=DEVICE)
+    inner = around[1:-1, 3:-3]
+    dequantized(dirty, inner)
+    assert torch.allclose(inner.cpu(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert (around.sum() - inner.sum()).isclose(77.0 * torch.tensor(around.numel() - inner.numel()).to(DEVICE))
+    block = formats.get(weight).unpack(layer.codes, layer.layout.padded_k).float(), layer.scales.float()
+    there = moved(dirty)
+    for segment in layer.layout:
+        folded = reference.fold((block[0].clone(), block[1]), segment, "int8", formats.get(weight).largest)
+        k = folded.values.shape[1]
+        whole = torch.full((n + 2, k + 46), 77, dtype=torch.int8, device=DEVICE)
+        part, scales = whole[1:-1, 3:-3], torch.full((n + 2,), 77.0, device=DEVICE)
+        unpack_segment(
+            there.codes, there.scales, weight, segment, part, scales[1:-1],
+            config.unpack_for(config.device_of(part.device), k, group is not None),
+        )  # fmt: skip
+        assert torch.equal(part[:, :k].cpu().float(), folded.values) and not part[:, k:].any()
+        part.fill_(77)
+        assert (whole == 77).all() and (scales[[0, -1]] == 77).all()
 
 
 def test_many_tokens_on_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,6 +557,37 @@ def test_gelu_everywhere() -> None:
     assert ((got.double() - want).abs() <= 1e-5 * want.abs() + 1e-12).all()
 
 
+@pytest.mark.parametrize(("path", "rank"), [*((path, rank) for path in PATHS for rank in (16, 40)), ("a4", 40)])
+def test_branches_in_float32(path: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(("int4", 64, (70, 300), rank, True))
+    assert layer.down is not None and layer.up is not None
+    layer = dataclasses.replace(layer, down=layer.down.float(), up=layer.up.float())
+    inputs = random_inputs(3, "gaussian", 9, layer.layout.segments, BF16)
+    beside: list[int] = []
+    branch = linear.with_branch
+    monkeypatch.setattr(linear, "with_branch", lambda *args: beside.append(rank) or branch(*args))
+    y = run(inputs, layer, path)
+    assert bool(beside) == (path != "a4" and rank > 32)
+    if not beside:
+        check(y, inputs, layer, path)
+        return
+    # The output is rounded once more.
+    want, size = expect(inputs, layer, path)
+    allowed = EXACT + BRANCH + ROUNDING[BF16][0] + (HOPPER_FP8 if path == "a8-fp8" and HOPPER else 0.0)
+    error = abs(y.cpu().double().numpy() - want)
+    assert (error <= allowed * size + ROUNDING[BF16][0] * abs(want)).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "rank", "room"), [((9, 0), 32, True), ((9, 0), 33, False), ((10, 0), 16, False)]
+)
+def test_where_a_branch_in_float32_has_room(
+    capability: tuple[int, int], rank: int, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "device_of", lambda _: config.Device(capability, 227 << 10))
+    assert linear.has_room_for_float32(torch.zeros(rank, 64)) is room
+
+
 def test_segments_fill_whole_tiles() -> None:
     assert linear.scratch_bounds(KLayout((70, 300, 128), 64)) == [(0, 128), (128, 512), (512, 640)]
 
@@ -516,7 +622,8 @@ def test_heads(dtype: torch.dtype, kind: str, lengths: tuple[int, ...], count: i
     angles = torch.rand(sum(lengths), size // 2, generator=g).mul(6).repeat_interleave(2, dim=1).to(DEVICE)
     tables = angles.cos(), angles.sin()
     found = heads.rotary_heads(q, k, *weights, 1e-6, *tables)
-    again = heads.rotary_heads(q, k, *weights, 1e-6, *tables)
+    spread = [[strided(w) for w in side] for side in weights]
+    again = heads.rotary_heads(q, k, *spread, 1e-6, upside_down(tables[0]), strided(tables[1]))
     for i, (y, same) in enumerate(zip(found, again, strict=True)):
         assert torch.equal(y, same) and torch.isfinite(y).all()
         parts = [(x[:, :, i].double(), w.double()) for x, w in zip(fused, weights[i], strict=True)]

@@ -103,6 +103,31 @@ def test_the_prologue_keeps_torchs_rules(format: str) -> None:
     op = torch.ops.bittern.quantize_activations.default
     torch.library.opcheck(op, (torch.randn(3, 2, 100), layer.smooth, layer.down, format, 0.1))
     torch.library.opcheck(op, (torch.randn(4, 64, dtype=torch.bfloat16), None, None, format, 0.0))
+    for dtype in (torch.float32, torch.bfloat16):
+        columns = torch.randn(100, 7, dtype=dtype).T
+        torch.library.opcheck(op, (columns, layer.smooth, layer.down, format, 0.1))
+        torch.library.opcheck(op, (torch.randn(2, 100, 3, dtype=dtype).mT, None, None, format, 0.0))
+
+
+@pytest.mark.parametrize("path", ops.PATHS)
+def test_no_outputs_are_an_empty_result_as_of_a_linear(path: str) -> None:
+    layer = random_layer(0, 0, (64, 72), rank=16, smooth=True)
+    inputs = [torch.randn(2, 5, k, requires_grad=True) for k in (64, 72)]
+    torch.library.opcheck(OP, (inputs, *layer.args(), path, [], None))
+    y = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
+    assert y.shape == torch.nn.functional.linear(torch.cat(inputs, dim=-1), torch.empty(0, 136)).shape == (2, 5, 0)
+    y.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in inputs)
+    assert ops.dequantize(*layer.args()[:5], "int4", 64, (64, 72), torch.float32).shape == (0, 136)
+
+
+def test_a_number_without_an_axis_is_refused() -> None:
+    layer = random_layer(0, 24, (64,))
+    for x in (torch.tensor(1.0), torch.tensor(1.0, device="meta")):
+        with pytest.raises(UserError, match="a single number without an axis: expected a vector"):
+            ops.few_bit_linear([x], path="a16", **layer.kwargs())
+        with pytest.raises(UserError, match="a single number without an axis: expected a vector"):
+            ops.quantize_activations(x, None, None, "int8")
 
 
 def test_the_gradients_operation_keeps_torchs_rules() -> None:

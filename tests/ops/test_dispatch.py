@@ -155,6 +155,7 @@ def test_a_kernel_takes_only_the_calls_it_accepts() -> None:
         (ops.Call("int4", "cuda"), "needs a GPU of NVIDIA's, of compute capability 7.5 or more"),
         (ops.Call("int4", "cuda", (8, 0), group=32), "takes weight groups of whole rows, 64, not 32"),
         (ops.Call("int4", "cuda", (8, 0), segments=3), "takes at most 2 inputs, not 3"),
+        (ops.Call("int4", "cuda", (8, 0), outputs=0), "takes at least 1 output, not 0"),
         (ops.Call("int4", "cuda", (8, 0)), None),
     ],
 )
@@ -169,6 +170,7 @@ def test_declared_constraints(call: ops.Call, reason: str | None) -> None:
         rows=(1, None),
         groups=(0, 64),
         segments=2,
+        outputs=1,
     )
     assert kernel.refusal(call) == reason
 
@@ -210,9 +212,37 @@ def test_nvfp4_runs_in_triton_on_all_paths_but_one() -> None:
 def test_triton_takes_over_only_what_it_declares() -> None:
     call = ops.Call("int4", "cuda", (9, 0), torch.bfloat16, 4096, 64, 2)
     assert dispatch.select("a8-fp8", call).backend == "triton"
-    for change in ({"dtype": torch.float32}, {"rows": 0}, {"group": 48}, {"segments": 3}, {"device": "cpu"}):
+    for change in (
+        {"dtype": torch.float32},
+        {"rows": 0},
+        {"outputs": 0},
+        {"group": 48},
+        {"segments": 3},
+        {"device": "cpu"},
+    ):
         assert dispatch.select("a8-fp8", dataclasses.replace(call, **change)).backend == "torch"
     assert dispatch.select("a4", call).backend == "triton"
     assert dispatch.select("a4", dataclasses.replace(call, capability=(7, 5))).backend == "torch"
     with ops.use_backend("torch"):
         assert dispatch.select("a8-fp8", call).backend == "torch"
+
+
+def test_what_only_the_reference_computes_is_refused_to_other_backends() -> None:
+    layer = random_layer(0, 24, (64,), rank=16)
+    x = torch.randn(2, 64)
+
+    def dequantize() -> torch.Tensor:
+        return ops.dequantize(*layer.args()[:5], "int4", 64, (64,), torch.float32)
+
+    with ops.use_backend("triton"):
+        with pytest.raises(UserError, match="dequantize cannot be computed here by the backend 'triton': triton has"):
+            dequantize()
+        with pytest.raises(UserError, match="triton runs on cuda, not on cpu"):
+            ops.quantize_activations(x, None, None, "int8")
+        with pytest.raises(UserError, match="quantize_activations to int4 cannot be computed here by the"):
+            ops.quantize_activations(x, None, None, "int4")
+    with ops.use_backend("torch"):
+        codes = ops.quantize_activations(x, None, None, "int4")[0]
+        weight = dequantize()
+    assert torch.equal(weight, dequantize())
+    assert torch.equal(codes, ops.quantize_activations(x, None, None, "int4")[0])

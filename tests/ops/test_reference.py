@@ -149,14 +149,17 @@ def test_a_split_input_equals_its_parts(path: str) -> None:
         assert torch.allclose(parts, ops.few_bit_linear([x], path=path, **layer.kwargs()), atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ops.PATHS)
+@pytest.mark.parametrize(("path", "shift"), [*((path, ()) for path in ops.PATHS), ("a4", (0.171875,))])
+@pytest.mark.parametrize("rank", [16, 0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_token_that_is_not_finite_stays_visible_and_alone(path: str, value: float) -> None:
-    layer = random_layer(0, 20, (1500,), rank=16, smooth=True)
+def test_a_token_that_is_not_finite_stays_visible_and_alone(
+    path: str, shift: tuple[float, ...], rank: int, value: float
+) -> None:
+    layer = random_layer(0, 20, (1500,), rank=rank, smooth=True)
     x = torch.randn(6, 1500)
-    clean = ops.few_bit_linear([x], path=path, **layer.kwargs())
+    clean = ops.few_bit_linear([x], path=path, shift=shift, **layer.kwargs())
     x[2, 7] = value
-    y = ops.few_bit_linear([x], path=path, **layer.kwargs())
+    y = ops.few_bit_linear([x], path=path, shift=shift, **layer.kwargs())
     assert not y[2].isfinite().any()
     others = torch.arange(6) != 2
     assert torch.equal(y[others], clean[others])

@@ -92,8 +92,13 @@ def expect(compiled: Any, capability: int, instruction: str, folder: Path, stack
         (120, FP8, r"mma\.sync\.aligned\S*m16n8k32\S*f32\.e4m3\.e4m3"),
     ],
 )
-@pytest.mark.parametrize("rank", [32, config.LARGEST_RANK])
-def test_gemm(capability: int, kind: str, instruction: str, segments: int, rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "factor"), [(32, "bf16"), (config.LARGEST_RANK, "bf16"), (32, "fp32")])
+def test_gemm(
+    capability: int, kind: str, instruction: str, segments: int, rank: int, factor: str, tmp_path: Path
+) -> None:
+    if factor == "fp32" and capability == 100:
+        # On 10.0 such a branch is computed apart.
+        return
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
     chosen = config.gemm_for(device, 4096, segments, kind == INT8, rank)
     operands = {"a": "*" + kind, "b": "*" + kind, "out": "*bf16"}
@@ -105,7 +110,14 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, rank:
     compiled = build(
         gemm.gemm_kernel,
         capability,
-        {**operands, "row_scales": "*fp32", "column_scales": "*fp32", "low": "*fp32", "up": "*bf16", "bias": "*bf16"},
+        {
+            **operands,
+            "row_scales": "*fp32",
+            "column_scales": "*fp32",
+            "low": "*fp32",
+            "up": "*" + factor,
+            "bias": "*bf16",
+        },
         {
             "SEGMENTS": segments,
             "RANK": rank,
@@ -124,8 +136,9 @@ def test_gemm(capability: int, kind: str, instruction: str, segments: int, rank:
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
-    # The factors of a high rank are spilled at the end, once for a tile.
-    expect(compiled, capability, instruction, tmp_path, 256 if segments == 2 or rank > 32 else STACK)
+    # The factors of a high rank, and more so those in float32, are spilled at the end, once for a tile.
+    stack = 1024 if factor == "fp32" else 256 if segments == 2 or rank > 32 else STACK
+    expect(compiled, capability, instruction, tmp_path, stack)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
@@ -186,16 +199,24 @@ def test_skinny(capability: int, weight: str, group: int | None, rows: int, oper
     assert ".ftz" not in "".join(re.findall(r"fma\.rn\S*x2", compiled.asm["ptx"]))
 
 
-@pytest.mark.parametrize("rank", [64, config.LARGEST_RANK])
-@pytest.mark.parametrize("capability", [80, 86, 90, 120])
-def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "rank", "factor"),
+    [
+        *((capability, rank, "bf16") for capability in (80, 86, 90, 120) for rank in (64, config.LARGEST_RANK)),
+        *((capability, rank, "fp32") for capability in (86, 100) for rank in (32, 64, config.LARGEST_RANK)),
+    ],
+)
+def test_branches_of_many_loras_fit(capability: int, rank: int, factor: str, tmp_path: Path) -> None:
     """The prologues, whose tiles of D grow with the rank; GEMMs are held against it in their configurations."""
+    size = 4 if factor == "fp32" else 2
+    kind = "tf32" if factor == "fp32" else "bf16"
+    instruction = rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::{'tf32' if factor == 'fp32' else 'f16'}"
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
     for tokens in (512, 4096):
-        chosen = config.prologue_for(device, tokens, 3072, rank)
+        chosen = config.prologue_for(device, tokens, 3072, rank, size)
         assert isinstance(chosen, config.PrologueConfig)
-        tiles = f"[{chosen.block_m},{chosen.block_k}]", f"[{rank},{chosen.block_k}]"
-        described = [f"tensordesc<bf16{tile}>" if chosen.descriptors else "*bf16" for tile in tiles]
+        tiles = f"bf16[{chosen.block_m},{chosen.block_k}]", f"{factor}[{rank},{chosen.block_k}]"
+        described = [f"tensordesc<{tile}>" if chosen.descriptors else "*" + tile.split("[")[0] for tile in tiles]
         codes = "*" + (FP8 if capability >= 89 else INT8)
         compiled = build(
             prologue.prologue_kernel,
@@ -221,24 +242,24 @@ def test_branches_of_many_loras_fit(capability: int, rank: int, tmp_path: Path) 
             num_warps=chosen.warps,
             enable_fp_fusion=False,
         )
-        expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
-        assert compiled.metadata.shared <= chosen.shared_memory(rank)
+        expect(compiled, capability, instruction, tmp_path, STACK if factor == "bf16" else 512)
+        assert compiled.metadata.shared <= chosen.shared_memory(rank, size)
     compiled = build(
         four_bits.groups_kernel,
         capability,
-        {"x": "*bf16", "smooth": "*bf16", "down": "*bf16", "codes": "*i8", "scales": "*fp32", "low": "*fp32"},
+        {"x": "*bf16", "smooth": "*bf16", "down": "*" + factor, "codes": "*i8", "scales": "*fp32", "low": "*fp32"},
         {
             "SHIFT": 0.0,
             "SMOOTH": True,
             "RANK": rank,
             "ACCUMULATE": False,
             "BLOCK_M": four_bits.BLOCK_M,
-            "BLOCK_K": four_bits.columns_at_once(rank),
+            "BLOCK_K": four_bits.columns_at_once(rank, size),
         },
         num_warps=4,
         enable_fp_fusion=False,
     )
-    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    expect(compiled, capability, instruction, tmp_path, STACK if factor == "bf16" else 512)
 
 
 @pytest.mark.parametrize("kind", [INT8, FP8])
@@ -345,26 +366,54 @@ def test_unpack(capability: int, weight: str, group: int, kind: str, tmp_path: P
     assert ".ftz" not in "".join(re.findall(r"mul\S*f32", compiled.asm["ptx"]))
 
 
-@pytest.mark.parametrize(("weight", "group"), [("int4", 64), ("nvfp4", 16)])
+@pytest.mark.parametrize(
+    ("weight", "group", "rank", "factor"),
+    [
+        ("int4", 64, 32, "bf16"),
+        ("nvfp4", 16, 32, "bf16"),
+        ("int4", 256, config.LARGEST_RANK, "bf16"),
+        ("ternary", 0, 64, "bf16"),
+        ("ternary", 0, config.LARGEST_RANK, "bf16"),
+        ("ternary", 0, config.LARGEST_RANK, "fp32"),
+    ],
+)
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_dequantize(capability: int, weight: str, group: int, tmp_path: Path) -> None:
+def test_dequantize(capability: int, weight: str, group: int, rank: int, factor: str, tmp_path: Path) -> None:
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    factors = "*" + factor
+    ranks = dequantize.ranks_at_once(device, rank, wide=factor == "fp32")
     compiled = build(
         dequantize.dequantize_kernel,
         capability,
-        {"codes": "*u8", "scales": SCALES[weight], "smooth": "*bf16", "down": "*bf16", "up": "*bf16", "out": "*bf16"},
         {
-            "PER_BYTE": 2,
+            "codes": "*u8",
+            "scales": SCALES.get(weight, "*bf16"),
+            "smooth": "*bf16",
+            "down": factors,
+            "up": factors,
+            "out": "*bf16",
+        },
+        {
+            "PER_BYTE": formats.get(weight).codes_per_byte,
             "FLOATS": weight == "nvfp4",
             "GROUP": group,
             "SMOOTH": True,
-            "RANK": 32,
+            "RANK": rank,
+            "RANKS": ranks,
             "BLOCK_N": dequantize.BLOCK_N,
             "BLOCK_K": dequantize.BLOCK_K,
         },
         num_warps=8,
         enable_fp_fusion=False,
     )
+    if factor == "fp32":
+        # Three products for each, of which a part is spilled once for a piece of the rank.
+        expect(compiled, capability, r"mma\S*f32\.tf32\.tf32|tcgen05\.mma\S*kind::tf32", tmp_path, 512)
+        return
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    assert compiled.metadata.shared <= dequantize.shared_memory(ranks)
+    # Where there is room, the product is one.
+    assert ranks == rank or capability in (86, 89, 120)
 
 
 INT8_INSTRUCTION = r"mma\S*s32\.s8\.s8"

@@ -33,7 +33,14 @@ def benchmark(
     compile_blocks: Annotated[bool, typer.Option("--compile", help="Time it with compiled blocks as well.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Time the replay of a CUDA graph as well.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say which kernels a step's time goes to.")] = False,
-    path: options.ArithmeticPath = "auto",
+    path: Annotated[
+        str,
+        typer.Option(
+            "--path",
+            help="Force an arithmetic on the few-bit side: a16, a8-int8, a8-fp8 or a4; auto takes the best here. "
+            "Refused where nothing is few-bit: a model in 16 bits without --recipe.",
+        ),
+    ] = "auto",
     attention: options.Attention = None,
     mini: Annotated[bool, typer.Option("--mini", help="The architecture at a toy's width, to try a command.")] = False,
     device: options.Device = "auto",

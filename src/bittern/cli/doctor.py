@@ -84,19 +84,25 @@ def _paths(device: str) -> list[dict[str, Any]]:
     from bittern import ops
     from bittern.scheme import Scheme
 
-    schemes = (("int4", 4), ("ternary", 8), ("int4", 16))
+    schemes = (
+        Scheme(weight="int4", activations=4),
+        Scheme(weight="nvfp4", group_size=16, scale_dtype="e4m3", activations=4),
+        Scheme(weight="ternary", activations=8),
+        Scheme(weight="int4", activations=16),
+        Scheme(weight="nvfp4", group_size=16, scale_dtype="e4m3", activations=16),
+    )
     return [
         {
             "device": device,
-            "weight": weight,
-            "activations": bits,
+            "weight": scheme.weight,
+            "activations": scheme.activations,
             "path": verdict.path,
             "backend": verdict.backend,
             "runs": verdict.accepted,
             "reason": verdict.reason,
         }
-        for weight, bits in schemes
-        for verdict in ops.explain(Scheme(weight=weight, activations=bits), device)
+        for scheme in schemes
+        for verdict in ops.explain(scheme, device)
     ]
 
 

@@ -140,10 +140,7 @@ class QuantLinear(FewBitLayer, nn.Linear):
             bias: Of these rows.
             gelu_from: The first of these rows whose outputs pass through a GELU; None for none.
         """
-        if not isinstance(x, Tensor):
-            inputs = list(x)
-        else:
-            inputs = [x] if len(self.segments) == 1 else list(x.split(self.segments, dim=-1))
+        inputs = self._by_segment(x)
         codes, scales, smooth, down, up, row_scales = self._stacked(start, stop)
         if row_scales is not None:
             scales = formats.nvfp4.combine(scales, row_scales, self.scheme.layout(self.segments))
@@ -162,12 +159,32 @@ class QuantLinear(FewBitLayer, nn.Linear):
             gelu_from,
         )
 
+    def _by_segment(self, x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """One input per K-segment. Operations see no difference between layers of 64 + 72 and of 72 + 64 inputs."""
+        given = [x] if isinstance(x, Tensor) else list(x)
+        sizes = tuple(part.shape[-1] if part.ndim else 0 for part in given)
+        if sizes == self.segments:
+            return given
+        if isinstance(x, Tensor) and sizes == (self.in_features,):
+            return list(x.split(self.segments, dim=-1))
+        raise UserError(_not_for(given, self.segments))
+
     def extra_repr(self) -> str:
         """The shape, the numbers and the path."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.numbers()}"
         )
+
+
+def _not_for(given: Sequence[Tensor], segments: tuple[int, ...]) -> str:
+    if any(part.ndim == 0 for part in given):
+        return "the input is a single number without an axis: expected a vector of inputs, or rows of them"
+    sizes = " and ".join(str(part.shape[-1]) for part in given) or "none"
+    if len(segments) == 1:
+        return f"inputs of {sizes} columns: expected one tensor of {segments[0]}"
+    parts = " and ".join(map(str, segments))
+    return f"inputs of {sizes} columns: expected tensors of {parts}, in this order, or one of {sum(segments)}"
 
 
 def is_unhooked(module: nn.Module) -> bool:

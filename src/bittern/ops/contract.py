@@ -102,9 +102,10 @@ def few_bit_linear(
 def _is_unwatched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call may go straight to its implementation, which saves the host a third of its time.
 
-    The dispatcher is there for compilers, modes, transforms, subclasses of tensors and the profiler.
+    The dispatcher is there for compilers, modes, transforms, subclasses of tensors, the profiler and other devices.
     """
-    return not (
+    first = tensors[0]
+    return (first is not None and (first.is_cpu or first.is_cuda)) and not (
         torch.compiler.is_compiling()
         or _torch.jit.is_tracing()
         or _torch._C._len_torch_dispatch_stack()
@@ -182,6 +183,7 @@ def check(
 ) -> None:
     """Refuses tensors that do not fit together: kernels read memory by these shapes without looking again."""
     n = codes.shape[0]
+    _check_axis(inputs)
     layout = reference.layout_of(tuple(int(x.shape[-1]) for x in inputs), group_size)
     expected = {
         "codes": (codes, (n, formats.get(weight).packing.bytes_per_row(layout.padded_k))),
@@ -213,6 +215,11 @@ def check(
         raise UserError(f"shift has {len(shift)} values: expected {len(inputs)}, one per input, or none")
     if gelu_from is not None and not 0 <= gelu_from <= n:
         raise UserError(f"gelu_from {gelu_from}: expected one of the {n} outputs, or none")
+
+
+def _check_axis(inputs: Sequence[Tensor]) -> None:
+    if any(x.ndim == 0 for x in inputs):
+        raise UserError("the input is a single number without an axis: expected a vector of inputs, or rows of them")
 
 
 def _linear(
@@ -252,6 +259,7 @@ def _linear(
             x.shape[:-1].numel(),
             group_size or 0,
             len(inputs),
+            codes.shape[0],
         )
         run = dispatch.plan(signature, path, call)
     return run(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift, gelu_from)
@@ -284,21 +292,30 @@ def _dequantize_shape(codes: Tensor, *args: Any) -> Tensor:
     return codes.new_empty(codes.shape[0], sum(segments), dtype=dtype)
 
 
+def _dequantize(*args: Any) -> Tensor:
+    dispatch.want_reference("dequantize")
+    return reference.dequantize(*args)
+
+
 def _quantize(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_axis([x])
     if format in ("int8", "fp8"):
         # The weights do not matter here: any format stands for all.
         call = dispatch.Call("int4", x.device.type, dispatch.device_capability(x.device), x.dtype, x.shape[:-1].numel())
         prologue = dispatch.select(f"a8-{format}", call).prologue
         if prologue is not None:
             return prologue(x, smooth, down, format, shift)
+    else:
+        dispatch.want_reference(f"quantize_activations to {format}")
     return reference.quantize_activations(x, smooth, down, format, shift)
 
 
 def _quantize_shape(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_axis([x])
     *batch, k = x.shape
     low = x.new_empty(*batch, 0 if down is None else down.shape[0], dtype=torch.float32)
     if format in ("int8", "fp8"):
@@ -329,7 +346,9 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     inputs = torch.ops.bittern.few_bit_linear_backward.default(grad, *ctx.saved_tensors, *ctx.layout)
     bias = None
     if ctx.needs_input_grad[6]:
-        bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        # Not by -1: without outputs there may be any number of rows.
+        rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
+        bias = rows.sum(0).to(ctx.bias_dtype)
     gradients = [*inputs.split(ctx.layout[-1], -1)]
     return gradients, None, None, None, None, None, bias, None, None, None, ctx.shift_gradient, None
 
@@ -352,7 +371,7 @@ _run_linear = _without_autocast(_linear)
 for _device in ("CPU", "CUDA"):
     library.impl("few_bit_linear", _run_linear, _device)
     library.impl("few_bit_linear_backward", _without_autocast(reference.few_bit_linear_backward), _device)
-    library.impl("dequantize", _without_autocast(reference.dequantize), _device)
+    library.impl("dequantize", _without_autocast(_dequantize), _device)
     library.impl("quantize_activations", _without_autocast(_quantize), _device)
 torch.library.register_fake("bittern::few_bit_linear", _linear_shape, lib=library)
 torch.library.register_fake("bittern::few_bit_linear_backward", _backward_shape, lib=library)

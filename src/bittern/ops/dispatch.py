@@ -50,6 +50,7 @@ class Call:
         rows: Rows of each input.
         group: Inputs under one weight scale; 0 for whole rows.
         segments: Number of inputs.
+        outputs: Rows of codes.
     """
 
     weight: str
@@ -59,6 +60,7 @@ class Call:
     rows: int | None = None
     group: int | None = None
     segments: int | None = None
+    outputs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Kernel:
         rows: Least and most rows of the input; None for no limit above.
         groups: Inputs under one weight scale, 0 for whole rows; None for any number.
         segments: Most inputs; None for no limit.
+        outputs: Least number of them.
     """
 
     path: Path
@@ -96,6 +99,7 @@ class Kernel:
     rows: tuple[int, int | None] = (0, None)
     groups: tuple[int, ...] | None = None
     segments: int | None = None
+    outputs: int = 0
     prologue: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     lacks: str | None = None
 
@@ -123,6 +127,8 @@ class Kernel:
             return f"takes weight groups of {known}, not {call.group or 'whole rows'}"
         if self.segments is not None and call.segments is not None and call.segments > self.segments:
             return f"takes at most {self.segments} inputs, not {call.segments}"
+        if call.outputs is not None and call.outputs < self.outputs:
+            return f"takes at least {self.outputs} output{'s' * (self.outputs > 1)}, not {call.outputs}"
         return None
 
 
@@ -182,6 +188,22 @@ def use_backend(name: str) -> Generator[None]:
 def forced_backend() -> str | None:
     """The only backend that may compute, within `use_backend`; None elsewhere."""
     return _forced_backend.get()
+
+
+def want_reference(operation: str, *refusals: tuple[str, str]) -> None:
+    """Refuses an operation that only the reference computes here, within `use_backend` of another backend.
+
+    Args:
+        operation: What is asked for.
+        refusals: Backends that have it, and why each cannot compute it here.
+
+    Raises:
+        UserError: with the reason.
+    """
+    forced = _forced_backend.get()
+    if forced not in (None, "torch"):
+        reason = dict(refusals).get(forced, "has no kernel for it: leave use_backend out, or ask for 'torch'")
+        raise UserError(f"{operation} cannot be computed here by the backend {forced!r}: {forced} {reason}")
 
 
 def select(path: str, call: Call) -> Kernel:

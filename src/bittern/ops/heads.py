@@ -34,6 +34,7 @@ library.define(
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LARGEST_HEAD = 256
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def rotary_heads(
@@ -51,13 +52,13 @@ def rotary_heads(
         q: Queries of each stream of tokens, of any strides.
         k: Keys, likewise.
         q_weights: The normalization's weight for each stream's queries.
-        k_weights: Those for the keys.
+        k_weights: Those for the keys. Where their dtypes differ from the queries', plain torch says how it rounds.
         eps: Added to mean squares.
         cos: Cosines for all tokens in their order, each pair of inputs an angle; float32.
         sin: Sines.
 
     Raises:
-        UserError: if shapes do not fit together.
+        UserError: if shapes, devices or types do not fit together, or no backend computes it here.
     """
     given = (*q, *k, *q_weights, *k_weights)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -83,7 +84,8 @@ def reference_heads(
         dtype = streams[0].dtype
         n = torch.cat(normed, dim=1).to(torch.promote_types(dtype, torch.float32))
         turned = torch.stack([-n[..., 1::2], n[..., ::2]], dim=-1).flatten(-2)
-        return (n * cos[:, None] + turned * sin[:, None]).to(dtype)
+        # Whatever the strides of the streams, which their concatenation may keep.
+        return (n * cos[:, None] + turned * sin[:, None]).to(dtype).contiguous()
 
     return rotated(q, q_weights), rotated(k, k_weights)
 
@@ -108,6 +110,13 @@ def _check(
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) != (tokens, size):
             raise UserError(f"{name} has shape {list(table.shape)}: expected {[tokens, size]} for {tokens} tokens")
+    others = [*q, *k, *q_weights, *k_weights, cos, sin]
+    if any(t.device != q[0].device for t in others):
+        devices = sorted({str(t.device) for t in others})
+        raise UserError(f"queries, keys, weights and tables are on {', '.join(devices)}: expected one device")
+    if not all(t.is_floating_point() for t in others):
+        found = sorted({str(t.dtype) for t in others if not t.is_floating_point()})
+        raise UserError(f"queries, keys, weights or tables have dtype {', '.join(found)}: expected float types")
     if size % 2 or any(w.shape != (size,) for w in (*q_weights, *k_weights)):
         raise UserError(f"heads of {size}: expected an even size and weights of that length")
 
@@ -117,23 +126,43 @@ def _run(
     cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(q, k, q_weights, k_weights, cos, sin)
-    if _has_kernel(q[0]):
+    why = refusal(q, k, q_weights, k_weights, cos, sin)
+    if why is None and dispatch.forced_backend() in (None, "triton"):
         run: Any = importlib.import_module("bittern.ops.triton.heads").rotary_heads
         return run(q, k, q_weights, k_weights, eps, cos, sin)
+    dispatch.want_reference("rotary_heads", ("triton", why or ""))
     return reference_heads(q, k, q_weights, k_weights, eps, cos, sin)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    size = x.shape[-1]
-    if not x.is_cuda or not _HAS_TRITON or dispatch.forced_backend() not in (None, "triton"):
-        return False
-    return x.dtype in (torch.bfloat16, torch.float16) and size <= _LARGEST_HEAD and not size & (size - 1)
+def refusal(
+    q: Sequence[Tensor], k: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor], cos: Tensor,
+    sin: Tensor,
+) -> str | None:  # fmt: skip
+    """Why the kernel cannot take tensors that fit together; None if it can. It takes any strides."""
+    dtype, size = q[0].dtype, q[0].shape[-1]
+    if not q[0].is_cuda:
+        return f"runs on cuda, not on {q[0].device.type}"
+    if not _HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    if dtype not in _DTYPES:
+        return f"takes {', '.join(map(str, _DTYPES))}, not {dtype}"
+    if size > _LARGEST_HEAD or size & (size - 1):
+        return f"takes heads of powers of two up to {_LARGEST_HEAD}, not of {size}"
+    if not all(t.numel() for t in (*q, *k)):
+        return "takes tokens, not none"
+    # The reference rounds as the types of its operands say; the kernel knows one way.
+    if any(t.dtype != dtype for t in (*q, *k, *q_weights, *k_weights)):
+        return f"takes queries, keys and weights of one dtype, not others beside {dtype}"
+    if not cos.dtype == sin.dtype == torch.float32:
+        return f"takes cos and sin in torch.float32, not {cos.dtype} and {sin.dtype}"
+    return None
 
 
 def _shapes(
     q: Sequence[Tensor], k: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor], eps: float,
     cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(q, k, q_weights, k_weights, cos, sin)
     batch, _, heads, size = q[0].shape
     whole = q[0].new_empty(batch, sum(x.shape[1] for x in q), heads, size)
     return whole, torch.empty_like(whole)

@@ -28,7 +28,7 @@ Rules that make the numbers definite
   codes -8..7; or max / 15 with codes 0..15 where the segment has a shift h > 0. Groups start at each segment, whose
   last group is filled with zeros. What is not folded.
 - A scale is at least the smallest normal float32, so that zeros and denormals give code 0 and never NaN.
-  An infinity or a NaN in a token makes that token's outputs non-finite, and no other token's.
+  An infinity of either sign or a NaN in a token makes that token's outputs non-finite, and no other token's.
 
 Memory stays bounded: weights are unpacked a block of rows at a time, so that no float copy of a large weight
 ever exists. Activations are held in float32 once or twice.
@@ -147,6 +147,8 @@ def few_bit_linear(
             activated = total[:, max(0, gelu_from - rows.start) :]
             activated.copy_(torch.nn.functional.gelu(activated, approximate="tanh"))
         outputs.append(total.to(inputs[0].dtype))
+    if not outputs:
+        return inputs[0].new_empty(*inputs[0].shape[:-1], 0)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return y.reshape(*inputs[0].shape[:-1], codes.shape[0])
 
@@ -168,7 +170,7 @@ def few_bit_linear_backward(
     path has the gradient of a16.
     """
     layout = layout_of(tuple(segments), group_size)
-    flat = grad.reshape(-1, grad.shape[-1]).float()
+    flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).float()
     result = flat.new_zeros(flat.shape[0], layout.k)
     for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
         for segment in layout:
@@ -214,7 +216,8 @@ def quantize_activations(
     """A layer's prologue on one segment. Arguments and results as in `bittern.ops.quantize_activations`."""
     if format not in SPANS:
         raise UserError(f"unknown activation format {format!r}: {did_you_mean(format, SPANS)}")
-    raw = x.reshape(-1, x.shape[-1]).float()
+    # What is promised of the results is that their rows are contiguous, whatever x's are.
+    raw = x.reshape(-1, x.shape[-1]).float().contiguous()
     low = raw.new_empty(raw.shape[0], 0) if down is None else raw @ down.float().T
     (whole,) = layout_of((x.shape[-1],), None)
     offset = shift if format == "uint4" else 0.0
@@ -252,7 +255,7 @@ def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m pad
         groups = x.view(m, x.shape[1] // ACTIVATION_GROUP, ACTIVATION_GROUP)
     else:
         groups = x.view(m, 1, k)
-    peak = groups.amax(-1, keepdim=True) if format == "uint4" else _amax(groups)
+    peak = _largest(groups) if format == "uint4" else _amax(groups)
     scale = (peak * RECIPROCALS[format]).clamp_min_(TINY)
     if format == "int4":
         scale = torch.where(groups.amax(-1, keepdim=True) > -groups.amin(-1, keepdim=True), -scale, scale)
@@ -334,6 +337,12 @@ def _rounded(values: Tensor, format: str) -> Tensor:
 def _amax(values: Tensor) -> Tensor:
     """The largest magnitude of each row, as a column; without a full-size copy of magnitudes."""
     return torch.maximum(values.amax(-1, keepdim=True), values.amin(-1, keepdim=True).neg_())
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest number of each row, as a column; infinity also for the negative one, which must not become code 0."""
+    peak = values.amax(-1, keepdim=True)
+    return peak.masked_fill_(values.amin(-1, keepdim=True).isneginf(), torch.inf)
 
 
 def _blocks(

@@ -161,7 +161,7 @@ def benchmark(
 
     Raises:
         UserError: for an unknown model, recipe or attention, a size that does not fit, a recipe for a model that is
-            few-bit already, and a device that is not there.
+            few-bit already, a path where nothing is few-bit, and a device that is not there.
     """
     how = how or How()
     how.check()
@@ -172,6 +172,10 @@ def benchmark(
     is_few = is_few_bit(what.config)
     if is_few and recipe is not None:
         raise UserError(f"{model} is few-bit already: leave out --recipe, or give the original")
+    if how.path is not None and not is_few and recipe is None:
+        raise UserError(
+            f"--path {how.path} is for few-bit layers, and {model} has none: give a --recipe, or leave it out"
+        )
     if recipe is not None:
         # Refused before 16 bits are timed for it.
         plan(skeleton(what, how.dtype), recipes.load(recipe))

@@ -30,6 +30,7 @@ def kernels() -> tuple[Kernel, ...]:
         "dtypes": _DTYPES,
         "weights": ("int4", "nvfp4", "ternary"),
         "groups": _GROUPS,
+        "outputs": 1,
         # Asked once: a compiler cannot trace the search.
         "lacks": None if importlib.util.find_spec("triton") else "triton",
     }

@@ -33,9 +33,9 @@ class PrologueConfig:
     stages: int = 3
     descriptors: bool = False
 
-    def shared_memory(self, rank: int) -> int:
-        """About how many bytes it takes: tiles of x and D, in 16 bits, on their way."""
-        return 2 * (self.stages - 1) * (self.block_m + padded_rank(rank)) * self.block_k + 4096
+    def shared_memory(self, rank: int, factor_bytes: int = 2) -> int:
+        """About how many bytes it takes: tiles of x, in 16 bits, and of D on their way."""
+        return (self.stages - 1) * (2 * self.block_m + factor_bytes * padded_rank(rank)) * self.block_k + 4096
 
 
 @dataclass(frozen=True)
@@ -210,15 +210,25 @@ def device_of(device: torch.device) -> Device:
     return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
 
-def prologue_for(device: Device, m: int, k: int, rank: int = 0) -> PrologueConfig | WholeRowsConfig:
-    """The configuration for M tokens, of which few need small tiles to occupy the device, K inputs and a rank."""
+def prologue_for(
+    device: Device, m: int, k: int, rank: int = 0, factor_bytes: int = 2
+) -> PrologueConfig | WholeRowsConfig:
+    """The configuration for M tokens, of which few need small tiles to occupy the device, K inputs and a rank.
+
+    Args:
+        device: Where it runs.
+        m: Tokens.
+        k: Inputs.
+        rank: Of the branch.
+        factor_bytes: Bytes of a number of D.
+    """
     if not rank:
         for whole in tuned.all_of(WholeRowsConfig, "whole_rows", device.capability, m=m):
             if whole.holds(k):
                 return whole
     chosen = tuned.first(PrologueConfig, "prologue", device.capability, m=m, rank=rank)
     # Two programs a multiprocessor wait for memory in turns, where there is more than the least of any device.
-    while chosen.shared_memory(rank) > max(device.shared_memory // 2, 96 << 10):
+    while chosen.shared_memory(rank, factor_bytes) > max(device.shared_memory // 2, 96 << 10):
         chosen = replace(chosen, block_k=chosen.block_k // 2)
     return chosen
 

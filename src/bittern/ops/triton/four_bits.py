@@ -80,15 +80,21 @@ def quantize_groups(
         RANK=padded_rank(rank),
         ACCUMULATE=accumulate,
         BLOCK_M=BLOCK_M,
-        BLOCK_K=columns_at_once(rank),
+        BLOCK_K=columns_at_once(rank, 2 if down is None else down.element_size()),
         num_warps=4,
         enable_fp_fusion=False,
     )
 
 
-def columns_at_once(rank: int) -> int:
-    """Columns of a tile of x and D: fewer for a high rank, whose tile of D must fit the smallest shared memory."""
-    return BLOCK_K if padded_rank(rank) <= 64 else BLOCK_K // 2
+def columns_at_once(rank: int, factor_bytes: int = 2) -> int:
+    """Columns of a tile of x and D: fewer for a high rank, whose tile of D must fit the smallest shared memory.
+
+    Args:
+        rank: Of the branch.
+        factor_bytes: Bytes of a number of D.
+    """
+    halvings = max(1, padded_rank(rank) * factor_bytes // 128).bit_length() - 1
+    return BLOCK_K >> halvings
 
 
 def correct_bias(
@@ -193,7 +199,8 @@ def groups_kernel(
         grouped = u.reshape(BLOCK_M, GROUPS, _GROUP)
         magnitudes = tl.abs(grouped)
         if SHIFT != 0:
-            magnitudes = tl.where(grouped <= 0.0, 0.0, magnitudes)
+            # Minus infinity must not become code 0: it counts as the other one.
+            magnitudes = tl.where((grouped <= 0.0) & (magnitudes < float("inf")), 0.0, magnitudes)
         # As integers, magnitudes have the same order, with NaN above infinity.
         peak = tl.max(magnitudes.to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
         scale = peak * (_UNSIGNED if SHIFT != 0 else _SIGNED)

@@ -97,7 +97,7 @@ class LayerPlan:
         gelu_from: int | None = None,
     ) -> Tensor:
         """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
-        if down is not None and up is not None and is_apart(down):
+        if down is not None and up is not None and self._is_apart(down):
             y = self(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
             return activated(with_branch(y, inputs, down, up), gelu_from)
         first = inputs[0]
@@ -133,6 +133,10 @@ class LayerPlan:
         self.launches = recorder.launches() or self.launches
         return out
 
+    def _is_apart(self, down: Tensor) -> bool:
+        """Whether the branch is computed beside the kernels."""
+        return is_apart(down)
+
     def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
         """The down-projected inputs [M, R] in float32, where no kernel projects them."""
         return None
@@ -145,6 +149,9 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 class EightBits(LayerPlan):
     """Path "a8-int8" or "a8-fp8"."""
+
+    def _is_apart(self, down: Tensor) -> bool:
+        return is_apart(down) or (down.element_size() > 2 and not has_room_for_float32(down))
 
     def _record(self, recorder: Recorder, call: _Call) -> None:
         (m, n), device, grouped = call.out.shape, call.out.device, call.layout.group_size is not None
@@ -183,7 +190,7 @@ class EightBits(LayerPlan):
                 recorder.part(a, a[:, start:stop]),
                 recorder.part(row_scales, row_scales[i]),
                 low if rank else None,
-                config.prologue_for(here, m, x.shape[-1], rank),
+                config.prologue_for(here, m, x.shape[-1], rank, _bytes_of_factors(call.down[i])),
                 accumulate=i > 0,
                 launch=recorder.launch,
             )
@@ -216,6 +223,10 @@ class EightBits(LayerPlan):
                 chosen,
                 launch=recorder.launch,
             )
+
+
+def _bytes_of_factors(down: Tensor | None) -> int:
+    return 2 if down is None else down.element_size()
 
 
 def reachable(out: Tensor, up: Tensor | None, bias: Tensor | None) -> bool:
@@ -385,6 +396,15 @@ def is_apart(down: Tensor) -> bool:
     return config.padded_rank(down.shape[0]) > config.LARGEST_RANK
 
 
+def has_room_for_float32(down: Tensor) -> bool:
+    """Whether the epilogue of the 8-bit GEMM takes a branch in float32.
+
+    More than 32 of the rank exceed Hopper's shared memory, and of less Triton 3.6 makes no code for 10.0.
+    """
+    here = config.device_of(down.device)
+    return config.padded_rank(down.shape[0]) <= 32 and here.capability[0] != 10
+
+
 def with_branch(y: Tensor, inputs: Sequence[Tensor], down: Tensor, up: Tensor) -> Tensor:
     """Adds (x · D^T) · U^T to y in place, by the vendor's GEMM, in the dtype of x."""
     low: Tensor | None = None
@@ -418,6 +438,7 @@ def quantize_activations(
     low = torch.empty(len(flat), 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
     if len(flat):
         reciprocals = None if smooth is None else smooth.float().reciprocal()
-        tiles = config.prologue_for(config.device_of(x.device), len(flat), k, low.shape[1])
+        here = config.device_of(x.device)
+        tiles = config.prologue_for(here, len(flat), k, low.shape[1], _bytes_of_factors(down))
         quantize_rows(flat, reciprocals, down, codes, scales[:, 0], low, tiles)
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])
