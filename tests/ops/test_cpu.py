@@ -24,6 +24,11 @@ BF16 = 3 * 2.0**-9
 HAS = {"has": True, "lacks": False}
 
 
+@pytest.fixture(autouse=True)
+def no_layer_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SMALL", 0)
+
+
 @pytest.fixture(params=[*HAS])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """What this CPU has, and a CPU with neither int8 nor bf16 instructions."""
@@ -173,11 +178,18 @@ def test_no_large_copy_of_a_weight(monkeypatch: pytest.MonkeyPatch, path: str, m
     assert largest.elements <= 2**18
 
 
-def test_more_inputs_than_integers_can_sum_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_MOST_INPUTS", 64)
-    asked: list[int] = []
-    run = reference.few_bit_linear
-    monkeypatch.setattr(reference, "few_bit_linear", lambda *args: asked.append(len(args)) or run(*args))
+@pytest.mark.parametrize(("limit", "value"), [("_MOST_INPUTS", 64), ("SMALL", 5 * 128 + 1)])
+def test_layers_beyond_the_limits_are_the_references(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     layer, inputs = random_layer(0, 5, (65,)), random_inputs(1, "gaussian", 3, (65,), torch.float32)
+    asked: list[str] = []
+
+    def run(*args: Any) -> Tensor:
+        asked.append(args[9])
+        return torch.zeros(3, 5)
+
+    monkeypatch.setattr(reference, "few_bit_linear", run)
     cpu.few_bit_linear(inputs, *layer.args(), "a8-int8", ())
-    assert asked
+    assert asked == []
+    monkeypatch.setattr(cpu, limit, value)
+    cpu.few_bit_linear(inputs, *layer.args(), "a8-int8", ())
+    assert asked == ["a8-int8"]

@@ -42,6 +42,9 @@ TILE = 2**19
 FEW_TOKENS = 16
 """Up to here products are so short that their weights had better be in the cache still: blocks are pieces."""
 
+SMALL = 2**19
+"""Layers of fewer weights are the reference's: torch's calls are what they wait for, and it makes fewer of them."""
+
 # Sums of so many products of 127 · 128 fit int32, and float32.
 _MOST_INPUTS = 2**17
 _EXACT_INPUTS = 2**10
@@ -56,13 +59,13 @@ _UNIT = {"int4": 16, "ternary": 1}
 @functools.cache
 def multiplies_integers() -> bool:
     """Whether `torch._int_mm` is fast and exact: without these instructions it need not be either."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 @functools.cache
 def multiplies_bf16() -> bool:
     """Whether products in bf16 are several times as fast as in float32."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
 
 
 class _Layer(NamedTuple):
@@ -85,11 +88,12 @@ class _Layer(NamedTuple):
         return self.segments[-1].padded.stop
 
 
-class _Scratch(NamedTuple):
-    """Memory that every piece takes again: a plane of codes, and the piece in float32."""
+class _Piece(NamedTuple):
+    """Memory for so many rows of codes, which every piece takes again: the codes of one place, and all as numbers."""
 
+    rows: int
     plane: Tensor
-    piece: Tensor
+    numbers: Tensor
 
 
 def few_bit_linear(
@@ -108,7 +112,7 @@ def few_bit_linear(
 ) -> Tensor:
     """The layer on path a8-int8 or a16. Arguments as in `bittern.ops.few_bit_linear`."""
     layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
-    if layout.padded_k > _MOST_INPUTS:
+    if layout.padded_k > _MOST_INPUTS or layout.padded_k * len(codes) < SMALL:
         return reference.few_bit_linear(
             inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift, gelu_from
         )
@@ -126,29 +130,33 @@ def _floats(layer: _Layer) -> None:
     many = m > FEW_TOKENS and layer.y.dtype == torch.bfloat16 and multiplies_bf16()
     dtype = torch.bfloat16 if many else torch.float32
     rank = 0 if layer.up is None else layer.up.shape[1]
-    width = -(-(k + rank + 1) // _ALIGNED) * _ALIGNED
+    width = k + rank + (layer.bias is not None)
+    width += -width % _ALIGNED if many else 0
     x, low = torch.empty(m, width, dtype=dtype), torch.zeros(m, rank)
     for segment, tokens, numbers in _smoothed(layer, low):
         _arrange(numbers, _CODES_PER_BYTE[layer.weight], x[tokens, segment.padded])
     x[:, k : k + rank] = low
-    x[:, k + rank] = 1
-    x[:, k + rank + 1 :] = 0
-    block = _rows_of_a_block(BLOCK if m > FEW_TOKENS else PIECE, width)
-    piece = _Scratch(_scratch(PIECE // 2, k, torch.uint8), _scratch(PIECE, k))
-    # Columns without a bias, and those that align, stay zero.
-    weights, outputs = torch.zeros(block * width, dtype=dtype), _scratch(TILE, block, dtype)
+    x[:, k + rank :] = 1
+    n = len(layer.codes)
+    block = _rows(BLOCK if m > FEW_TOKENS else PIECE, width, n)
+    tile, piece = _rows(TILE, block, m), _piece(layer)
+    direct = layer.y.dtype == dtype == torch.float32 and layer.gelu_from is None
+    # Columns that align stay zero.
+    weights, outputs = torch.zeros(block, width, dtype=dtype), torch.empty(tile * block, dtype=dtype)
     groups = layer.scales / _UNIT[layer.weight]
-    for rows in _slices(len(layer.codes), block):
-        w = _shaped(weights, rows.stop - rows.start, width)
+    for rows in _slices(n, block):
+        w = weights[: rows.stop - rows.start]
         for segment in layer.segments:
             _unpack(layer, groups[rows, segment.groups], rows, segment, piece, w[:, segment.padded])
         if layer.up is not None:
             w[:, k : k + rank] = layer.up[rows]
         if layer.bias is not None:
             w[:, k + rank] = layer.bias[rows]
-        for tokens in _slices(m, TILE * torch.get_num_threads() // block):
-            total = _shaped(outputs, tokens.stop - tokens.start, len(w))
-            _finish(layer, torch.mm(x[tokens], w.T, out=total), tokens, rows)
+        for tokens in _slices(m, tile):
+            target = layer.y[tokens, rows] if direct else _shaped(outputs, tokens.stop - tokens.start, len(w))
+            torch.mm(x[tokens], w.T, out=target)
+            if not direct:
+                _finish(layer, target, tokens, rows)
 
 
 def _integers(layer: _Layer) -> None:
@@ -169,17 +177,18 @@ def _integers(layer: _Layer) -> None:
         (c / unit, None) if ratios is None else (c, ratios.div_(unit))
         for c, ratios in (reference.fold_scales(layer.scales[:, s.groups], "int8", largest) for s in layer.segments)
     ]
-    block = _rows_of_a_block(BLOCK, k)
-    piece = _Scratch(_scratch(PIECE // 2, k, torch.uint8), _scratch(PIECE, k))
-    weights, sums = torch.empty(block * k, dtype=dtype), _scratch(TILE, block, torch.int32)
-    outputs = _scratch(TILE, block)
+    n = len(layer.codes)
+    block = _rows(BLOCK, k, n)
+    tile, piece = _rows(TILE, block, m), _piece(layer)
+    weights, sums = torch.empty(block, k, dtype=dtype), torch.empty(tile * block, dtype=torch.int32)
+    outputs = torch.empty(tile * block)
     parts = outputs if len(folded) == 1 else torch.empty_like(outputs)
-    for rows in _slices(len(layer.codes), block):
-        w = _shaped(weights, rows.stop - rows.start, k)
+    for rows in _slices(n, block):
+        w = weights[: rows.stop - rows.start]
         for segment, (_, ratios) in zip(layer.segments, folded, strict=True):
             groups = None if ratios is None else ratios[rows]
             _unpack(layer, groups, rows, segment, piece, w[:, segment.padded], rounded=True)
-        for tokens in _slices(m, TILE * torch.get_num_threads() // block):
+        for tokens in _slices(m, tile):
             shape = (tokens.stop - tokens.start, len(w))
             total = _shaped(outputs, *shape)
             for place, (segment, (c, _)) in enumerate(zip(layer.segments, folded, strict=True)):
@@ -198,7 +207,8 @@ def _integers(layer: _Layer) -> None:
 def _sums(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
     """The product of two matrices of integers, int8 or float32, in int32."""
     if x.dtype == torch.int8:
-        return torch._int_mm(x, w, out=out)
+        # Torch has no public product of integers.
+        return torch._int_mm(x, w, out=out)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     out.zero_()
     for columns in _slices(len(w), _EXACT_INPUTS):
         out += (x[:, columns] @ w[columns]).to(torch.int32)
@@ -210,7 +220,7 @@ def _unpack(
     groups: Tensor | None,
     rows: slice,
     segment: Segment,
-    scratch: _Scratch,
+    memory: _Piece,
     target: Tensor,
     *,
     rounded: bool = False,
@@ -222,7 +232,7 @@ def _unpack(
         groups: For each of the rows and groups a factor; None for codes as the planes have them.
         rows: Which rows.
         segment: Which columns.
-        scratch: Memory for a piece.
+        memory: For the pieces.
         target: [rows, columns] in the order of the planes.
         rounded: Whether what is written is rounded to integers.
     """
@@ -230,9 +240,9 @@ def _unpack(
     packed = layer.codes[rows, segment.padded.start // planes : segment.padded.stop // planes]
     whole = _by_plane(target, planes)
     in_place = groups is None or target.dtype == torch.float32
-    for part in _slices(len(packed), scratch.piece.numel() // layer.padded_k):
-        piece = whole[part] if in_place else _shaped(scratch.piece, *whole[part].shape)
-        _widen(packed[part], layer.weight, scratch.plane, piece)
+    for part in _slices(len(packed), memory.rows):
+        piece = whole[part] if in_place else _shaped(memory.numbers, *whole[part].shape)
+        _widen(packed[part], layer.weight, memory.plane, piece)
         if groups is None:
             continue
         piece.view(len(piece), planes, groups.shape[1], -1).mul_(groups[part, None, :, None])
@@ -269,7 +279,7 @@ def _smoothed(layer: _Layer, low: Tensor) -> Iterator[tuple[Segment, slice, Tens
         low: [m, r], to which x · D^T is added.
     """
     widest = max(segment.padded.stop - segment.padded.start for segment in layer.segments)
-    scratch = _scratch(PIECE, widest)
+    scratch = torch.empty(_rows(PIECE, widest, len(layer.y)) * widest)
     for raw, segment in zip(layer.inputs, layer.segments, strict=True):
         length, padded = raw.shape[1], segment.padded.stop - segment.padded.start
         inverse = None if layer.smooth is None else layer.smooth[segment.logical].float().reciprocal()
@@ -315,16 +325,17 @@ def _finish(layer: _Layer, total: Tensor, tokens: slice, rows: slice) -> None:
     layer.y[tokens, rows] = total
 
 
-def _rows_of_a_block(budget: int, width: int) -> int:
-    """Rows of weights of a product."""
+def _piece(layer: _Layer) -> _Piece:
+    rows = _rows(PIECE, layer.padded_k, len(layer.codes))
+    plane = torch.empty(rows * layer.codes.shape[1], dtype=torch.uint8)
+    return _Piece(rows, plane, torch.empty(rows * layer.padded_k))
+
+
+def _rows(budget: int, width: int, most: int) -> int:
+    """How many rows of this width fit a budget of numbers for each thread; one at least, and no more than there are."""
     rows = max(1, budget * torch.get_num_threads() // width)
     # Matrix products prefer whole tiles.
-    return rows - rows % 64 if rows > 64 else rows
-
-
-def _scratch(budget: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for so many numbers a thread, and for one row of this width at least."""
-    return torch.empty(max(budget * torch.get_num_threads(), width), dtype=dtype)
+    return min(rows - rows % 64 if rows > 64 else rows, most)
 
 
 def _shaped(scratch: Tensor, *shape: int) -> Tensor:
