@@ -85,19 +85,21 @@ def measure(n: int, k: int, m: int, reference: bool) -> list[dict[str, Any]]:
         calls: dict[str, Callable[[], Any]] = {}
         errors: dict[str, float] = {}
 
-        def run(backend: str, path: str, dtype: torch.dtype, tensors: dict[str, Any] = tensors) -> Tensor:
+        def run(backend: str, path: str, x: Tensor, bias: Tensor, tensors: dict[str, Any] = tensors) -> Tensor:
             with ops.use_backend(backend):
-                return ops.few_bit_linear([x.to(dtype)], path=path, bias=bias.to(dtype), **tensors)
+                return ops.few_bit_linear([x], path=path, bias=bias, **tensors)
 
         for name, dtype in DTYPES.items():
             given, w, b = x.to(dtype), dense.to(dtype), bias.to(dtype)
             calls[f"dense {name}"] = lambda given=given, w=w, b=b: F.linear(given, w, b)
             for path in PATHS:
-                want = run("torch", path, torch.float32)
+                want = run("torch", path, x, bias)
                 for backend in ("cpu", "torch") if reference else ("cpu",):
                     key = f"{backend} {path} {name}"
-                    errors[key] = float((run(backend, path, dtype).float() - want).norm() / want.norm())
-                    calls[key] = lambda backend=backend, path=path, dtype=dtype: run(backend, path, dtype)
+                    errors[key] = float((run(backend, path, given, b).float() - want).norm() / want.norm())
+                    calls[key] = lambda backend=backend, path=path, given=given, b=b, run=run: run(
+                        backend, path, given, b
+                    )
         times = by_turns(calls)
         for key, (least, median) in times.items():
             row = {"weight": weight, "n": n, "k": k, "m": m, "call": key, "ms": least, "ms_median": median}
