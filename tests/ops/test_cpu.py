@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +150,31 @@ def test_is_the_same_every_time_and_on_two_threads(path: str, dtype: torch.dtype
         torch.set_num_threads(before)
     assert torch.equal(first, again)
     torch.testing.assert_close(two, first)
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "ALL"])
+def test_int8_products_that_saturate_are_not_used(isa: str) -> None:
+    code = (
+        "import torch; from bittern.ops import cpu; x = torch.full((64, 3000), 127, dtype=torch.int8); "
+        "x[:, ::3] = -127; exact = (x.double() @ x.double().T); "
+        "print(not cpu.multiplies_integers() or torch.equal(torch._int_mm(x, x.T).double(), exact))"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_torchs_defaults_change_nothing(path: str) -> None:
+    layer, inputs = random_layer(0, 33, (130,), rank=16), random_inputs(1, "gaussian", 20, (130,), torch.float32)
+    want, _ = both(inputs, layer, path)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            y, _ = both(inputs, layer, path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(y, want)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -58,8 +58,17 @@ _UNIT = {"int4": 16, "ternary": 1}
 
 @functools.cache
 def multiplies_integers() -> bool:
-    """Whether `torch._int_mm` is fast and exact: without these instructions it need not be either."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()  # pyright: ignore[reportPrivateUsage]
+    """Whether `torch._int_mm` is fast and exact.
+
+    Without instructions for products of int8 it is neither: sums of two products saturate at 16 bits. They can be there
+    and be switched off, and so the largest products are tried.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_vnni_supported():  # pyright: ignore[reportPrivateUsage]
+        return False
+    size = 64
+    x = _empty(size, size, dtype=torch.int8).fill_(127)
+    sums = _empty(size, size, dtype=torch.int32)
+    return all(bool((_sums(x[:m], -x, sums[:m]) == -size * 127 * 127).all()) for m in (1, size))
 
 
 @functools.cache
@@ -132,7 +141,7 @@ def _floats(layer: _Layer) -> None:
     rank = 0 if layer.up is None else layer.up.shape[1]
     width = k + rank + (layer.bias is not None)
     width += -width % _ALIGNED if many else 0
-    x, low = torch.empty(m, width, dtype=dtype), torch.zeros(m, rank)
+    x, low = _empty(m, width, dtype=dtype), _zeros(m, rank)
     for segment, tokens, numbers in _smoothed(layer, low):
         _arrange(numbers, _CODES_PER_BYTE[layer.weight], x[tokens, segment.padded])
     x[:, k : k + rank] = low
@@ -142,7 +151,7 @@ def _floats(layer: _Layer) -> None:
     tile, piece = _rows(TILE, block, m), _piece(layer)
     direct = layer.y.dtype == dtype == torch.float32 and layer.gelu_from is None
     # Columns that align stay zero.
-    weights, outputs = torch.zeros(block, width, dtype=dtype), torch.empty(tile * block, dtype=dtype)
+    weights, outputs = _zeros(block, width, dtype=dtype), _empty(tile * block, dtype=dtype)
     groups = layer.scales / _UNIT[layer.weight]
     for rows in _slices(n, block):
         w = weights[: rows.stop - rows.start]
@@ -163,11 +172,11 @@ def _integers(layer: _Layer) -> None:
     """Products of integers: y = sum over segments of ((codes · codes) · activation scale) · c + low · U^T + b."""
     m, k, planes = len(layer.y), layer.padded_k, _CODES_PER_BYTE[layer.weight]
     dtype = torch.int8 if multiplies_integers() else torch.float32
-    x, scale = torch.empty(m, k, dtype=dtype), torch.empty(m, len(layer.segments))
-    low, up = torch.zeros(m, 0), None
+    x, scale = _empty(m, k, dtype=dtype), _empty(m, len(layer.segments))
+    low, up = _zeros(m, 0), None
     if layer.up is not None:
         up = layer.up.float().T
-        low = torch.zeros(m, len(up))
+        low = _zeros(m, len(up))
     for segment, tokens, numbers in _smoothed(layer, low):
         scale[tokens, layer.segments.index(segment)] = reference.quantize_in_place(numbers)
         _arrange(numbers, planes, x[tokens, segment.padded])
@@ -180,8 +189,8 @@ def _integers(layer: _Layer) -> None:
     n = len(layer.codes)
     block = _rows(BLOCK, k, n)
     tile, piece = _rows(TILE, block, m), _piece(layer)
-    weights, sums = torch.empty(block, k, dtype=dtype), torch.empty(tile * block, dtype=torch.int32)
-    outputs = torch.empty(tile * block)
+    weights, sums = _empty(block, k, dtype=dtype), _empty(tile * block, dtype=torch.int32)
+    outputs = _empty(tile * block)
     parts = outputs if len(folded) == 1 else torch.empty_like(outputs)
     for rows in _slices(n, block):
         w = weights[: rows.stop - rows.start]
@@ -279,7 +288,7 @@ def _smoothed(layer: _Layer, low: Tensor) -> Iterator[tuple[Segment, slice, Tens
         low: [m, r], to which x · D^T is added.
     """
     widest = max(segment.padded.stop - segment.padded.start for segment in layer.segments)
-    scratch = torch.empty(_rows(PIECE, widest, len(layer.y)) * widest)
+    scratch = _empty(_rows(PIECE, widest, len(layer.y)) * widest)
     for raw, segment in zip(layer.inputs, layer.segments, strict=True):
         length, padded = raw.shape[1], segment.padded.stop - segment.padded.start
         inverse = None if layer.smooth is None else layer.smooth[segment.logical].float().reciprocal()
@@ -327,8 +336,8 @@ def _finish(layer: _Layer, total: Tensor, tokens: slice, rows: slice) -> None:
 
 def _piece(layer: _Layer) -> _Piece:
     rows = _rows(PIECE, layer.padded_k, len(layer.codes))
-    plane = torch.empty(rows * layer.codes.shape[1], dtype=torch.uint8)
-    return _Piece(rows, plane, torch.empty(rows * layer.padded_k))
+    plane = _empty(rows * layer.codes.shape[1], dtype=torch.uint8)
+    return _Piece(rows, plane, _empty(rows * layer.padded_k))
 
 
 def _rows(budget: int, width: int, most: int) -> int:
@@ -336,6 +345,15 @@ def _rows(budget: int, width: int, most: int) -> int:
     rows = max(1, budget * torch.get_num_threads() // width)
     # Matrix products prefer whole tiles.
     return min(rows - rows % 64 if rows > 64 else rows, most)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of its own type and on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return _empty(*shape, dtype=dtype).zero_()
 
 
 def _shaped(scratch: Tensor, *shape: int) -> Tensor:
