@@ -11,6 +11,8 @@ import pytest
 import torch
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+# Inputs are rounded, too, and so some of their codes are others.
+BF16 = 1.5e-2
 
 
 def test_ratios_are_to_the_dense_layer_of_the_same_dtype(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -29,7 +31,7 @@ def test_ratios_are_to_the_dense_layer_of_the_same_dtype(monkeypatch: pytest.Mon
         if "ratio" in row:
             name = row["call"].split()[-1]
             assert row["ratio"] == pytest.approx(row["ms"] / dense[row["weight"], name], rel=2e-3)
-            assert row["error"] < (5e-3 if name == "bf16" else 1e-5)
+            assert row["error"] < (BF16 if name == "bf16" else 1e-5)
 
 
 def test_stored_results_have_small_errors() -> None:
@@ -37,4 +39,4 @@ def test_stored_results_have_small_errors() -> None:
     assert result["cpu"] and result["commit"] and result["versions"]["torch"]
     errors = {row["call"]: row["error"] for row in result["rows"] if "error" in row}
     assert errors
-    assert all(error < (5e-3 if call.endswith("bf16") else 1e-5) for call, error in errors.items())
+    assert all(error < (BF16 if call.endswith("bf16") else 1e-5) for call, error in errors.items())
