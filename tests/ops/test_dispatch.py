@@ -26,7 +26,7 @@ def registry() -> Iterator[None]:
 @pytest.mark.parametrize(("activations", "path"), [(4, "a8-int8"), (8, "a8-int8"), (16, "a16")])
 def test_paths_on_a_cpu(activations: int, path: str) -> None:
     choice = ops.choose_path(Scheme(activations=activations), "cpu")
-    assert (choice.path, choice.backend) == (path, "torch") and choice.reason
+    assert (choice.path, choice.backend) == (path, "cpu") and choice.reason
 
 
 @pytest.mark.parametrize(

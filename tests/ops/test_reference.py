@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,13 @@ KINDS = ["gaussian", "zeros", "zero rows", "outlier", "denormal", "positive", "e
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [("int4", 64), ("int4", 32), ("int4", None), ("ternary", 64), ("ternary", 128), ("ternary", None)]
 FORMATS.append(("nvfp4", 16))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def by_the_reference() -> Iterator[None]:
+    """Whatever else this machine has."""
+    with ops.use_backend("torch"):
+        yield
 
 
 @settings(max_examples=300, deadline=None)

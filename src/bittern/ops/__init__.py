@@ -5,7 +5,7 @@ A faster implementation registers a `Kernel` for a path; nothing that calls the 
 
 from __future__ import annotations
 
-from bittern.ops import reference, triton
+from bittern.ops import cpu, reference, triton
 from bittern.ops.contract import dequantize, few_bit_linear, quantize_activations
 from bittern.ops.dispatch import (
     PATHS,
@@ -24,7 +24,7 @@ from bittern.ops.heads import rotary_heads
 
 for _path in PATHS:
     register(Kernel(_path, "torch", reference.few_bit_linear, native=False))
-for _kernel in triton.kernels():
+for _kernel in (*cpu.kernels(), *triton.kernels()):
     register(_kernel)
 
 __all__ = [

@@ -262,6 +262,13 @@ def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m pad
     return _rounded(groups * scale.reciprocal(), format).flatten(1), scale.squeeze(-1)
 
 
+def quantize_in_place(rows: Float[Tensor, "m k"]) -> Float[Tensor, " m"]:
+    """Rows become their int8 codes, which stay float32 numbers; returns the scales. As `quantize`, to the bit."""
+    scale = (_amax(rows) * RECIPROCALS["int8"]).clamp_min_(TINY)
+    rows.mul_(scale.reciprocal()).round_()
+    return scale.squeeze(-1)
+
+
 def _smoothed(raw: Tensor, smooth: Tensor | None, segment: Segment, offset: float = 0.0) -> Tensor:
     """(raw + offset) / s of one segment."""
     shifted = raw + offset if offset else raw
@@ -292,18 +299,39 @@ def fold(block: tuple[Tensor, Tensor], segment: Segment, format: str | None, lar
     codes, scales = block
     if format is None:
         return _Operand(_unfolded(block, segment))
-    groups = scales[:, segment.groups]
+    scale, ratios = fold_scales(scales[:, segment.groups], format, largest)
+    if ratios is None:
+        return _Operand(codes[:, segment.unpadded], scale)
+    return _Operand(_rounded(_scaled(codes, ratios, segment), format), scale)
+
+
+def fold_scales(
+    groups: Float[Tensor, "n groups"], format: str, largest: int
+) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n groups"] | None]:
+    """What is left of a segment's scales after folding to 8 bits, and what folds the codes.
+
+    Args:
+        groups: The segment's scales, float32.
+        format: "int8" or "fp8".
+        largest: The weight format's largest magnitude of a code.
+
+    Returns:
+        c, one per row, and scale · (1 / c) per group; None where c is the only scale and codes stay as they are.
+    """
     if groups.shape[1] == 1:
-        return _Operand(codes[:, segment.unpadded], groups)
+        return groups, None
     scale = (_amax(groups) * largest * RECIPROCALS[format]).clamp_min_(TINY)
-    values = _unfolded((codes, scales * scale.reciprocal()), segment)
-    return _Operand(_rounded(values, format), scale)
+    return scale, groups * scale.reciprocal()
 
 
 def _unfolded(block: tuple[Tensor, Tensor], segment: Segment) -> Tensor:
     """What of one block and segment; it takes the place of the codes."""
     codes, scales = block
-    groups = scales[:, segment.groups]
+    return _scaled(codes, scales[:, segment.groups], segment)
+
+
+def _scaled(codes: Tensor, groups: Tensor, segment: Segment) -> Tensor:
+    """A segment's codes times what its groups have, in place of the codes."""
     codes[:, segment.padded].view(*groups.shape, segment.size).mul_(groups[..., None])
     return codes[:, segment.unpadded]
 
