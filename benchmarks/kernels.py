@@ -25,12 +25,20 @@ from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import linear
-from bittern.ops.triton.config import GemmConfig, PrologueConfig, SkinnyConfig, SpecializedConfig, UnpackConfig
+from bittern.ops.triton.config import (
+    GemmConfig,
+    PrologueConfig,
+    SkinnyConfig,
+    SpecializedConfig,
+    UnpackConfig,
+    WholeRowsConfig,
+)
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.specialized_gemm import specialized_gemm
 from bittern.ops.triton.unpack import unpack_segment
+from bittern.ops.triton.whole_rows import quantize_whole_rows
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 BANDWIDTH = 3.0e12
@@ -90,6 +98,7 @@ PROLOGUE_CONFIGS = [
               (32, 256, 8, 3, True), (16, 512, 4, 2, True), (16, 128, 4, 5, True), (8, 512, 4, 3, True),
               (8, 256, 4, 4, True), (16, 512, 8, 3, True), (16, 256, 4, 4, False)]
 ]  # fmt: skip
+WHOLE_ROWS_CONFIGS = [WholeRowsConfig(*c) for c in [(1, 1024, 4), (2, 1024, 8), (4, 1024, 16), (2, 2048, 16)]]
 # Weight, group, N, K; predicted us.
 UNPACKS: list[tuple[str, int | None, int, int, float]] = [
     ("int4", 64, 3072, 3072, 8.5),
@@ -256,6 +265,14 @@ def prologues(bench: Bench) -> None:
                 ]
                 name = case if s is not None else case + " unsmoothed"
                 bench.time("prologue", name, str(config), calls, floor=floor, predicted=predicted / 1e3)
+        for config in WHOLE_ROWS_CONFIGS:
+            for s in (smooth, None):
+                calls = [
+                    lambda x=x, c=c, s=s, config=config: quantize_whole_rows(x, s, c, scales, config)  # noqa: B023
+                    for x, c in zip(data, codes, strict=True)
+                ]
+                name = case if s is not None else case + " unsmoothed"
+                bench.time("whole rows", name, str(config), calls, floor=floor, predicted=floor / 0.9)
 
 
 def unpacks(bench: Bench) -> None:

@@ -262,6 +262,18 @@ def test_eight_bit_linear_on_hostile_inputs(path: str, dtype: torch.dtype, kind:
     check(y, inputs, layer, path)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", [LAYERS[1], LAYERS[2], LAYERS[5]])
+def test_branches_beside_whole_rows(path: str, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor's GEMM projects the inputs where rows are kept in registers; of two segments perhaps one's."""
+    wide = max(case[2])
+    whole = config.WholeRowsConfig(2, 128, 4)
+    monkeypatch.setattr(config, "whole_rows_for", lambda device, m, k, rank=0: whole if k == wide else None)
+    layer = make(case)
+    inputs = random_inputs(9, "outlier", 9, case[2], BF16)
+    check(run(inputs, layer, path), inputs, layer, path)
+
+
 @pytest.mark.parametrize("case", [*LAYERS, *SMALL_GROUPS])
 @pytest.mark.parametrize(("m", "dtype"), [(1, BF16), (7, BF16), (16, FP16)])
 def test_sixteen_bit_linear(case: Any, m: int, dtype: torch.dtype) -> None:

@@ -84,7 +84,9 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
     for m, grouped in itertools.product((0, 1, 16, 64, 512, 1025, 4608, 70000), (False, True)):
         for k in (16, 3072, 15360):
             assert not grouped or config.unpack_for(device, k, grouped).block_k % 64 == 0
-            assert config.prologue_for(device, m, k) and config.prologue_for(device, m, k, 32)
+            assert config.prologue_for(device, m) and config.prologue_for(device, m, 32)
+            whole = config.whole_rows_for(device, m, k)
+            assert (whole is None) == (capability != (9, 0)) and (whole is None or whole.holds(k))
             assert config.skinny_for(device, m, 64 if grouped else None)
         assert config.grouped_gemm_for(device, m)
         for group, per_byte in itertools.product((None, 16, 32, 64, 128, 256), (2, 4)):
@@ -95,13 +97,15 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
 
 
 def test_rules_are_asked_in_turn() -> None:
-    tiles = {(m, rank): config.prologue_for(HOPPER, m, 3072, rank).block_m for m in (1024, 1025) for rank in (32, 96)}
+    tiles = {(m, rank): config.prologue_for(HOPPER, m, rank).block_m for m in (1024, 1025) for rank in (32, 96)}
     assert tiles == {(1024, 32): 8, (1025, 32): 16, (1024, 96): 8, (1025, 96): 32}
-    # Whole rows where there is no branch, and where registers hold them.
-    assert isinstance(config.prologue_for(HOPPER, 4608, 15360), config.WholeRowsConfig)
-    assert isinstance(config.prologue_for(HOPPER, 4608, 40000), config.PrologueConfig)
-    ampere = config.prologue_for(config.Device((8, 6), 0), 8, 3072)
-    assert isinstance(ampere, config.PrologueConfig) and not ampere.descriptors
+    assert (
+        config.prologue_for(HOPPER, 8).descriptors and not config.prologue_for(config.Device((8, 6), 0), 8).descriptors
+    )
+    # Whole rows where registers hold them and there is no branch, or one that would take too long in the prologue.
+    whole = [(m, k, rank) for m in (512, 4608) for k in (3072, 12288, 40000) for rank in (0, 32, 48)]
+    found = [facts for facts in whole if config.whole_rows_for(HOPPER, *facts) is not None]
+    assert found == [facts for facts in whole if facts[1] < 40000 and (facts[2] != 32 or facts[:2] == (512, 12288))]
     assert config.gemm_for(HOPPER, 4608, 1, False, 32).early
     # Two sets of sums leave no room for wide tiles.
     assert config.gemm_for(HOPPER, 4608, 2, True, 32).block_n == 128

@@ -210,22 +210,26 @@ def device_of(device: torch.device) -> Device:
     return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
 
 
-def prologue_for(
-    device: Device, m: int, k: int, rank: int = 0, factor_bytes: int = 2
-) -> PrologueConfig | WholeRowsConfig:
-    """The configuration for M tokens, of which few need small tiles to occupy the device, K inputs and a rank.
+def whole_rows_for(device: Device, m: int, k: int, rank: int = 0) -> WholeRowsConfig | None:
+    """The configuration for M tokens of K inputs that keeps rows in registers; None where the prologue is better.
+
+    With a branch the vendor's GEMM projects the inputs, which then are read once more.
+    """
+    for candidate in tuned.all_of(WholeRowsConfig, "whole_rows", device.capability, m=m, k=k, rank=rank):
+        if candidate.holds(k):
+            return candidate
+    return None
+
+
+def prologue_for(device: Device, m: int, rank: int = 0, factor_bytes: int = 2) -> PrologueConfig:
+    """The configuration for M tokens, of which few need small tiles to occupy the device, and a rank.
 
     Args:
         device: Where it runs.
         m: Tokens.
-        k: Inputs.
         rank: Of the branch.
         factor_bytes: Bytes of a number of D.
     """
-    if not rank:
-        for whole in tuned.all_of(WholeRowsConfig, "whole_rows", device.capability, m=m):
-            if whole.holds(k):
-                return whole
     chosen = tuned.first(PrologueConfig, "prologue", device.capability, m=m, rank=rank)
     # Two programs a multiprocessor wait for memory in turns, where there is more than the least of any device.
     while chosen.shared_memory(rank, factor_bytes) > max(device.shared_memory // 2, 96 << 10):

@@ -22,7 +22,6 @@ from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.triton import config
-from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.grouped_gemm import grouped_gemm
@@ -30,6 +29,16 @@ from bittern.ops.triton.launch import Launches, Recorder, describable, multiproc
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
+from bittern.ops.triton.vendor import (
+    activated,
+    contiguous_rows,
+    has_room_for_float32,
+    is_apart,
+    many_tokens,
+    projected,
+    with_branch,
+)
+from bittern.ops.triton.whole_rows import quantize_whole_rows
 from bittern.scheme import ACTIVATION_GROUP
 
 FEW_TOKENS = 64
@@ -102,8 +111,8 @@ class LayerPlan:
             return activated(with_branch(y, inputs, down, up), gelu_from)
         first = inputs[0]
         if self.launches is None:
-            codes, scales = _contiguous_rows(codes), _contiguous_rows(scales)
-            smooth, down, up, bias = (None if t is None else _contiguous_rows(t) for t in (smooth, down, up, bias))
+            codes, scales = contiguous_rows(codes), contiguous_rows(scales)
+            smooth, down, up, bias = (None if t is None else contiguous_rows(t) for t in (smooth, down, up, bias))
         out = first.new_empty((*first.shape[:-1], codes.shape[0]))
         tensors = (*inputs, codes, scales, smooth, down, up, bias, self._low(inputs, down), out)
         if self.launches is not None:
@@ -142,13 +151,22 @@ class LayerPlan:
         return None
 
 
-def _contiguous_rows(x: Tensor) -> Tensor:
-    """As kernels want it: they step from number to number of a row."""
-    return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
-
-
 class EightBits(LayerPlan):
     """Path "a8-int8" or "a8-fp8"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._projects: bool | None = None
+
+    def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
+        if down is None:
+            return None
+        first = inputs[0]
+        if self._projects is None:
+            rows, widest = first.shape[:-1].numel(), max(x.shape[-1] for x in inputs)
+            whole = config.whole_rows_for(config.device_of(first.device), rows, widest, len(down))
+            self._projects = whole is None or first.dtype != down.dtype
+        return None if self._projects else projected(inputs, down)
 
     def _is_apart(self, down: Tensor) -> bool:
         return is_apart(down) or (down.element_size() > 2 and not has_room_for_float32(down))
@@ -159,15 +177,18 @@ class EightBits(LayerPlan):
         bounds = scratch_bounds(call.layout)
         width, count = bounds[-1][1], len(bounds)
         rank = 0 if call.up is None else call.up.shape[1]
+        # What the prologue projects.
+        inside = rank if call.low is None else 0
         a, b, row_scales, column_scales, low, reciprocals = recorder.scratch(
             device,
             ((m, width), CODES[call.path]),
             ((n, width), CODES[call.path]),
             ((count, m), torch.float32),
             ((count, n), torch.float32),
-            ((m, rank), torch.float32),
+            ((m, inside), torch.float32),
             ((width,), torch.float32),
         )
+        low = low if call.low is None else call.low
         for i, (x, segment, (start, stop)) in enumerate(zip(call.inputs, call.layout, bounds, strict=True)):
             smooth = call.smooth[i]
             inverse = None if smooth is None else recorder.part(reciprocals, reciprocals[start : start + len(smooth)])
@@ -183,14 +204,20 @@ class EightBits(LayerPlan):
                 reciprocals=inverse,
                 launch=recorder.launch,
             )
+            codes, scales = recorder.part(a, a[:, start:stop]), recorder.part(row_scales, row_scales[i])
+            whole = None if inside else config.whole_rows_for(here, m, x.shape[-1], rank)
+            if whole is not None:
+                quantize_whole_rows(x, inverse, codes, scales, whole, recorder.launch)
+                continue
+            down = call.down[i] if inside else None
             quantize_rows(
                 x,
                 inverse,
-                call.down[i],
-                recorder.part(a, a[:, start:stop]),
-                recorder.part(row_scales, row_scales[i]),
-                low if rank else None,
-                config.prologue_for(here, m, x.shape[-1], rank, _bytes_of_factors(call.down[i])),
+                down,
+                codes,
+                scales,
+                low if inside else None,
+                config.prologue_for(here, m, inside, _bytes_of_factors(down)),
                 accumulate=i > 0,
                 launch=recorder.launch,
             )
@@ -317,10 +344,7 @@ class SixteenBits(LayerPlan):
         return activated(super().__call__(inputs, *others), gelu_from)
 
     def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
-        if down is None:
-            return None
-        x = inputs[0] if len(inputs) == 1 else torch.cat(tuple(inputs), dim=-1)
-        return x.reshape(-1, x.shape[-1]).float() @ down.float().T
+        return None if down is None else projected(inputs, down)
 
     def _record(self, recorder: Recorder, call: _Call) -> None:
         m, last, here = call.out.shape[0], len(call.inputs) - 1, config.device_of(call.out.device)
@@ -350,83 +374,6 @@ def plan(path: str, rows: int) -> Callable[..., Tensor]:
     return SixteenBits() if rows <= FEW_TOKENS else many_tokens
 
 
-def many_tokens(
-    inputs: Sequence[Tensor],
-    codes: Tensor,
-    scales: Tensor,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    weight: str,
-    group_size: int | None,
-    path: str,
-    shift: Sequence[float],
-    gelu_from: int | None = None,
-) -> Tensor:
-    """The layer on path "a16" by the vendor's GEMM. Arguments as in `bittern.ops.few_bit_linear`."""
-    if down is not None and up is not None and is_apart(down):
-        y = many_tokens(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
-        return activated(with_branch(y, inputs, down, up), gelu_from)
-    codes, scales = _contiguous_rows(codes), _contiguous_rows(scales)
-    smooth, down, up = (None if t is None else _contiguous_rows(t) for t in (smooth, down, up))
-    first, n = inputs[0], codes.shape[0]
-    layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
-    whole = torch.empty(n, layout.k, dtype=first.dtype, device=first.device)
-    y = None if bias is None else bias.to(first.dtype)
-    for x, segment in zip(inputs, layout, strict=True):
-        x, part = x.reshape(-1, x.shape[-1]), whole[:, segment.logical]
-        dequantize_segment(
-            codes,
-            scales,
-            None if smooth is None else smooth[segment.logical],
-            None if down is None else down[:, segment.logical],
-            up,
-            weight,
-            segment,
-            part,
-        )
-        y = x @ part.T if y is None else torch.addmm(y, x, part.T)
-    assert y is not None
-    return activated(y.reshape(*first.shape[:-1], n), gelu_from)
-
-
-def is_apart(down: Tensor) -> bool:
-    """Whether a branch has more rank than the kernels take, as of several fused LoRAs."""
-    return config.padded_rank(down.shape[0]) > config.LARGEST_RANK
-
-
-def has_room_for_float32(down: Tensor) -> bool:
-    """Whether the epilogue of the 8-bit GEMM takes a branch in float32.
-
-    More than 32 of the rank exceed Hopper's shared memory, and of less Triton 3.6 makes no code for 10.0.
-    """
-    here = config.device_of(down.device)
-    return config.padded_rank(down.shape[0]) <= 32 and here.capability[0] != 10
-
-
-def with_branch(y: Tensor, inputs: Sequence[Tensor], down: Tensor, up: Tensor) -> Tensor:
-    """Adds (x · D^T) · U^T to y in place, by the vendor's GEMM, in the dtype of x."""
-    low: Tensor | None = None
-    start = 0
-    for x in inputs:
-        stop = start + x.shape[-1]
-        part, d = x.reshape(-1, x.shape[-1]), down[:, start:stop].to(x.dtype)
-        low = part @ d.T if low is None else torch.addmm(low, part, d.T)
-        start = stop
-    assert low is not None
-    y.view(-1, y.shape[-1]).addmm_(low, up.to(y.dtype).T)
-    return y
-
-
-def activated(y: Tensor, gelu_from: int | None) -> Tensor:
-    """Outputs of a kernel whose epilogue has no GELU, with theirs, in place."""
-    if gelu_from is not None:
-        part = y[..., gelu_from:]
-        part.copy_(torch.nn.functional.gelu(part, approximate="tanh"))
-    return y
-
-
 def quantize_activations(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -439,6 +386,10 @@ def quantize_activations(
     if len(flat):
         reciprocals = None if smooth is None else smooth.float().reciprocal()
         here = config.device_of(x.device)
-        tiles = config.prologue_for(here, len(flat), k, low.shape[1], _bytes_of_factors(down))
-        quantize_rows(flat, reciprocals, down, codes, scales[:, 0], low, tiles)
+        whole = None if down is not None else config.whole_rows_for(here, len(flat), k)
+        if whole is not None:
+            quantize_whole_rows(flat, reciprocals, codes, scales[:, 0], whole)
+        else:
+            tiles = config.prologue_for(here, len(flat), low.shape[1], _bytes_of_factors(down))
+            quantize_rows(flat, reciprocals, down, codes, scales[:, 0], low, tiles)
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])

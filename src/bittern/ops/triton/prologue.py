@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bittern.ops.triton.config import PrologueConfig, WholeRowsConfig, padded_rank
+from bittern.ops.triton.config import PrologueConfig, padded_rank
 from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, describable, launch
 from bittern.ops.triton.numerics import (
     eight_bits,
@@ -35,7 +35,6 @@ from bittern.ops.triton.numerics import (
     reciprocal,
     scale_of,
 )
-from bittern.ops.triton.whole_rows import quantize_whole_rows
 
 
 def quantize_rows(
@@ -45,7 +44,7 @@ def quantize_rows(
     codes: Tensor,
     scales: Tensor,
     low: Tensor | None,
-    config: PrologueConfig | WholeRowsConfig,
+    config: PrologueConfig,
     accumulate: bool = False,
     launch: Launch = launch,
 ) -> None:
@@ -58,14 +57,10 @@ def quantize_rows(
         codes: int8 or e4m3 [M, width >= K]; what lies beyond K becomes 0.
         scales: float32 [M].
         low: float32 [M, R].
-        config: Tile and launch; of whole rows only where there is no branch.
+        config: Tile and launch.
         accumulate: Whether to add to what `low` holds, for a later segment of K.
         launch: What launches.
     """
-    if isinstance(config, WholeRowsConfig):
-        assert down is None
-        quantize_whole_rows(x, reciprocals, codes, scales, config, launch)
-        return
     m, k = x.shape
     rank = 0 if down is None else down.shape[0]
     width = codes.shape[1]
