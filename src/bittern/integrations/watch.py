@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from bittern.layers import is_unhooked
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_WATCHED = frozenset({"_modules", "_forward_hooks", "_forward_pre_hooks"})
+_ALWAYS = ("training", "_modules")
 _END = object()
-_ORDINARY = (Tensor, nn.Parameter, nn.Buffer)
-_LAYOUT = attrgetter("dtype", "shape")
+_ORDINARY = {Tensor, nn.Parameter, nn.Buffer}
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
 class Watch:
@@ -35,13 +35,25 @@ class Watch:
         hooked: The path of a module whose call is more than its own `forward`; None if there is none.
     """
 
+    # Thousands of modules, dozens of attributes each: the loops that `holds` needs are all within C.
+
     def __init__(self, model: nn.Module) -> None:
         named = dict(model.named_modules())
         self._modules = list(named.values())
         self._types = list(map(type, self._modules))
-        self._held = [held.values() for module in self._modules for held in (module._parameters, module._buffers)]
-        self._live = list(chain.from_iterable(map(_live, self._modules)))
-        self._was = [*chain.from_iterable(self._live), _END]
+        self._attributes = list(map(vars, self._modules))
+        self._sizes = list(map(len, self._attributes))
+        counted = ((m._forward_hooks, m._forward_pre_hooks, m._modules) for m in self._modules)
+        self._counted = list(chain.from_iterable(counted))
+        self._counts = list(map(len, self._counted))
+        # Modules by what they have of their own, and what takes that out of one.
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for attributes in self._attributes:
+            alike.setdefault((*_ALWAYS, *(attributes.keys() - _OF_EVERY_MODULE)), []).append(attributes)
+        self._own = [(itemgetter(*names), those) for names, those in alike.items()]
+        self._views = list(chain.from_iterable(map(_views, self._attributes)))
+        self._was = list(self._now())
+        self._held = [held.values() for m in self._modules for held in (m._parameters, m._buffers)]
         self._layout = self._laid_out()
         self.devices = {tensor.device for tensor in self._tensors()}
         hooked = (path or type(model).__name__ for path, module in named.items() if not _is_plain(module))
@@ -50,8 +62,10 @@ class Watch:
     def holds(self) -> bool:
         """Whether everything is as it was."""
         return (
-            (all(map(is_, chain(*self._live, (_END,)), self._was)) or self._equal())
-            and list(map(type, self._modules)) == self._types
+            list(map(type, self._modules)) == self._types
+            and list(map(len, self._attributes)) == self._sizes
+            and list(map(len, self._counted)) == self._counts
+            and self._same()
             and self._laid_out() == self._layout
         )
 
@@ -59,30 +73,37 @@ class Watch:
         """Whether a parameter does."""
         return any(tensor.requires_grad for tensor in self._tensors())
 
+    def _now(self) -> Iterator[Any]:
+        own = (chain.from_iterable(map(take, those)) for take, those in self._own)
+        return chain(chain.from_iterable(own), chain.from_iterable(self._views), (_END,))
+
+    def _same(self) -> bool:
+        try:
+            return all(map(is_, self._now(), self._was)) or self._equal()
+        except KeyError:
+            return False
+
     def _equal(self) -> bool:
         """Whether what is not the same is equal: a strength that was multiplied and divided again."""
-        now = [*chain.from_iterable(self._live), _END]
-        if len(now) != len(self._was) or not all(
-            map(_same_value, *zip(*((a, b) for a, b in zip(now, self._was, strict=True) if a is not b), strict=True))
-        ):
+        now = list(self._now())
+        if len(now) != len(self._was):
+            return False
+        others = [(a, b) for a, b in zip(now, self._was, strict=True) if a is not b]
+        if not all(_same_value(a, b) for a, b in others):
             return False
         self._was = now
         return True
 
     def _tensors(self) -> list[Tensor]:
         """Parameters and buffers, as they are now; of wrappers what they wrap."""
-        held = chain.from_iterable(self._held)
-        found: list[Tensor] = []
-        for tensor in held:
-            if type(tensor) in _ORDINARY:
-                found.append(tensor)  # pyright: ignore[reportArgumentType]
-            elif tensor is not None:
-                found += parts(tensor)
-        return found
+        tensors = [tensor for tensor in chain.from_iterable(self._held) if tensor is not None]
+        if _ORDINARY.issuperset(map(type, tensors)):
+            return tensors
+        return [part for tensor in tensors for part in parts(tensor)]
 
     def _laid_out(self) -> tuple[list[Any], ...]:
         tensors = self._tensors()
-        return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors)), list(map(_LAYOUT, tensors))
+        return tuple(list(map(ask, tensors)) for ask in (Tensor.data_ptr, Tensor.stride, _SHAPE, _DTYPE))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -101,15 +122,13 @@ def parts(tensor: Any) -> Iterator[Tensor]:
         yield tensor
 
 
-def _live(module: nn.Module) -> Iterator[Iterable[Any]]:
-    """What tells of a module, as views that follow its changes."""
-    attributes = vars(module)
-    yield attributes.values()
-    for name, value in attributes.items():
-        if name == "_compiled_call_impl" or (name in _OF_EVERY_MODULE and name not in _WATCHED):
-            continue
+def _views(attributes: dict[str, Any]) -> Iterator[Iterable[Any]]:
+    """What lies in a module's attributes, as views that follow its changes."""
+    if attributes["_modules"]:
+        yield attributes["_modules"].values()
+    for name in attributes.keys() - _OF_EVERY_MODULE - {"_compiled_call_impl"}:
+        value = attributes[name]
         if isinstance(value, dict):
-            yield value.keys()
             yield value.values()
         elif isinstance(value, list):
             yield value
