@@ -18,7 +18,8 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -89,6 +90,23 @@ def disable_cuda_graphs(pipe: Target) -> None:
     if found := _graphs_of(model):
         found.forget()
         model._compiled_call_impl = None
+
+
+@contextmanager
+def using(pipe: Target, wanted: bool = True) -> Generator[None]:
+    """`enable_cuda_graphs` for the time of the block, if it is wanted; a model that has it on keeps it.
+
+    Raises:
+        UserError: if there is no model to be found.
+    """
+    mine = wanted and _graphs_of(component(pipe)) is None
+    if mine:
+        enable_cuda_graphs(pipe)
+    try:
+        yield
+    finally:
+        if mine:
+            disable_cuda_graphs(pipe)
 
 
 def _graphs_of(model: Any) -> CudaGraphs | None:
