@@ -7,6 +7,7 @@ What may be recorded, and when a recording is worth nothing any more, is for tho
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ def record(
     Args:
         call: What is recorded. Recording launches nothing.
         warm_up: How often to call it before, on the same stream.
-        stream: Recorded on it; one of its own by default.
+        stream: Recorded on it; by default on one for all that are recorded without.
         pool: The memory of another graph (`graph.pool()`), shared with it; the two must not replay at a time.
 
     Returns:
@@ -34,7 +35,7 @@ def record(
         Exception: what the call raises where it cannot be recorded.
     """
     current = torch.cuda.current_stream()
-    stream = stream or torch.cuda.Stream()
+    stream = stream or _side_stream(current.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
@@ -46,8 +47,13 @@ def record(
     except BaseException:
         # It left the generator of random numbers waiting for an end, which the next recording brings.
         with contextlib.suppress(RuntimeError):
-            _recorded(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=current.device), torch.cuda.Stream(), None)
+            _recorded(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=current.device), stream, None)
         raise
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _recorded(graph: torch.cuda.CUDAGraph, call: Callable[[], T], stream: torch.cuda.Stream, pool: Any) -> T:
@@ -61,17 +67,18 @@ def _recorded(graph: torch.cuda.CUDAGraph, call: Callable[[], T], stream: torch.
 
 
 class Recorder:
-    """Records calls on one device into graphs that share their memory, and so replay one after another."""
+    """Records calls on one device into graphs that share their memory, and so replay one after another.
+
+    Attributes:
+        device: The device.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
+        # One for good: libraries keep memory for each stream that they meet.
+        self._stream = torch.cuda.Stream(device)
         self._last: torch.cuda.Stream | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        """Memory and a stream that no graph has used."""
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self._stream = torch.cuda.Stream(self._device)
 
     def record(self, call: Callable[[], T]) -> tuple[Callable[[], object], T]:
         """Records a call that has been made before.
@@ -82,21 +89,22 @@ class Recorder:
         # Memory whose last graph is gone cannot be shared any more.
         pool = next((graph.pool() for graph in self._graphs), None)
         try:
-            with torch.cuda.device(self._device):
+            with torch.cuda.device(self.device):
                 graph, result = record(call, stream=self._stream, pool=pool)
         except BaseException:
-            self._begin()
+            # Nor can memory that a recording was about to use.
+            self._graphs.clear()
             raise
         self._graphs.add(graph)
         return graph.replay, result
 
     def take_turns(self) -> None:
         """Has the current stream wait for replays on another, with all that was done there to their results."""
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self.device)
         if self._last is not None and self._last != current:
             current.wait_stream(self._last)
         self._last = current
 
     def finish(self) -> None:
         """Waits for replays, before graphs are let go."""
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import bittern
 from bittern import pipelines
+from bittern.graphs import record
 from bittern.integrations.cuda_graphs import MOST
 from bittern.layers import set_path
 from bittern.quantization import component
@@ -174,6 +175,18 @@ def test_compiled_blocks_and_their_graph(flux: Any) -> None:
     graphs: Any = bittern.enable_cuda_graphs(flux)
     assert torch.equal(drawn(flux), want) and graphs.replayed == STEPS - 2
     assert torch.equal(drawn(flux), want) and graphs.replayed == 2 * STEPS - 2
+
+
+def test_within_somebody_elses_recording() -> None:
+    layer: Any = nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    graphs: Any = bittern.enable_cuda_graphs(layer)
+    x = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    want = [layer(x) for _ in range(3)][-1]
+    # What would have to be let go now stays until it may be.
+    layer.weight.data = 2 * layer.weight.data
+    graph, y = record(lambda: layer(x))
+    graph.replay()
+    assert not torch.equal(y, want) and torch.equal(y, layer(x)) and graphs.recorded == 1
 
 
 def test_streams_and_threads(flux: Any) -> None:

@@ -165,8 +165,9 @@ class CudaGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's answer."""
-        # A compiler goes through; so does a call from within a call, or from another thread meanwhile.
-        if torch.compiler.is_compiling() or not self._one_at_a_time.acquire(blocking=False):
+        # A compiler and somebody else's recording go through; so does a call from within a call, or from another thread
+        # meanwhile.
+        if torch.compiler.is_compiling() or _is_recording() or not self._one_at_a_time.acquire(blocking=False):
             return self._model._call_impl(*args, **kwargs)
         try:
             return self._answer(args, kwargs)
@@ -180,7 +181,7 @@ class CudaGraphs:
         self._recordings.clear()
         self._seen.clear()
         self._failed.clear()
-        self._watch = self._recorder = None
+        self._watch = None
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -240,8 +241,6 @@ class CudaGraphs:
             return "gradients are wanted"
         if torch._C._len_torch_dispatch_stack() or torch.nn.modules.module._has_any_global_hook():
             return "somebody watches all operations or modules"
-        if self._device_type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return "somebody else is recording"
         return None
 
     def _tell(self, why: str) -> None:
@@ -265,8 +264,9 @@ class CudaGraphs:
         assert watch is not None
         del self._seen[key]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if self._recorder is None:
-            self._recorder = self._recorder_for(next(iter({*watch.devices, *(tensor.device for tensor in tensors)})))
+        (device,) = {*watch.devices, *(tensor.device for tensor in tensors)}
+        if self._recorder is None or self._recorder.device != device:
+            self._recorder = self._recorder_for(device)
         self._recorder.take_turns()
         # Tensors of the inference mode could not be written outside of it later.
         with torch.inference_mode(False), torch.no_grad():
@@ -309,8 +309,6 @@ class CudaGraphs:
         if len(self._failed) >= 16 * MOST:
             self._failed.clear()
         self._failed[key] = self.why_not = why
-        if not self._recordings:
-            self._recorder = None
         self._tell(why)
 
     def _replayed(self, recording: _Recording, leaves: Sequence[Any]) -> Any:
@@ -322,6 +320,10 @@ class CudaGraphs:
         # Pipelines keep results of several calls, and the next replay writes over these.
         outputs = [o.clone() if isinstance(o, Tensor) else o for o in recording.outputs]
         return tree_unflatten(outputs, recording.spec)
+
+
+def _is_recording() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _described(leaf: Any) -> Hashable:
