@@ -16,6 +16,8 @@ import torch
 
 T = TypeVar("T")
 
+_broken: list[torch.cuda.CUDAGraph] = []
+
 
 def record(
     call: Callable[[], T], *, warm_up: int = 0, stream: torch.cuda.Stream | None = None, pool: Any = None
@@ -41,14 +43,30 @@ def record(
         for _ in range(warm_up):
             call()
     current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     try:
         return graph, _recorded(graph, call, stream, pool)
     except BaseException:
-        # It left the generator of random numbers waiting for an end, which the next recording brings.
-        with contextlib.suppress(RuntimeError):
-            _recorded(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=current.device), stream, None)
+        _tidy_up(graph, stream, pool)
         raise
+
+
+def _tidy_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
+    """Does what torch leaves undone where the device refused something, and so the whole recording.
+
+    Without it no memory would ever be given back to the device, and no random number be drawn.
+    """
+    try:
+        graph.pool()
+    except RuntimeError:
+        # Torch's allocators go on asking the graph.
+        _broken.append(graph)
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+            torch._C._cuda_releasePool(stream.device.index, pool)
+        # The generator of random numbers waits for an end, which another recording brings.
+        with contextlib.suppress(RuntimeError):
+            _recorded(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=stream.device), stream, None)
 
 
 @functools.cache
