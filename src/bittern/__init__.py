@@ -13,6 +13,7 @@ from bittern.integrations.import_hook import install as _install
 
 if TYPE_CHECKING:
     from bittern.distillation import Distilled, distill
+    from bittern.integrations.cuda_graphs import CudaGraphs, disable_cuda_graphs, enable_cuda_graphs
     from bittern.integrations.diffusers import QuantizationConfig
     from bittern.integrations.fused_folders import save_fused
     from bittern.integrations.loras import fuse_loras, set_lora_strengths, unfuse_loras
@@ -25,13 +26,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BitternError",
+    "CudaGraphs",
     "Distilled",
     "QuantizationConfig",
     "Recipe",
     "Report",
     "UserError",
     "__version__",
+    "disable_cuda_graphs",
     "distill",
+    "enable_cuda_graphs",
     "fuse_loras",
     "inspect",
     "load_loras",
@@ -45,11 +49,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CudaGraphs": "bittern.integrations.cuda_graphs",
     "Distilled": "bittern.distillation",
     "QuantizationConfig": "bittern.integrations.diffusers",
     "Recipe": "bittern.recipes",
     "Report": "bittern.quantization",
+    "disable_cuda_graphs": "bittern.integrations.cuda_graphs",
     "distill": "bittern.distillation",
+    "enable_cuda_graphs": "bittern.integrations.cuda_graphs",
     "fuse_loras": "bittern.integrations.loras",
     "inspect": "bittern.quantization",
     "load_loras": "bittern.pipelines",

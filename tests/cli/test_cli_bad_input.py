@@ -48,6 +48,7 @@ def refused(arguments: list[str], capsys: Capture) -> str:
         (["generate", "MODEL", "a", "--device", "cuda"], ["cuda", "--device cpu"]),
         (["generate", "MODEL", "a", "--dtype", "bf15"], ["'bf15'", "did you mean 'bf16'"]),
         (["generate", "MODEL", "a", "--path", "a5"], ["'a5'", "a4"]),
+        (["generate", "MODEL", "a", "--device", "cpu", "--cuda-graphs"], ["--cuda-graphs", "cpu", "leave it out"]),
         (["generate", "MODEL", "a", "--path", "a4"], ["--path a4", "has none: leave it out"]),
         (["generate", "MODEL", "a", "--attention", "_native_mth"], ["'_native_mth'", "did you mean '_native_math'"]),
         (["generate", "MODEL", "a", "--attention", "flash"], ["'flash' does not run on cpu", "usable here: "]),

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from bittern import graphs
 from bittern.evaluation import scenes
 from training.latents import TASK_SHARES, Bank, SceneStream, average_gradients, train_vae
 from training.scores import judge_saved, reconstruction_score, save, score, write_record
@@ -198,16 +199,7 @@ class Trainer:
         self.loss.lerp_(loss.detach(), 0.02)
 
     def capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(4):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Thread local: the communication library's own thread may touch the device meanwhile.
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.step()
+        self.graph, _ = graphs.record(self.step, warm_up=4)
 
     def advance(self, done: float) -> None:
         since = self.progress.steps - self.warmup_from

@@ -34,6 +34,7 @@ def generate(
     lora: options.Loras = None,
     lora_strength: options.Strength = 1.0,
     fuse: options.Fuse = False,
+    cuda_graphs: options.CudaGraphs = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
@@ -49,7 +50,7 @@ def generate(
                 given = f"--seed {seed}" if seed else f"--steps {steps}"
                 raise UserError(f"--replay {replay} has a seed and steps of its own: leave out {given}")
             chosen = options.settings(
-                seed, steps, batch_size, path, device, dtype, attention, lora or (), lora_strength, fuse
+                seed, steps, batch_size, path, device, dtype, attention, lora or (), lora_strength, fuse, cuda_graphs
             )
             _again(output, replay.expanduser(), model, [*(prompt or []), *([prompts] if prompts else [])], out, chosen)
             return
@@ -69,7 +70,7 @@ def generate(
         if fuse and not lora:
             raise UserError("--fuse is for LoRAs and none is given: expected --lora, too")
         chosen = options.settings(
-            seed, steps, batch_size, path, device, dtype, attention, lora or (), lora_strength, fuse
+            seed, steps, batch_size, path, device, dtype, attention, lora or (), lora_strength, fuse, cuda_graphs
         )
         if chosen.path is not None and not inspect(resolve(model)).rows:
             raise UserError(f"--path {path} is for few-bit layers and {model} has none: leave it out")

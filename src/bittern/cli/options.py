@@ -53,6 +53,9 @@ Strength = Annotated[float, typer.Option("--lora-strength", help="Of LoRAs that 
 Fuse = Annotated[
     bool, typer.Option("--fuse", help="Move LoRAs into the few-bit layers' branches, where they are fast.")
 ]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs", help="Record a denoising step once and replay it; the pixels are the same.")
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="How many prompts.", show_default=False)]
@@ -106,11 +109,13 @@ def settings(
     loras: Sequence[str] = (),
     strength: float = 1.0,
     fuse: bool = False,
+    cuda_graphs: bool = False,
 ) -> Settings:
     """The drawing settings that the options ask for.
 
     Raises:
-        UserError: for a path, device, dtype, attention or LoRA that does not exist or is not here.
+        UserError: for a path, device, dtype, attention or LoRA that does not exist or is not here, and for CUDA graphs
+            on a CPU.
     """
     from bittern.evaluation.drawing import Settings
     from bittern.integrations.attention import check_name
@@ -125,16 +130,20 @@ def settings(
         resolve_lora(lora.file)
     if not loras and strength != 1:
         raise UserError(f"--lora-strength {strength:g} is that of a LoRA: give --lora as well, or leave it out")
+    where = resolve_device(device)
+    if cuda_graphs and not where.startswith("cuda"):
+        raise UserError(f"--cuda-graphs is for CUDA devices, and the device is {where}: leave it out")
     return Settings(
         seed,
         steps,
         batch_size,
         forced_path(path),
-        resolve_device(device),
+        where,
         resolve_dtype(dtype),
         attention,
         chosen,
         fuse,
+        cuda_graphs,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
+from bittern import graphs
 from bittern.architectures import known
 from bittern.distillation.sharding import check_batch, local, local_parameter, mean, rank, summed
 from bittern.distillation.student import Student, copy_to
@@ -174,17 +175,8 @@ class Trainer:
         kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
         for rate in self.rates.values():
             rate.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         with sdpa_kernel(DIFFERENTIABLE):
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            # Thread local: a compiler's own threads may touch the device meanwhile.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._step()
+            self._graph, _ = graphs.record(self._step, warm_up=_WARM_UP)
         self.load(kept, self.steps)
 
     def advance(self, rate: float) -> None:

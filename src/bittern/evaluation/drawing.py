@@ -20,7 +20,7 @@ import bittern
 from bittern import layers, pipelines, quantization
 from bittern.errors import UserError
 from bittern.evaluation.generate import check_request, default_batch_size, generate
-from bittern.integrations import attention
+from bittern.integrations import attention, cuda_graphs
 from bittern.quantization import Progress, component
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Settings:
         attention: one of diffusers' attention backends; None leaves every model its own.
         loras: for a model that is loaded by name.
         fuse: whether they are moved into the branches of its few-bit layers.
+        cuda_graphs: whether the denoiser replays CUDA graphs; pixels are the same.
     """
 
     seed: int = 0
@@ -55,6 +56,7 @@ class Settings:
     attention: str | None = None
     loras: tuple[pipelines.Lora, ...] = ()
     fuse: bool = False
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,11 @@ def artist(
     pipe = _loaded(model, settings) if isinstance(model, str) else model
     denoiser = component(pipe)
     try:
-        with _forced_path(denoiser, settings.path), attention.using(denoiser, settings.attention):
+        with (
+            _forced_path(denoiser, settings.path),
+            attention.using(denoiser, settings.attention),
+            cuda_graphs.using(denoiser, settings.cuda_graphs),
+        ):
             one = Artist(pipe, settings, name)
             try:
                 yield one

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from bittern import layers, pipelines, recipes
+from bittern import graphs, layers, pipelines, recipes
 from bittern.architectures import plan
 from bittern.checkpoints import is_few_bit
 from bittern.errors import UserError
@@ -26,6 +26,7 @@ from bittern.evaluation.cost.random_weights import dense, few_bit, skeleton
 from bittern.evaluation.cost.timing import Ratio, timed
 from bittern.evaluation.drawing import device_name, dtype_name, versions
 from bittern.integrations import attention
+from bittern.integrations.watch import parts
 
 WARM_UP = 3
 MOST_KERNELS = 20
@@ -270,7 +271,7 @@ def _ways(
     def step() -> Any:
         return model(**x, return_dict=False)[0]
 
-    graphs, began = _graphs(), time.perf_counter()
+    known, began = _graphs(), time.perf_counter()
     y = step()
     _wait(how.device)
     first = time.perf_counter() - began
@@ -289,15 +290,13 @@ def _ways(
         "seconds_to_ready": round(seconds + first, 2),
     }
     if mode == "compiled":
-        row |= {"graphs": compiled - graphs, "graphs_after_warm_up": _graphs() - compiled}
+        row |= {"graphs": compiled - known, "graphs_after_warm_up": _graphs() - compiled}
     if how.profile:
         row["kernels"] = profiled(step, how.device)
     yield row
     if how.graph:
         began = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        graph, _ = graphs.record(step)
         graph.replay()
         _wait(how.device)
         replayed = timed(graph.replay, how.device, steps=how.steps, runs=how.runs)
@@ -326,17 +325,8 @@ def profiled(step: Callable[[], object], device: str) -> list[Row]:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers; what several share counts once, and wrappers for what they wrap."""
-    storages = [part.untyped_storage() for t in (*model.parameters(), *model.buffers()) for part in _parts(t)]
+    storages = [part.untyped_storage() for t in (*model.parameters(), *model.buffers()) for part in parts(t)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _parts(tensor: Any) -> Iterator[torch.Tensor]:
-    """The tensors that one is made of: those of other libraries wrap codes and scales."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def clean(device: str) -> None:
