@@ -359,6 +359,32 @@ def test_a_recording_that_fails_is_told_of_once(flux: Any, monkeypatch: pytest.M
     assert check(flux, timestep=torch.tensor(0.5).expand(2)) == 1
 
 
+@pytest.mark.parametrize("wrong", ["far", "nan", "near"])
+def test_a_replay_that_gives_other_numbers_is_refused(flux: Any, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = tape.Tape.replay
+
+    def off(self: tape.Tape) -> None:
+        replay(self)
+        last = next(t for t in tree_leaves(self.steps[-1][-1]) if isinstance(t, Tensor))
+        if wrong == "nan":
+            last[0, 0] = float("nan")
+        else:
+            last.mul_(1 + (1e-2 if wrong == "far" else 1e-5))
+
+    monkeypatch.setattr(tape.Tape, "replay", off)
+    graphs, calls = taped(flux), [fresh(FLUX, seed) for seed in range(4)]
+    if wrong == "near":
+        answers = [flux(**call)[0] for call in calls]
+        assert graphs.recorded == 1 and graphs.replayed == 2
+    else:
+        with pytest.warns(UserWarning, match="recording failed: a replay gave other numbers than the call"):
+            answers = [flux(**call)[0] for call in calls]
+        assert graphs.recorded == graphs.replayed == 0
+    flux._compiled_call_impl = None
+    for answer, call in zip(answers, calls, strict=True):
+        assert torch.allclose(answer, flux(**call)[0], rtol=1e-4 if wrong == "near" else 0, atol=0)
+
+
 def test_memory_is_given_up_for_a_call_that_needs_it(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, plain, tried = taped(flux), flux._call_impl, []
     assert check(flux) == 1

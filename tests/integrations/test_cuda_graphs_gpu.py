@@ -1,4 +1,4 @@
-"""CUDA graphs of whole pipelines on a GPU: every picture the same to the bit as without."""
+"""CUDA graphs of whole pipelines on a GPU: pictures are as near to those without as these are to one another."""
 
 from __future__ import annotations
 
@@ -66,9 +66,13 @@ def check(pipe: Any, **how: Any) -> int:
     before = graphs.replayed
     got = [drawn(pipe, **how) for _ in range(2)]
     model._compiled_call_impl = None
-    want = drawn(pipe, **how)
+    want, again, once_more = (drawn(pipe, **how) for _ in range(3))
     model._compiled_call_impl = graphs
-    assert torch.isfinite(want).all() and all(torch.equal(one, want) for one in got), str(graphs)
+    assert torch.isfinite(want).all()
+    # Nothing apart, unless a library's kernels add in another order from run to run.
+    spread = max((again - want).abs().max().item(), (once_more - want).abs().max().item())
+    apart = [(one - want).abs().max().item() for one in got]
+    assert max(apart) <= 2 * spread, f"{apart} where ordinary pictures are {spread} apart: {graphs}"
     return graphs.replayed - before
 
 

@@ -1,7 +1,8 @@
 """A pipeline's denoiser as CUDA graphs: each kind of call is recorded once and replayed from then on.
 
 In 4 bits a GPU is done with a layer before the host has launched the next; a replay launches all layers at once. The
-same kernels run on the same numbers, so that results are the same to the bit.
+same kernels run on the same numbers. Every recording is replayed once before it is trusted, and refused if the result
+is not what the ordinary call gave, to within what a library's kernels may do from run to run.
 
 The first call with new shapes is an ordinary one. If a second follows it is made with inputs that stay where they are,
 and then recorded, which launches nothing; calls after that copy their inputs there, replay, and return copies of the
@@ -41,13 +42,17 @@ MOST = 4
 """Recordings that are kept, and kinds of calls that are remembered for having been made once. No more of the latter, or
 calls that come round in a longer circle would be recorded in vain each time."""
 
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-3}
+"""How far a replay may be from the call that it repeats: a library's kernels may add in another order."""
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def enable_cuda_graphs(pipe: Target) -> CudaGraphs | None:
-    """From now on a pipeline's transformer or U-Net replays CUDA graphs; results are the same to the bit.
+    """From now on a pipeline's transformer or U-Net replays CUDA graphs, of the same kernels.
 
-    Each new combination of shapes, dtypes and other arguments makes two ordinary calls and is recorded in the second.
+    Each new combination of shapes, dtypes and other arguments makes two ordinary calls and is recorded in the second;
+    a recording that does not repeat the second's result is not used.
     Recordings are made anew when the model has changed: adapters loaded or set, paths forced, attention processors
     changed, weights moved. Strengths of fused LoRAs change in place, and recordings go on.
 
@@ -292,6 +297,9 @@ class CudaGraphs:
                     raise TypeError(f"its call returns a {type(odd).__name__}")
                 if not watch.holds():
                     raise TypeError("its call changes the model")
+                replay()
+                if not _agree(outputs, tree_flatten(answer)[0]):
+                    raise ValueError("a replay gave other numbers than the call")
             except Exception as error:
                 self._fail(key, error)
                 return answer
@@ -320,6 +328,24 @@ class CudaGraphs:
         # Pipelines keep results of several calls, and the next replay writes over these.
         outputs = [o.clone() if isinstance(o, Tensor) else o for o in recording.outputs]
         return tree_unflatten(outputs, recording.spec)
+
+
+def _agree(found: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether two answers are the same, floats as vectors to within `_TOLERANCE`."""
+    return len(found) == len(wanted) and all(
+        _near(one, other) if isinstance(one, Tensor) else one == other for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(wanted.dtype)
+    if tolerance is None or torch.equal(found, wanted):
+        return torch.equal(found, wanted)
+    finite = wanted.isfinite()
+    if not torch.equal(found.isfinite(), finite):
+        return False
+    error, size = ((t.float() * finite).nan_to_num().norm() for t in (found.float() - wanted.float(), wanted))
+    return bool(error <= tolerance * size)
 
 
 def _is_recording() -> bool:
