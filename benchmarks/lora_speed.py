@@ -147,8 +147,9 @@ def table(record: Row) -> str:
             f"| {row['model']} | {row['mode']} | {row['ms']:.2f} | {100 * row['spread']:.1f} % | {told} "
             f"| {row['resident_gib']:.2f} |"
         )
-    other = record["another_strength"]
-    lines += ["", f"Another strength: {other['ms']:g} ms, {other['graphs_made']} graphs made."]
+    # Not there where a run was cut short.
+    if other := record.get("another_strength"):
+        lines += ["", f"Another strength: {other['ms']:g} ms, {other['graphs_made']} graphs made."]
     return "\n".join(lines)
 
 

@@ -108,7 +108,7 @@ def _made(result: dict[str, Any]) -> str:
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """A result's tables, by what made it."""
-    if "another_strength" in result:
+    if "targets" in result:
         about = f"`{result['command']}`: {result['device']}, rank {result['rank']} on {result['targets']} layers"
         return iter([f"{about}, {_made(result)}\n", lora_speed.table(result), ""])
     if "peers" in result:
