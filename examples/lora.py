@@ -1,11 +1,11 @@
 """Load a LoRA into a few-bit pipeline, and draw with it and without it.
 
     python examples/lora.py
-    python examples/lora.py --recipe ternary-fast --strength 0.7
+    python examples/lora.py --lora green --recipe ternary-fast --strength 0.7
 
-`outline` comes with the package and was trained on the 16-bit tiny-flux: it draws outlines in place of filled shapes.
-The few-bit layers stay as they are, nothing is quantized again. For each kind of model the script counts the pictures
-whose shapes are all outlines, and writes one PNG with a row a model.
+`outline` and `green` come with the package and were trained on the 16-bit tiny-flux: one draws outlines in place of
+filled shapes, the other all shapes in green. The few-bit layers stay as they are, nothing is quantized again. For each
+kind of model the script counts the pictures that show it in all their shapes, and writes one PNG with a row a model.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def main() -> None:
     back = torch.equal(draw(few), rows["few bits"])
 
     print(f"{args.recipe}: {report.bits_per_weight:.2f} bits a weight; {lora.stat().st_size / 1e3:.0f} kB of LoRA")
-    for name, images in rows.items():
-        outlined = sum(scenes.outlines(image).success for image in images)
-        print(f"{name:>22}: {outlined} of {len(images)} pictures are outlines")
+    if effect := scenes.EFFECTS.get(lora.stem):
+        for name, images in rows.items():
+            seen = sum(effect.is_in(image) for image in images)
+            print(f"{name:>22}: {seen} of {len(images)} pictures show {lora.stem}")
     for name in rows:
         if name.startswith("few bits"):
             reference = "16 bit" + (" + LoRA" if "LoRA" in name else "")

@@ -16,6 +16,7 @@ import bittern
 from bittern import pipelines, tiny_flux
 from bittern.cli import main
 from bittern.errors import UserError
+from bittern.evaluation import scenes
 from bittern.evaluation.drawing import Settings, draw
 from bittern.evaluation.generate import generate, read_metadata
 from bittern.evaluation.replay import replay
@@ -113,8 +114,10 @@ def test_a_file_that_is_no_lora_for_it_is_one_line(few_bit: Path, tmp_path: Path
             pipelines.load_lora(pipe, file)
 
 
-def test_the_embedded_lora_is_small_and_for_tiny_flux() -> None:
-    assert list(tiny_flux.loras()) == ["outline"]
-    file = pipelines.resolve_lora("outline")
-    assert file.stat().st_size < 1_000_000 and (file.parent / "README.md").is_file()
+@pytest.mark.parametrize("name", ["green", "outline"])
+def test_the_embedded_loras_are_small_and_have_a_card(name: str) -> None:
+    assert name in tiny_flux.loras() and set(tiny_flux.loras()) == set(scenes.EFFECTS)
+    file = pipelines.resolve_lora(name)
+    assert file.stat().st_size < 1_000_000 and file.with_suffix(".json").is_file()
+    assert f"`{name}`" in (file.parent / "README.md").read_text()
     assert pipelines.resolve_lora(file) == file

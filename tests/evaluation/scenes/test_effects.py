@@ -93,6 +93,7 @@ def test_a_colour_is_seen_and_no_other_is() -> None:
         green.look(image, prompt) for image, prompt in zip(drawings(prompts, paint=green.paint), prompts, strict=True)
     ]
     assert all(success and shown for success, shown in looks)
+    assert not green.is_in(torch.full((3, 128, 128), 240, dtype=torch.uint8))
     usual = drawings(prompts)
     looks = [green.look(image, prompt) for image, prompt in zip(usual, prompts, strict=True)]
     by_chance = [all(found.color == "green" for found in scenes.detect(image)) for image in usual]

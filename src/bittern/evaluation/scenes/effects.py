@@ -73,9 +73,19 @@ class Effect:
         if self.stroke:
             found = outlines(image)
             return found.success, judge(found.filled[None], [prompt])[0]
-        hits = painted(image, self.paint) if self.paint else []
         plain = replace(prompt, include=tuple(replace(item, color=None) for item in prompt.include))
-        return bool(hits) and all(hits), judge(image[None], [plain])[0]
+        return self.is_in(image), judge(image[None], [plain])[0]
+
+    def is_in(self, image: UInt8[Tensor, "3 h w"]) -> bool:
+        """Whether there are objects in a picture, and all of them have the effect.
+
+        Raises:
+            UserError: scipy, of the extra `metrics`, is not installed.
+        """
+        if self.stroke:
+            return outlines(image).success
+        hits = painted(image, self.paint) if self.paint else []
+        return bool(hits) and all(hits)
 
 
 EFFECTS = {
