@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import hooks
+from diffusers import DiffusionPipeline, hooks
 from diffusers.hooks.layer_skip import apply_layer_skip
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bittern
+from bittern import tiny_flux
 from bittern.architectures import flux_forward, grouped_attention
 from bittern.layers import is_unhooked
 from families import FAMILIES, Family, run
@@ -224,7 +225,9 @@ def operations(model: Any) -> list[int]:
     return steps.few_bit
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 def test_all_blocks_but_the_first_are_skipped(flux: Any, way: Callable[[Any], Any]) -> None:
     bittern.quantize(flux, "svdquant-fast")
     model = way(flux)
@@ -233,6 +236,29 @@ def test_all_blocks_but_the_first_are_skipped(flux: Any, way: Callable[[Any], An
     assert operations(model) == [26, 10, 10, 10]
     model.disable_cache()
     assert operations(way(model)) == operations(model) == [26] * 4
+
+
+def test_tiny_flux_draws_under_a_cache() -> None:
+    pipe = DiffusionPipeline.from_pretrained(tiny_flux.path())
+    pipe.set_progress_bar_config(disable=True)
+    bittern.quantize(pipe, "int4")
+
+    def drawn(model: nn.Module) -> tuple[Tensor, int]:
+        pipe.transformer = model
+        given = {"num_inference_steps": 6, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+        with Count() as count:
+            return pipe("a red circle", **given).images, count.few_bit
+
+    ours, theirs = pipe.transformer, apart(pipe.transformer)
+    plain, all_of_it = drawn(ours)
+    for model in (ours, theirs):
+        model.enable_cache(hooks.FirstBlockCacheConfig(threshold=0.3))
+    (fast, some), (expected, _) = drawn(ours), drawn(theirs)
+    assert some < all_of_it and not torch.equal(fast, plain)
+    assert (fast - expected).norm() <= 1e-4 * expected.norm()
+    ours.disable_cache()
+    found, count = drawn(ours)
+    assert torch.equal(found, plain) and count == all_of_it
 
 
 def test_caches_of_the_full_model_leave_nothing_in_the_few_bit_one(flux: Any) -> None:
