@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 from typing import Any
@@ -100,8 +101,13 @@ def test_what_can_run_together_runs_as_one_operation(operations: list[tuple[int,
     hook = b.register_forward_hook(lambda *_: None)
     assert rows([a, b, c]) == apart
     hook.remove()
-    b.forward = b.forward
+    b.forward = functools.partial(b.forward)
     assert rows([a, b, c]) == apart
+    # So do those leave it who wrapped it.
+    b.forward = b.forward.func
+    assert rows([a, b, c]) == [(0, 61)]
+    b.forward = a.forward
+    assert rows([a, b, c]) == [apart[0], apart[0], apart[2]]
     del b.forward
     b.path = "a4"
     assert rows([a, b, c]) == apart

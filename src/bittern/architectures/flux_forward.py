@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bittern.architectures.stand_ins import enlist, replace_class
 from bittern.layers import QuantLinear, group_linear, is_unhooked
 from bittern.ops import rotary_heads
 
@@ -61,10 +62,9 @@ def install(model: nn.Module) -> None:
         if isinstance(module, FluxAttention) and type(module.processor) is FluxAttnProcessor:
             module.set_processor(GroupedAttention())
         elif type(module) is transformer_flux.FluxSingleTransformerBlock:
-            # Another class, not another `forward`: copies and pickles of the block keep it.
-            module.__class__ = FluxSingleTransformerBlock
+            replace_class(module, FluxSingleTransformerBlock)
         elif type(module) is activations.GELU and module.approximate == "tanh":
-            module.__class__ = GELU
+            replace_class(module, GELU)
 
 
 class GELU(activations.GELU):
@@ -159,9 +159,12 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         return text.clone(memory_format=whole), image.clone(memory_format=whole)
 
     def _is_ours(self) -> bool:
-        attn = self.attn
-        act = self.act_mlp
-        other = act._forward_hooks or act._forward_pre_hooks or getattr(act, "approximate", None) != "tanh"
+        attn, act = self.attn, self.act_mlp
         layer = getattr(self.proj_out, "base_layer", self.proj_out)
         ours = type(attn.processor) is GroupedAttention and isinstance(layer, QuantLinear)
-        return ours and is_unhooked(attn) and not other
+        tanh = getattr(act, "approximate", None) == "tanh"
+        return ours and tanh and is_unhooked(attn) and is_unhooked(act)
+
+
+enlist(FluxSingleTransformerBlock, transformer_flux.FluxSingleTransformerBlock)
+enlist(GroupedAttention, FluxAttnProcessor)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bittern.architectures.stand_ins import enlist
 from bittern.layers import QuantLinear, group_linear
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -80,6 +81,7 @@ def _grouped() -> dict[type, type]:
             name = f"Grouped{base.__name__}"
             classes[base] = type(name, (base,), {"__call__": _faced(base.__call__), "__module__": __name__})
             globals()[name] = classes[base]
+            enlist(classes[base], base)
     return classes
 
 

@@ -56,7 +56,7 @@ class Watch:
         self._held = [held.values() for m in self._modules for held in (m._parameters, m._buffers)]
         self._layout = self._laid_out()
         self.devices = {tensor.device for tensor in self._tensors()}
-        hooked = (path or type(model).__name__ for path, module in named.items() if not _is_plain(module))
+        hooked = (path or type(model).__name__ for path, module in named.items() if not is_unhooked(module))
         self.hooked = next(hooked, None)
 
     def holds(self) -> bool:
@@ -104,13 +104,6 @@ class Watch:
     def _laid_out(self) -> tuple[list[Any], ...]:
         tensors = self._tensors()
         return tuple(list(map(ask, tensors)) for ask in (Tensor.data_ptr, Tensor.stride, _SHAPE, _DTYPE))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a call is the class's `forward` and nothing else. Hooks that were removed leave that on the module."""
-    own = vars(module).get("forward")
-    returned = getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is type(module).forward
-    return is_unhooked(module) or (returned and not (module._forward_hooks or module._forward_pre_hooks))
 
 
 def parts(tensor: Any) -> Iterator[Tensor]:

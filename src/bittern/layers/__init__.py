@@ -6,7 +6,8 @@ from bittern.layers.conv import QuantConv2d, flat_weight, patches
 from bittern.layers.facade import FewBitWeight
 from bittern.layers.few_bit import LEAVES, FewBitLayer
 from bittern.layers.group import Group, group_linear, join_group
-from bittern.layers.linear import QuantLinear, is_unhooked
+from bittern.layers.hooks import is_unhooked
+from bittern.layers.linear import QuantLinear
 from bittern.layers.walk import paths, quant_layers, set_path, swap
 
 __all__ = [

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bittern.errors import UserError
 from bittern.layers.few_bit import LEAVES, SHARED_LEAVES
-from bittern.layers.linear import QuantLinear, is_unhooked
+from bittern.layers.hooks import is_unhooked
+from bittern.layers.linear import QuantLinear
 
 
 class Group:

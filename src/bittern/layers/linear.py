@@ -13,6 +13,7 @@ from bittern import formats, ops
 from bittern.errors import UserError
 from bittern.layers.facade import Parts
 from bittern.layers.few_bit import LEAVES, FewBitLayer, Solved
+from bittern.layers.hooks import is_unhooked
 from bittern.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -185,8 +186,3 @@ def _not_for(given: Sequence[Tensor], segments: tuple[int, ...]) -> str:
         return f"inputs of {sizes} columns: expected one tensor of {segments[0]}"
     parts = " and ".join(map(str, segments))
     return f"inputs of {sizes} columns: expected tensors of {parts}, in this order, or one of {sum(segments)}"
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Whether a call is the module's own `forward` and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
