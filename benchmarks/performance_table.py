@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import layers
+import every_layer
 import lora_speed
 import peers_speed
 
@@ -114,7 +114,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         return iter([f"{about}, {_made(result)}\n", lora_speed.table(result), ""])
     if result.get("what") == "layers":
         about = f"`{result['command']}`: {result['device']}, {_made(result)} Times as fast as bf16, by tokens"
-        return iter([f"{about}\n", layers.table(result), ""])
+        return iter([f"{about}\n", every_layer.table(result), ""])
     if "peers" in result:
         return iter([peers_speed.table(result), ""])
     if "ratios" in result:

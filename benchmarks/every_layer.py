@@ -1,8 +1,8 @@
 """Every layer of FLUX.1 with every number of tokens, few-bit beside bf16: where few bits would be slower.
 
-    python benchmarks/layers.py --json benchmarks/results/layers_h100.json
-    python benchmarks/layers.py --device cpu --mini
-    python benchmarks/layers.py --table benchmarks/results/layers_h100.json
+    python benchmarks/every_layer.py --json benchmarks/results/every_layer_h100.json
+    python benchmarks/every_layer.py --device cpu --mini
+    python benchmarks/every_layer.py --table benchmarks/results/every_layer_h100.json
 
 A call is the whole operation, activations to codes and unpacking included, as the registry chooses it. Weights and
 inputs are random. On a GPU several calls, each with a weight of its own (together 256 MB, so that no cache flatters),

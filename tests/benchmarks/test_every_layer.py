@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-import layers as benchmark
+import every_layer as benchmark
 import performance_table
 import pytest
 
@@ -15,7 +15,7 @@ def test_ratios_are_to_the_16_bit_layer(monkeypatch: pytest.MonkeyPatch, tmp_pat
     file = tmp_path / "layers.json"
     options = ["--mini", "--device", "cpu", "--tokens", "3", "1", "--json", str(file)]
     monkeypatch.setattr(benchmark, "LAYERS", {name: benchmark.LAYERS[name] for name in ("qkv", "out and down")})
-    monkeypatch.setattr(sys, "argv", ["layers.py", *options])
+    monkeypatch.setattr(sys, "argv", ["every_layer.py", *options])
     benchmark.main()
     record = json.loads(file.read_text())
     # Two layers, two numbers of tokens; bf16, and two weights on two paths.
@@ -24,7 +24,7 @@ def test_ratios_are_to_the_16_bit_layer(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for row in record["rows"]:
         if row["call"] != "bf16":
             assert row["times_faster"] == pytest.approx(dense[row["layer"], row["m"]] / row["ms"], abs=2e-3)
-    assert [row["k"] for row in record["rows"] if row["layer"] == "out and down"][0] == [64, 256]
+    assert next(row["k"] for row in record["rows"] if row["layer"] == "out and down") == [64, 256]
     shown = "\n".join(performance_table.lines(record))
     assert benchmark.table(record) in shown and record["device"] in shown
 
