@@ -1,4 +1,4 @@
-"""Distil an embedded model on a GPU that is lent for some minutes at a time.
+"""Distil an embedded model on a GPU that is there for some minutes at a time.
 
     python tools/distill_tiny.py tiny-flux --work WORK --minutes 9
     python tools/distill_tiny.py tiny-flux --work WORK2 --minutes 9 --start WORK --set lr_codes=0.001

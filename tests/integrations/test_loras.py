@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -586,8 +587,9 @@ def test_what_cannot_be_fused_says_so(pipe: FluxPipeline, new_tiny_random_pipeli
     for strengths, message in (({A: float("nan")}, "finite"), ({}, "strengths is empty")):
         with pytest.raises(UserError, match=message):
             bittern.fuse_loras(pipe, strengths)
-    with pytest.raises(UserError, match="max_rank 0: expected 1 or more"):
-        bittern.fuse_loras(pipe, max_rank=0)
+    for rank in (0, 1.5, "8", True):
+        with pytest.raises(UserError, match=re.escape(f"max_rank {rank!r}: expected a whole number, 1 or more")):
+            bittern.fuse_loras(pipe, max_rank=rank)
     pipe.disable_lora()
     with pytest.raises(UserError, match="enable_lora"):
         bittern.fuse_loras(pipe)

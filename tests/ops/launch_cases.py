@@ -185,6 +185,24 @@ def test_what_is_launched_directly_is_what_triton_would_launch(
     assert len(found[0]) == launches and found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", ["codes", "scales", "up", "down", "smooth", "bias"])
+@pytest.mark.parametrize("path", ["a8-fp8", "a8-int8", "a4", "a16"])
+def test_tensors_that_are_copied_are_copied_in_every_call(path: str, name: str) -> None:
+    """By a call of its own, or as the recording's: never the original by the strides of a copy."""
+    layer, inputs = make(path, (256,), 16, 7)
+    tensor = getattr(layer, name)
+    turned = tensor.T.contiguous().T if tensor.ndim == 2 else torch.stack([tensor, tensor], 1)[:, 0]
+    assert turned.stride(-1) != 1
+    layer = dataclasses.replace(layer, **{name: turned})
+    planned = linear.plan(path, 7)
+    whole = range(turned.untyped_storage().data_ptr(), turned.untyped_storage().data_ptr() + turned.nbytes)
+    for _ in range(3):
+        fake_gpu.launched.clear()
+        planned(inputs, *layer.args(), path, ())
+        read = [address for *_, arguments in fake_gpu.launched for address in flat(arguments)]
+        assert fake_gpu.launched and not any(isinstance(a, int) and a in whole for a in read)
+
+
 def test_what_is_kept_for_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_ADDRESSES", 2)
     layer, _ = make("a8-fp8", (256,), 0, 7)

@@ -28,6 +28,29 @@ def test_autocast_changes_no_number() -> None:
             assert found.dtype == dtype and torch.equal(found, want)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 64.0}, "group_size is 64.0: expected a whole number, or None"),
+        ({"gelu_from": True}, "gelu_from is True: expected a whole number, or None"),
+        ({"shift": (float("nan"),)}, r"shift is \[nan\]: expected finite numbers"),
+        ({"inputs": []}, "inputs: expected a list with a tensor for each K-segment"),
+        ({"inputs": torch.zeros(1, 64)}, "inputs: expected a list with a tensor for each K-segment"),
+        ({"codes": torch.tensor(1, dtype=torch.uint8)}, r"codes has shape \[\]: expected a matrix"),
+        ({"codes": "meta"}, "codes is on meta: expected cpu"),
+    ],
+)
+def test_arguments_that_are_none_are_refused(changes: dict[str, Any], message: str) -> None:
+    layer = random_layer(0, 24, (64,), bias=False)
+    given: dict[str, Any] = {"inputs": [torch.zeros(1, 64)], "path": "a16", **layer.kwargs()}
+    if changes.get("codes") == "meta":
+        # Whose plan is known.
+        ops.few_bit_linear(**given)
+        changes = {"codes": layer.codes.to("meta")}
+    with pytest.raises(UserError, match=message):
+        ops.few_bit_linear(**{**given, **changes})
+
+
 def test_only_calls_that_nobody_watches_pass_by_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, straight = random_layer(0, 24, (96,), rank=16, smooth=True), list[int]()
     run = contract._run_linear
@@ -58,6 +81,10 @@ def test_only_calls_that_nobody_watches_pass_by_the_dispatcher(monkeypatch: pyte
         assert call(mode.from_tensor(x)).shape == want.shape
     assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x), want)
     assert torch.equal(call(x.clone().requires_grad_()), want)
+    with torch.autograd.forward_ad.dual_level():
+        # No tangent rather than one of the rounding.
+        dual = call(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.autograd.forward_ad.unpack_dual(dual).tangent is None
     assert len(straight) == 2
 
 

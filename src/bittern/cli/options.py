@@ -45,7 +45,7 @@ Loras = Annotated[
     typer.Option(
         "--lora",
         metavar="LORA[:STRENGTH]",
-        help="A .safetensors file, or the embedded `outline`; may be given again.",
+        help="A .safetensors file, or an embedded one, `green` or `outline`; may be given again.",
         show_default=False,
     ),
 ]
@@ -54,7 +54,7 @@ Fuse = Annotated[
     bool, typer.Option("--fuse", help="Move LoRAs into the few-bit layers' branches, where they are fast.")
 ]
 CudaGraphs = Annotated[
-    bool, typer.Option("--cuda-graphs", help="Record a denoising step once and replay it; the pixels are the same.")
+    bool, typer.Option("--cuda-graphs", help="Record a denoising step as a CUDA graph and replay it.")
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]

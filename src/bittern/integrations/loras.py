@@ -173,8 +173,8 @@ def fuse_loras(
         raise UserError(
             f"{type(model).__name__} has no few-bit layers: expected a quantized model; use pipe.fuse_lora()"
         )
-    if max_rank is not None and max_rank < 1:
-        raise UserError(f"max_rank {max_rank}: expected 1 or more")
+    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
+        raise UserError(f"max_rank {max_rank!r}: expected a whole number, 1 or more")
     others = [other for _, other in other_components(pipe, model)]
     with rolled_back([model, *others]) as undo:
         if strengths is not None:

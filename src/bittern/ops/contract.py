@@ -7,6 +7,7 @@ whole. A schema is a promise to every exported graph, so it changes only with a 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,6 +86,8 @@ def few_bit_linear(
     Raises:
         UserError: if shapes or dtypes do not fit together, or no backend computes the path here.
     """
+    if isinstance(inputs, Tensor) or not inputs:
+        raise UserError("inputs: expected a list with a tensor for each K-segment")
     tensors = (*inputs, codes, scales, smooth, down, up, bias)
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graded and _is_unwatched(tensors):
@@ -111,6 +114,7 @@ def _is_unwatched(tensors: Sequence[Tensor | None]) -> bool:
         or _torch._C._len_torch_dispatch_stack()
         or _torch._C._len_torch_function_stack()
         or _torch._C._functorch.maybe_current_level() is not None
+        or _torch.autograd.forward_ad._current_level >= 0
         or _torch.autograd._profiler_enabled()
         or not _PLAIN.issuperset(map(type, tensors))
     )
@@ -181,7 +185,15 @@ def check(
     shift: Sequence[float],
     gelu_from: int | None,
 ) -> None:
-    """Refuses tensors that do not fit together: kernels read memory by these shapes without looking again."""
+    """Refuses what does not fit together: kernels read memory by these shapes without looking again."""
+    numbers: list[tuple[str, Any]] = [("group_size", group_size), ("gelu_from", gelu_from)]
+    for name, value in numbers:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+            raise UserError(f"{name} is {value!r}: expected a whole number, or None")
+    if not all(math.isfinite(value) for value in shift):
+        raise UserError(f"shift is {list(shift)}: expected finite numbers")
+    if codes.ndim != 2:
+        raise UserError(f"codes has shape {list(codes.shape)}: expected a matrix")
     n = codes.shape[0]
     _check_axis(inputs)
     layout = reference.layout_of(tuple(int(x.shape[-1]) for x in inputs), group_size)
@@ -245,7 +257,7 @@ def _linear(
         len(inputs),
         tuple(shift),
         gelu_from,
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors],
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.is_meta) for t in tensors],
     )
     run = dispatch.planned(signature)
     if run is None:

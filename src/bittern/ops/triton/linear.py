@@ -89,6 +89,7 @@ class LayerPlan:
 
     def __init__(self) -> None:
         self.launches: Launches | None = None
+        self._turns: bool | None = None
 
     def __call__(
         self,
@@ -110,9 +111,12 @@ class LayerPlan:
             y = self(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
             return activated(with_branch(y, inputs, down, up), gelu_from)
         first = inputs[0]
-        if self.launches is None:
+        if self._turns is not False:
+            given = (codes, scales, smooth, down, up, bias)
             codes, scales = contiguous_rows(codes), contiguous_rows(scales)
             smooth, down, up, bias = (None if t is None else contiguous_rows(t) for t in (smooth, down, up, bias))
+            # Calls of one signature have strides in common: all of them want copies, which are recorded, or none does.
+            self._turns = any(a is not b for a, b in zip(given, (codes, scales, smooth, down, up, bias), strict=True))
         out = first.new_empty((*first.shape[:-1], codes.shape[0]))
         tensors = (*inputs, codes, scales, smooth, down, up, bias, self._low(inputs, down), out)
         if self.launches is not None:
