@@ -170,6 +170,7 @@ def test_what_is_launched_directly_is_what_triton_would_launch(
         elif not direct_too:
             assert planned.launches is not None
             planned.launches._ready.clear()
+            direct._launcher_of.cache_clear()
             if other == "version":
                 monkeypatch.setattr(direct.triton, "__version__", "3.9.0")
             elif other == "scratch":
@@ -179,6 +180,7 @@ def test_what_is_launched_directly_is_what_triton_would_launch(
         fake_gpu.launched.clear()
         y = planned(inputs, *layer.args(), path, ())
         found.append(described(fake_gpu.launched, [*tensors, y]))
+    direct._launcher_of.cache_clear()
     if other == "hooks":
         knobs.runtime.launch_enter_hook.remove(told.append)
         assert len(told) == launches

@@ -11,9 +11,10 @@ another, with a launcher that is not known, or with hooks (profilers set them) l
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -35,7 +36,7 @@ def ready(compiled: CompiledKernel, grid: tuple[int, int, int], arguments: Seque
         arguments: All of the kernel's, in order; descriptors as Triton takes them.
     """
     ordinary = compiled[grid]
-    straight = _straight(compiled, grid, arguments)
+    straight = _straight(compiled, arguments)
 
     if straight is None:
         return lambda stream, hooked: ordinary(*arguments, stream=stream)
@@ -50,32 +51,53 @@ def ready(compiled: CompiledKernel, grid: tuple[int, int, int], arguments: Seque
     return run
 
 
-def _straight(
-    compiled: CompiledKernel, grid: tuple[int, int, int], arguments: Sequence[Any]
-) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
-    """The driver's launcher, and what it takes after grid and stream; None if this Triton is not known."""
+class _Launcher(NamedTuple):
+    """The driver's launcher of a kernel, what it takes before the arguments, and how those that are encoded lie."""
+
+    launch: Callable[..., None]
+    settings: tuple[Any, ...]
+    layouts: dict[int, Any]
+
+
+# Looking inside takes longer than a launch.
+@functools.lru_cache(maxsize=1024)
+def _launcher_of(compiled: CompiledKernel) -> _Launcher | None:
+    """None if this Triton is not known."""
     outer: Any = compiled.run
     if not triton.__version__.startswith(_KNOWN) or not all(hasattr(outer, name) for name in _LAUNCHER):
         return None
     if outer.global_scratch_size or outer.profile_scratch_size:
         return None
-    launcher, given = outer.launch, list(arguments)
-    if inspect.isfunction(launcher):
+    launch, layouts = outer.launch, dict[int, Any]()
+    if inspect.isfunction(launch):
         # What turns descriptors into the driver's own, and then calls the launcher.
-        inside = inspect.getclosurevars(launcher).nonlocals
+        inside = inspect.getclosurevars(launch).nonlocals
         if not {"launcher", "tensordesc_indices", "tensordesc_meta"} <= inside.keys():
             return None
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
-        launcher, layouts = inside["launcher"], iter(inside["tensordesc_meta"])
-        given = []
-        for i, argument in enumerate(arguments):
-            described = i in inside["tensordesc_indices"]
-            given += make_tensordesc_arg(argument, next(layouts)) if described else [argument]
-    return launcher, (
+        launch = inside["launcher"]
+        layouts = dict(zip(sorted(inside["tensordesc_indices"]), inside["tensordesc_meta"], strict=True))
+    settings = (
         compiled.function, outer.launch_cooperative_grid, outer.launch_pdl, None, None, compiled.packed_metadata,
-        None, None, None, *given,
+        None, None, None,
     )  # fmt: skip
+    return _Launcher(launch, settings, layouts)
+
+
+def _straight(compiled: CompiledKernel, arguments: Sequence[Any]) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
+    """The driver's launcher, and what it takes after grid and stream; None if this Triton is not known."""
+    known = _launcher_of(compiled)
+    if known is None:
+        return None
+    given: list[Any] = []
+    for i, argument in enumerate(arguments):
+        given += _encoded(argument, known.layouts[i]) if i in known.layouts else [argument]
+    return known.launch, (*known.settings, *given)
+
+
+def _encoded(described: Any, layout: Any) -> list[Any]:
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    return make_tensordesc_arg(described, layout)
 
 
 def is_hooked() -> bool:

@@ -33,7 +33,7 @@ from bittern.ops.triton.direct import Ready, is_hooked, ready
 _HERE = contextlib.nullcontext()
 _ALIGNED = 16
 _SCRATCH_MULTIPLE = 512
-_MOST_ADDRESSES = 512
+_MOST_ADDRESSES = 128
 
 
 class Tiled(NamedTuple):
