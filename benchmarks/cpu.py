@@ -11,10 +11,7 @@ against the reference of the same path with float32 inputs, relative to its norm
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality import commit, keep
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 from bittern import formats, ops
+from bittern.evaluation.drawing import device_name, versions
 from bittern.formats import KLayout
 from bittern.ops import cpu
 
@@ -47,17 +46,18 @@ _BUDGET_S = 0.5
 _LEAST_REPEATS = 5
 
 
-def random_tensors(weight: str, n: int, k: int) -> dict[str, Any]:
+def random_tensors(weight: str, n: int, segments: tuple[int, ...], device: str = "cpu") -> dict[str, Any]:
     """The arguments of the operation, without inputs, path and bias."""
     group, rank = WEIGHTS[weight]
-    fmt, layout = formats.get(weight), KLayout((k,), group)
-    codes = torch.randint(fmt.code_min, fmt.code_max + 1, (n, layout.padded_k), dtype=torch.int8)
+    k, fmt, layout = sum(segments), formats.get(weight), KLayout(segments, group)
+    low, high = fmt.code_min, fmt.code_max + 1
+    codes = torch.randint(low, high, (n, layout.padded_k), dtype=torch.int8, device=device)
     return {
         "codes": fmt.pack(codes),
-        "scales": (torch.rand(n, layout.num_groups) * 0.02 + 0.001).bfloat16(),
-        "smooth": (torch.rand(k) + 0.25).bfloat16() if rank else None,
-        "down": (torch.randn(rank, k) / k**0.5).bfloat16() if rank else None,
-        "up": (torch.randn(n, rank) / rank**0.5).bfloat16() if rank else None,
+        "scales": (torch.rand(n, layout.num_groups, device=device) * 0.02 + 0.001).bfloat16(),
+        "smooth": (torch.rand(k, device=device) + 0.25).bfloat16() if rank else None,
+        "down": (torch.randn(rank, k, device=device) / k**0.5).bfloat16() if rank else None,
+        "up": (torch.randn(n, rank, device=device) / rank**0.5).bfloat16() if rank else None,
         "weight": weight,
         "group_size": group,
     }
@@ -85,7 +85,7 @@ def measure(n: int, k: int, m: int, reference: bool) -> list[dict[str, Any]]:
     dense, x, bias = torch.randn(n, k), torch.randn(m, k), torch.randn(n)
     rows: list[dict[str, Any]] = []
     for weight in WEIGHTS:
-        tensors = random_tensors(weight, n, k)
+        tensors = random_tensors(weight, n, (k,))
         calls: dict[str, Callable[[], Any]] = {}
         errors: dict[str, float] = {}
 
@@ -118,17 +118,6 @@ def measure(n: int, k: int, m: int, reference: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def cpu_name() -> str:
-    """As the system calls it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -137,14 +126,13 @@ def main() -> None:
     parser.add_argument("--mini", action="store_true", help="one toy's case, which shows that the command works")
     args = parser.parse_args()
     torch.manual_seed(0)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     rows: list[dict[str, Any]] = []
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "cpu": cpu_name(),
+        "cpu": device_name("cpu"),
         "instructions": {"int8": cpu.multiplies_integers(), "bf16": cpu.multiplies_bf16()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit.stdout.strip(),
+        "versions": versions(),
+        "commit": commit(),
         "rows": rows,
     }
     for threads in args.threads:
@@ -152,8 +140,7 @@ def main() -> None:
         print(f"{threads} threads")
         for case in [(768, 768, 3, True)] if args.mini else CASES:
             rows += [{"threads": threads, **row} for row in measure(*case)]
-            if args.json:
-                args.json.write_text(json.dumps(result, indent=1) + "\n")
+            keep(result, args.json)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu import WEIGHTS, random_tensors
 from kernels import milliseconds, sets
 from quality import commit, keep
 from torch import Tensor
@@ -30,7 +31,6 @@ from torch.nn import functional as F
 from bittern import formats, ops
 from bittern.errors import UserError
 from bittern.evaluation.cost.benchmark import place
-from bittern.formats import KLayout
 from bittern.pipelines import check_device
 
 BF16 = torch.bfloat16
@@ -45,27 +45,7 @@ LAYERS: dict[str, tuple[int, tuple[int, ...]]] = {
     "qkv and up": (21504, (3072,)),
     "out and down": (3072, (3072, 12288)),
 }
-# Group and rank.
-WEIGHTS: dict[str, tuple[int | None, int]] = {"int4": (64, 32), "ternary": (None, 0)}
 MINI = 48
-
-
-def few_bit(weight: str, n: int, segments: tuple[int, ...], device: str) -> dict[str, Any]:
-    """The arguments of the operation that make up a random layer."""
-    group, rank = WEIGHTS[weight]
-    k, fmt, layout = sum(segments), formats.get(weight), KLayout(segments, group)
-    low, high = fmt.code_min, fmt.code_max + 1
-    codes = torch.randint(low, high, (n, layout.padded_k), dtype=torch.int8, device=device)
-    return {
-        "codes": fmt.pack(codes),
-        "scales": (torch.rand(n, layout.num_groups, device=device) * 0.02 + 0.01).to(BF16),
-        "smooth": (torch.rand(k, device=device) + 0.5).to(BF16) if rank else None,
-        "down": (torch.randn(rank, k, device=device) / k**0.5).to(BF16) if rank else None,
-        "up": torch.randn(n, rank, device=device).to(BF16) if rank else None,
-        "bias": torch.randn(n, device=device).to(BF16),
-        "weight": weight,
-        "group_size": group,
-    }
 
 
 def median_ms(calls: Sequence[Callable[[], Any]], device: str) -> tuple[float, float]:
@@ -93,7 +73,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         dense = [torch.randn(n, k, device=args.device, dtype=BF16) for _ in sets(2 * n * k)]
         bias = torch.randn(n, device=args.device, dtype=BF16)
         layers = {
-            weight: [few_bit(weight, n, segments, args.device) for _ in sets(n * k // (2 if weight == "int4" else 4))]
+            weight: [
+                {**random_tensors(weight, n, segments, args.device), "bias": bias}
+                for _ in sets(n * k // formats.get(weight).codes_per_byte)
+            ]
             for weight in WEIGHTS
         }
         for m in args.tokens:

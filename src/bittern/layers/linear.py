@@ -14,6 +14,7 @@ from bittern.errors import UserError
 from bittern.layers.facade import Parts
 from bittern.layers.few_bit import LEAVES, FewBitLayer, Solved
 from bittern.layers.hooks import is_unhooked
+from bittern.ops.contract import check_axis
 from bittern.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -179,8 +180,7 @@ class QuantLinear(FewBitLayer, nn.Linear):
 
 
 def _not_for(given: Sequence[Tensor], segments: tuple[int, ...]) -> str:
-    if any(part.ndim == 0 for part in given):
-        return "the input is a single number without an axis: expected a vector of inputs, or rows of them"
+    check_axis(given)
     sizes = " and ".join(str(part.shape[-1]) for part in given) or "none"
     if len(segments) == 1:
         return f"inputs of {sizes} columns: expected one tensor of {segments[0]}"

@@ -195,7 +195,7 @@ def check(
     if codes.ndim != 2:
         raise UserError(f"codes has shape {list(codes.shape)}: expected a matrix")
     n = codes.shape[0]
-    _check_axis(inputs)
+    check_axis(inputs)
     layout = reference.layout_of(tuple(int(x.shape[-1]) for x in inputs), group_size)
     expected = {
         "codes": (codes, (n, formats.get(weight).packing.bytes_per_row(layout.padded_k))),
@@ -229,7 +229,8 @@ def check(
         raise UserError(f"gelu_from {gelu_from}: expected one of the {n} outputs, or none")
 
 
-def _check_axis(inputs: Sequence[Tensor]) -> None:
+def check_axis(inputs: Sequence[Tensor]) -> None:
+    """Refuses inputs of no dimension."""
     if any(x.ndim == 0 for x in inputs):
         raise UserError("the input is a single number without an axis: expected a vector of inputs, or rows of them")
 
@@ -312,7 +313,7 @@ def _dequantize(*args: Any) -> Tensor:
 def _quantize(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_axis([x])
+    check_axis([x])
     if format in ("int8", "fp8"):
         # The weights do not matter here: any format stands for all.
         call = dispatch.Call("int4", x.device.type, dispatch.device_capability(x.device), x.dtype, x.shape[:-1].numel())
@@ -327,7 +328,7 @@ def _quantize(
 def _quantize_shape(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, format: str, shift: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_axis([x])
+    check_axis([x])
     *batch, k = x.shape
     low = x.new_empty(*batch, 0 if down is None else down.shape[0], dtype=torch.float32)
     if format in ("int8", "fp8"):

@@ -48,7 +48,6 @@ SMALL = 2**19
 # Sums of so many products of 127 · 128 fit int32, and float32.
 _MOST_INPUTS = 2**17
 _EXACT_INPUTS = 2**10
-_CODES_PER_BYTE = {"int4": 2, "ternary": 4}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 # Matrix instructions take columns in such numbers.
 _ALIGNED = 32
@@ -95,6 +94,10 @@ class _Layer(NamedTuple):
     @property
     def padded_k(self) -> int:
         return self.segments[-1].padded.stop
+
+    @property
+    def planes(self) -> int:
+        return formats.get(self.weight).codes_per_byte
 
 
 class _Piece(NamedTuple):
@@ -143,7 +146,7 @@ def _floats(layer: _Layer) -> None:
     width += -width % _ALIGNED if many else 0
     x, low = _empty(m, width, dtype=dtype), _zeros(m, rank)
     for segment, tokens, numbers in _smoothed(layer, low):
-        _arrange(numbers, _CODES_PER_BYTE[layer.weight], x[tokens, segment.padded])
+        _arrange(numbers, layer.planes, x[tokens, segment.padded])
     x[:, k : k + rank] = low
     x[:, k + rank :] = 1
     n = len(layer.codes)
@@ -170,7 +173,7 @@ def _floats(layer: _Layer) -> None:
 
 def _integers(layer: _Layer) -> None:
     """Products of integers: y = sum over segments of ((codes · codes) · activation scale) · c + low · U^T + b."""
-    m, k, planes = len(layer.y), layer.padded_k, _CODES_PER_BYTE[layer.weight]
+    m, k, planes = len(layer.y), layer.padded_k, layer.planes
     dtype = torch.int8 if multiplies_integers() else torch.float32
     x, scale = _empty(m, k, dtype=dtype), _empty(m, len(layer.segments))
     low, up = _zeros(m, 0), None
@@ -245,7 +248,7 @@ def _unpack(
         target: [rows, columns] in the order of the planes.
         rounded: Whether what is written is rounded to integers.
     """
-    planes = _CODES_PER_BYTE[layer.weight]
+    planes = layer.planes
     packed = layer.codes[rows, segment.padded.start // planes : segment.padded.stop // planes]
     whole = _by_plane(target, planes)
     in_place = groups is None or target.dtype == torch.float32
@@ -328,9 +331,7 @@ def _finish(layer: _Layer, total: Tensor, tokens: slice, rows: slice) -> None:
     """Writes outputs, those from `gelu_from` on after a GELU."""
     first = layer.gelu_from
     if first is not None and first < rows.stop:
-        total = total.float()
-        activated = total[:, max(0, first - rows.start) :]
-        activated.copy_(torch.nn.functional.gelu(activated, approximate="tanh"))
+        total = reference.activated(total.float(), max(0, first - rows.start))
     layer.y[tokens, rows] = total
 
 
@@ -370,4 +371,4 @@ def kernels() -> tuple[Kernel, ...]:
     """The kernels of this backend, the least preferred first."""
     common: dict[str, Any] = {"backend": "cpu", "run": few_bit_linear, "devices": ("cpu",)}
     # Not native, whatever the CPU has: paths decide the numbers, and are to be the same on all CPUs.
-    return tuple(Kernel(path, native=False, weights=tuple(_CODES_PER_BYTE), **common) for path in ("a8-int8", "a16"))
+    return tuple(Kernel(path, native=False, weights=tuple(_UNIT), **common) for path in ("a8-int8", "a16"))

@@ -143,14 +143,21 @@ def few_bit_linear(
             total.addmm_(low, up[rows].float().T)
         if bias is not None:
             total.add_(bias[rows])
-        if gelu_from is not None and gelu_from < rows.stop:
-            activated = total[:, max(0, gelu_from - rows.start) :]
-            activated.copy_(torch.nn.functional.gelu(activated, approximate="tanh"))
+        if gelu_from is not None:
+            activated(total, max(0, gelu_from - rows.start))
         outputs.append(total.to(inputs[0].dtype))
     if not outputs:
         return inputs[0].new_empty(*inputs[0].shape[:-1], 0)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return y.reshape(*inputs[0].shape[:-1], codes.shape[0])
+
+
+def activated(y: Float[Tensor, "*batch n"], gelu_from: int | None) -> Float[Tensor, "*batch n"]:
+    """Outputs, in place: those from `gelu_from` on after a GELU in its tanh form; None for none."""
+    if gelu_from is not None:
+        part = y[..., gelu_from:]
+        part.copy_(torch.nn.functional.gelu(part, approximate="tanh"))
+    return y
 
 
 def few_bit_linear_backward(

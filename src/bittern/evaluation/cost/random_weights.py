@@ -27,8 +27,7 @@ _GRIDS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "ternary": (ternary.on_grid, 0.82),
 }
 """How each format rounds, and the deviation of Gaussian weights in codes. The largest of 64 lies at 2.5 deviations, of
-16 at 2.0, and becomes the largest code; least squared error makes 0 of ternary weights
-below .61 deviations."""
+16 at 2.0, and becomes the largest code; least squared error makes 0 of ternary weights below .61 deviations."""
 _LEVELS = 2**16
 
 

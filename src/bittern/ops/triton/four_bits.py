@@ -29,7 +29,7 @@ from bittern import formats
 from bittern.formats import Segment
 from bittern.ops import reference
 from bittern.ops.triton.config import padded_rank
-from bittern.ops.triton.launch import Launch, cdiv, launch
+from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numerics import ROUNDER, TINY, product, reciprocal, reciprocal_of_smooth
 from bittern.ops.triton.unpack import load_weights
 from bittern.scheme import ACTIVATION_GROUP
@@ -69,7 +69,7 @@ def quantize_groups(
     """
     m, k = x.shape
     rank, width = 0 if down is None else down.shape[0], codes.shape[1]
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = contiguous_rows(x)
     launch(
         groups_kernel,
         (cdiv(m, BLOCK_M),),

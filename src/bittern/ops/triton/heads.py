@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bittern.ops.triton.launch import Launches, Recorder, cdiv, on_device_of
+from bittern.ops.triton.launch import Launches, Recorder, cdiv, contiguous_rows, on_device_of
 from bittern.ops.triton.numerics import rounded
 
 BLOCK_L, BLOCK_H, WARPS = 2, 8, 4
@@ -49,14 +49,14 @@ def rotary_heads(
                 return out_q, out_k
     recorder = Recorder(tensors)
     first = 0
-    cos, sin = _in_rows(cos), _in_rows(sin)
+    cos, sin = contiguous_rows(cos), contiguous_rows(sin)
     for i, (x, y) in enumerate(zip(q, k, strict=True)):
-        x, y = _in_rows(x), _in_rows(y)
+        x, y = contiguous_rows(x), contiguous_rows(y)
         tokens = x.shape[1]
         recorder.launch(
             heads_kernel,
             (cdiv(tokens, BLOCK_L), batch),
-            (x, y, _in_rows(q_weights[i]), _in_rows(k_weights[i]), cos, sin, out_q, out_k),
+            (x, y, contiguous_rows(q_weights[i]), contiguous_rows(k_weights[i]), cos, sin, out_q, out_k),
             (tokens, first, out_q.shape[1], heads, *x.stride()[:3], *y.stride()[:3], cos.stride(0), sin.stride(0)),
             EPS=eps,
             SIZE=size,
@@ -71,11 +71,6 @@ def rotary_heads(
         _launches.clear()
     _launches[signature] = recorder.launches()
     return out_q, out_k
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """As the kernel steps through it; a copy is none of what is recorded, and is made again by each call."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

@@ -258,6 +258,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def contiguous_rows(x: Tensor) -> Tensor:
+    """As kernels want it: they step from number to number of a row. A copy is unknown to recorders."""
+    return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
+
+
 def describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can stand for a matrix: rows contiguous, everything at multiples of 16 bytes."""
     size = x.element_size()

@@ -25,13 +25,20 @@ from bittern.ops.triton import config
 from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.grouped_gemm import grouped_gemm
-from bittern.ops.triton.launch import Launches, Recorder, describable, multiprocessors, on_device_of
+from bittern.ops.triton.launch import (
+    Launch,
+    Launches,
+    Recorder,
+    contiguous_rows,
+    describable,
+    launch,
+    multiprocessors,
+    on_device_of,
+)
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
 from bittern.ops.triton.vendor import (
-    activated,
-    contiguous_rows,
     has_room_for_float32,
     is_apart,
     many_tokens,
@@ -109,7 +116,7 @@ class LayerPlan:
         """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
         if down is not None and up is not None and self._is_apart(down):
             y = self(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
-            return activated(with_branch(y, inputs, down, up), gelu_from)
+            return reference.activated(with_branch(y, inputs, down, up), gelu_from)
         first = inputs[0]
         if self._turns is not False:
             given = (codes, scales, smooth, down, up, bias)
@@ -208,20 +215,14 @@ class EightBits(LayerPlan):
                 reciprocals=inverse,
                 launch=recorder.launch,
             )
-            codes, scales = recorder.part(a, a[:, start:stop]), recorder.part(row_scales, row_scales[i])
-            whole = None if inside else config.whole_rows_for(here, m, x.shape[-1], rank)
-            if whole is not None:
-                quantize_whole_rows(x, inverse, codes, scales, whole, recorder.launch)
-                continue
-            down = call.down[i] if inside else None
-            quantize_rows(
+            _quantize(
                 x,
                 inverse,
-                down,
-                codes,
-                scales,
+                call.down[i] if inside else None,
+                recorder.part(a, a[:, start:stop]),
+                recorder.part(row_scales, row_scales[i]),
                 low if inside else None,
-                config.prologue_for(here, m, inside, _bytes_of_factors(down)),
+                rank,
                 accumulate=i > 0,
                 launch=recorder.launch,
             )
@@ -345,7 +346,7 @@ class SixteenBits(LayerPlan):
     def __call__(self, inputs: Sequence[Tensor], *args: Any) -> Tensor:
         """As every plan's."""
         *others, gelu_from = args if len(args) > 10 else (*args, None)
-        return activated(super().__call__(inputs, *others), gelu_from)
+        return reference.activated(super().__call__(inputs, *others), gelu_from)
 
     def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
         return None if down is None else projected(inputs, down)
@@ -389,11 +390,26 @@ def quantize_activations(
     low = torch.empty(len(flat), 0 if down is None else down.shape[0], dtype=torch.float32, device=x.device)
     if len(flat):
         reciprocals = None if smooth is None else smooth.float().reciprocal()
-        here = config.device_of(x.device)
-        whole = None if down is not None else config.whole_rows_for(here, len(flat), k)
-        if whole is not None:
-            quantize_whole_rows(flat, reciprocals, codes, scales[:, 0], whole)
-        else:
-            tiles = config.prologue_for(here, len(flat), low.shape[1], _bytes_of_factors(down))
-            quantize_rows(flat, reciprocals, down, codes, scales[:, 0], low, tiles)
+        _quantize(flat, reciprocals, down, codes, scales[:, 0], low, low.shape[1])
     return codes.reshape(x.shape), scales.reshape(*batch, 1), low.reshape(*batch, low.shape[1])
+
+
+def _quantize(
+    x: Tensor,
+    reciprocals: Tensor | None,
+    down: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    low: Tensor | None,
+    rank: int,
+    accumulate: bool = False,
+    launch: Launch = launch,
+) -> None:
+    """Fills codes, scales and, with `down`, low by the kernel that suits; the rank is the layer's, whoever projects."""
+    here, (m, k) = config.device_of(x.device), x.shape
+    whole = None if down is not None else config.whole_rows_for(here, m, k, rank)
+    if whole is not None:
+        quantize_whole_rows(x, reciprocals, codes, scales, whole, launch)
+        return
+    tiles = config.prologue_for(here, m, 0 if down is None else rank, _bytes_of_factors(down))
+    quantize_rows(x, reciprocals, down, codes, scales, low, tiles, accumulate, launch)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bittern.ops.triton.config import PrologueConfig, padded_rank
-from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, describable, launch
+from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, contiguous_rows, describable, launch
 from bittern.ops.triton.numerics import (
     eight_bits,
     larger_magnitude,
@@ -65,7 +65,7 @@ def quantize_rows(
     rank = 0 if down is None else down.shape[0]
     width = codes.shape[1]
     padded = padded_rank(rank)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = contiguous_rows(x)
     descriptors = config.descriptors and describable(x) and (down is None or describable(down))
     tokens: Operand = Tiled(x, [config.block_m, config.block_k]) if descriptors else x
     factors: Operand = Tiled(down, [padded, config.block_k]) if descriptors and down is not None else down

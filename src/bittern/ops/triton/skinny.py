@@ -37,7 +37,7 @@ from torch import Tensor
 from bittern import formats
 from bittern.formats import Segment
 from bittern.ops.triton.config import SkinnyConfig, is_small, padded_rank
-from bittern.ops.triton.launch import Launch, cdiv, launch
+from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
 from bittern.ops.triton.unpack import numbers
 
@@ -75,7 +75,7 @@ def skinny_segment(
         launch: What launches.
     """
     (m, k), n = x.shape, codes.shape[0]
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = contiguous_rows(x)
     per_byte = formats.get(weight).codes_per_byte
     count = segment.groups.stop - segment.groups.start
     # Groups of a tile; 0 for rows that have one scale.

@@ -10,11 +10,7 @@ from torch import Tensor
 from bittern.ops import reference
 from bittern.ops.triton import config
 from bittern.ops.triton.dequantize import dequantize_segment
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """As kernels want it: they step from number to number of a row."""
-    return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
+from bittern.ops.triton.launch import contiguous_rows
 
 
 def many_tokens(
@@ -34,7 +30,7 @@ def many_tokens(
     """The layer on path "a16" by the vendor's GEMM. Arguments as in `bittern.ops.few_bit_linear`."""
     if down is not None and up is not None and is_apart(down):
         y = many_tokens(inputs, codes, scales, smooth, None, None, bias, weight, group_size, path, shift)
-        return activated(with_branch(y, inputs, down, up), gelu_from)
+        return reference.activated(with_branch(y, inputs, down, up), gelu_from)
     codes, scales = contiguous_rows(codes), contiguous_rows(scales)
     smooth, down, up = (None if t is None else contiguous_rows(t) for t in (smooth, down, up))
     first, n = inputs[0], codes.shape[0]
@@ -55,7 +51,7 @@ def many_tokens(
         )
         y = x @ part.T if y is None else torch.addmm(y, x, part.T)
     assert y is not None
-    return activated(y.reshape(*first.shape[:-1], n), gelu_from)
+    return reference.activated(y.reshape(*first.shape[:-1], n), gelu_from)
 
 
 def is_apart(down: Tensor) -> bool:
@@ -100,12 +96,4 @@ def with_branch(y: Tensor, inputs: Sequence[Tensor], down: Tensor, up: Tensor) -
         start = stop
     assert low is not None
     y.view(-1, y.shape[-1]).addmm_(low, up.to(y.dtype).T)
-    return y
-
-
-def activated(y: Tensor, gelu_from: int | None) -> Tensor:
-    """Outputs of a kernel whose epilogue has no GELU, with theirs, in place."""
-    if gelu_from is not None:
-        part = y[..., gelu_from:]
-        part.copy_(torch.nn.functional.gelu(part, approximate="tanh"))
     return y

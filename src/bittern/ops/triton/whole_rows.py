@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bittern.ops.triton.config import WholeRowsConfig
-from bittern.ops.triton.launch import Launch, cdiv, launch
+from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numerics import eight_bits, larger_magnitude, reciprocal, scale_of
 
 
@@ -47,7 +47,7 @@ def quantize_whole_rows(
         launch: What launches.
     """
     (m, k), width = x.shape, codes.shape[1]
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = contiguous_rows(x)
     launch(
         whole_rows_kernel,
         (cdiv(m, config.block_m),),
