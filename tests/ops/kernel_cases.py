@@ -29,7 +29,7 @@ from bittern.ops.triton.whole_rows import quantize_whole_rows
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 BF16, FP16 = torch.bfloat16, torch.float16
-KINDS = ["gaussian", "zeros", "zero rows", "outlier", "denormal"]
+KINDS = ["gaussian", "zeros", "zero rows", "outlier", "late outlier", "denormal"]
 # (dtype of x, kind) without the full product of both.
 INPUTS = [(BF16, kind) for kind in KINDS] + [(FP16, "gaussian"), (FP16, "denormal")]
 # (weight, group, segments, rank, smooth): N and K are multiples of no tile.

@@ -18,10 +18,12 @@ Rules that make the numbers definite
   to float32: one product is the same number on every device, while compilers and libraries differ in how they
   divide. "amax / 127" below is amax · f32(1 / 127).
 - a16 multiplies x / s with What as they are.
-- a8-int8 and a8-fp8 have one activation scale per token and segment, amax / 127 or amax / 448, and fold the
-  group scales of What into 8 bits: per output row and segment c = amax / 127 or amax / 448, where amax is the
-  largest magnitude that the row's scales allow, max |scale| times the format's largest |code|; the folded codes
-  are codes · (scale · (1 / c)), rounded to integers or to e4m3. Where a row has a single scale the codes
+- a8-int8 and a8-fp8 have one activation scale per token and segment: in int8 amax / 127. In fp8 it is foretold, so
+  that codes are made while inputs are read: 16 · (amax of the first 256 inputs) / 448 if that covers all inputs, else
+  amax / 448. E4m3 loses little by it: 16 is 4 of the 15 powers of two that its normal numbers span.
+- They fold the group scales of What into 8 bits: per output row and segment c = amax / 127 or amax / 448, where amax
+  is the largest magnitude that the row's scales allow, max |scale| times the format's largest |code|; the folded
+  codes are codes · (scale · (1 / c)), rounded to integers or to e4m3. Where a row has a single scale the codes
   themselves fit into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
   A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
 - a4 has one activation scale per token and 64 inputs: amax / 8.25, with the sign that takes the largest to -8, and
@@ -61,6 +63,12 @@ SPANS: dict[str, float] = {"int8": 127, "fp8": 448, "int4": 8.25, "uint4": 15}
 
 RECIPROCALS: dict[str, float] = {name: torch.tensor(span).reciprocal().item() for name, span in SPANS.items()}
 """What an amax is multiplied by to give the scale: 1 over the span, rounded to float32."""
+
+FORETELLERS = 256
+"""A token's first inputs, which foretell its scale in fp8."""
+
+HEADROOM = 16
+"""How much larger than those the others may be."""
 
 # Up to 2^24 every integer is a float32: sums of 127 * 127 over this many inputs are exact in any order.
 _EXACT_K = 1024
@@ -263,10 +271,23 @@ def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m pad
     else:
         groups = x.view(m, 1, k)
     peak = _largest(groups) if format == "uint4" else _amax(groups)
+    if format == "fp8":
+        peak = foretold(_amax(groups[..., :FORETELLERS]), peak)
     scale = (peak * RECIPROCALS[format]).clamp_min_(TINY)
     if format == "int4":
         scale = torch.where(groups.amax(-1, keepdim=True) > -groups.amin(-1, keepdim=True), -scale, scale)
     return _rounded(groups * scale.reciprocal(), format).flatten(1), scale.squeeze(-1)
+
+
+def foretold(first: Tensor, peak: Tensor) -> Tensor:
+    """What is a token's largest magnitude to its scale in fp8.
+
+    Args:
+        first: The largest magnitude of the first `FORETELLERS` inputs.
+        peak: That of all.
+    """
+    covered = first * HEADROOM
+    return torch.where((peak <= covered) & (covered < torch.inf), covered, peak)
 
 
 def quantize_in_place(rows: Float[Tensor, "m k"]) -> Float[Tensor, " m"]:

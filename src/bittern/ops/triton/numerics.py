@@ -26,6 +26,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 ROUNDER = tl.constexpr(1.5 * 2**23)
 E4M3_MAX = tl.constexpr(float(reference.SPANS["fp8"]))
 E4M3_RECIPROCAL = tl.constexpr(reference.RECIPROCALS["fp8"])
+FORETELLERS = tl.constexpr(reference.FORETELLERS)
+HEADROOM = tl.constexpr(float(reference.HEADROOM))
 INT8_RECIPROCAL = tl.constexpr(reference.RECIPROCALS["int8"])
 
 
@@ -59,12 +61,35 @@ def larger_magnitude(peak, x):
 
 
 @triton.jit
+def largest_of(magnitudes):
+    """The maximum of each row of magnitudes, of which NaN is the largest."""
+    # As integers, magnitudes have the same order, with NaN above infinity.
+    return tl.max(magnitudes.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale_of(magnitudes, FP8: tl.constexpr):
     """The scale of rows of magnitudes: their maximum over the limit, at least `TINY`; NaN stays NaN."""
-    # As integers, magnitudes have the same order, with NaN above infinity.
-    peak = tl.max(magnitudes.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
-    scale = peak * (E4M3_RECIPROCAL if FP8 else INT8_RECIPROCAL)
+    return at_least_tiny(largest_of(magnitudes) * (E4M3_RECIPROCAL if FP8 else INT8_RECIPROCAL))
+
+
+@triton.jit
+def at_least_tiny(scale):
+    """A scale that may be divided by; NaN stays NaN."""
     return tl.where(scale < TINY, TINY, scale)
+
+
+@triton.jit
+def foretold_scale(covered, magnitudes):
+    """The scale of e4m3 tokens, and whether it is the one that their first inputs foretold.
+
+    Args:
+        covered: What the largest magnitude may be for that.
+        magnitudes: Of all inputs, or maxima of some [tokens, any].
+    """
+    peak = largest_of(magnitudes)
+    foretold = (peak <= covered) & (covered < float("inf"))
+    return at_least_tiny(tl.where(foretold, covered, peak) * E4M3_RECIPROCAL), foretold
 
 
 @triton.jit

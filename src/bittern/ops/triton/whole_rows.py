@@ -2,7 +2,9 @@
 
 The maths is the prologue's (`bittern.ops.triton.prologue`) without its product with D:
 
-    u = x · (1 / s)      scale = max(amax_k |u|, tiny) · (1 / limit)      codes = round(u · (1 / scale))
+    u = x · (1 / s)      scale = max(amax_k |u|, tiny) · (1 / 127)        codes = round(u · (1 / scale))
+
+and in e4m3 with the prologue's scale.
 
 A program owns a few tokens and asks for their whole rows at once, as tiles that the loops below unroll: all of x is
 on its way before the first is needed, and none is read again. The prologue walks rows twice, and 4608 x 12288 inputs
@@ -25,7 +27,16 @@ from torch import Tensor
 
 from bittern.ops.triton.config import WholeRowsConfig
 from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
-from bittern.ops.triton.numerics import eight_bits, larger_magnitude, reciprocal, scale_of
+from bittern.ops.triton.numerics import (
+    FORETELLERS,
+    HEADROOM,
+    eight_bits,
+    foretold_scale,
+    larger_magnitude,
+    largest_of,
+    reciprocal,
+    scale_of,
+)
 
 
 def quantize_whole_rows(
@@ -109,7 +120,16 @@ def whole_rows_kernel(
     peak = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for tile in tl.static_range(TILES):
         peak = larger_magnitude(peak, _smoothed(kept[tile], reciprocals, tile * BLOCK_K, k, SMOOTH, BLOCK_K))
-    scale = scale_of(peak, FP8)
+    if FP8:
+        first = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for start in tl.static_range(0, FORETELLERS, BLOCK_K):
+            if start < TILES * BLOCK_K:
+                found = _smoothed(kept[start // BLOCK_K], reciprocals, start, k, SMOOTH, BLOCK_K)
+                foretells = start + tl.arange(0, BLOCK_K) < FORETELLERS
+                first = larger_magnitude(first, tl.where(foretells[None, :], found, 0.0))
+        scale, _ = foretold_scale(largest_of(first) * HEADROOM, peak)
+    else:
+        scale = scale_of(peak, FP8)
     tl.store(scales + rows, scale, mask=rows < m)
     inverse = reciprocal(scale)[:, None]
     for tile in tl.static_range(TILES):
