@@ -19,7 +19,8 @@ from torch import Tensor
 from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
-from bittern.ops.triton import config, dequantize, heads, linear
+from bittern.ops.attention import codes_of
+from bittern.ops.triton import attention, config, dequantize, heads, linear
 from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
@@ -647,3 +648,46 @@ def test_heads(dtype: torch.dtype, kind: str, lengths: tuple[int, ...], count: i
         tiny = torch.finfo(dtype).tiny * 2 * unit
         allowed = 2.1 * unit * ((n * cos).abs() + (turned * sin).abs()) + 2 * tiny
         assert ((y.double() - n * cos - turned * sin).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("kind", ["gaussian", "zeros", "outlier", "denormal", "nan", "infinity"])
+@pytest.mark.parametrize(
+    ("images", "tokens", "key_tokens", "count", "size"), [(2, 13, 13, 3, 32), (1, 3, 18, 9, 48), (1, 1, 1, 1, 128)]
+)
+def test_attention_codes(
+    dtype: torch.dtype, kind: str, images: int, tokens: int, key_tokens: int, count: int, size: int
+) -> None:
+    """Codes and scales of queries, keys and values are the reference's, from slices and whole tensors."""
+    g = torch.Generator().manual_seed(0)
+    fused = torch.randn(images, key_tokens, 2, count, size, generator=g).mul(3)
+    q = torch.randn(images, count, tokens, size, generator=g)
+    place = (-1, -1, 1, -1, -1)
+    if kind == "zeros":
+        fused.zero_()
+    elif kind == "denormal":
+        fused *= 2.0**-140 if dtype == BF16 else 2.0**-22
+    elif kind != "gaussian":
+        fused[place] = {"outlier": -3e4, "nan": float("nan"), "infinity": float("inf")}[kind]
+    fused = fused.to(DEVICE, dtype)
+    given = [q.to(DEVICE, dtype).transpose(1, 2), fused[:, :, 0], fused[:, :, 1]]
+    codes = [torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=DEVICE) for x in given]
+    scalars = torch.full((8, attention.SLOT), float("nan"), device=DEVICE)
+    attention.quantize(*given, codes, scalars, 256.0)
+    scales = []
+    for x, found, scalar in zip(given, codes, scalars, strict=False):
+        want, scale = codes_of(x.cpu())
+        scales.append(scale)
+        assert torch.equal(scalar[:1].cpu(), scale[None]) or (scale.isnan() and scalar[0].isnan())
+        if scale.isfinite():
+            assert torch.equal(found.cpu().float(), want.float())
+            assert scale.log2() == scale.log2().round() and want.float().abs().max() <= 448
+    assert scales[2].isfinite() == (kind not in ("nan", "infinity"))
+    assert scalars[3:5, 0].tolist() == [1 / 256, 256.0]
+    result_scale = 0.5 / scales[2]
+    assert torch.equal(scalars[5, :1].cpu().nan_to_num(-1.0), result_scale[None].nan_to_num(-1.0))
+    if not result_scale.isfinite() or not result_scale:
+        return
+    out = torch.full((images, key_tokens, count, size), float("nan"), dtype=dtype, device=DEVICE)
+    attention.dequantize(codes[2], scalars[5], out)
+    assert torch.equal(out.cpu(), (codes_of(given[2].cpu())[0].float() / result_scale).to(dtype))

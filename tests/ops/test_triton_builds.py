@@ -17,6 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from bittern import formats
 from bittern.ops.triton import (
+    attention,
     config,
     dequantize,
     four_bits,
@@ -504,6 +505,37 @@ def test_heads(capability: int, tmp_path: Path) -> None:
     # Sixteen bytes a thread, both ways.
     expect(compiled, capability, r"ld\.global\S*\.v4\.b32", tmp_path)
     assert re.search(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize("capability", [90, 100, 120])
+@pytest.mark.parametrize("size", [64, 128])
+def test_attention(capability: int, size: int, tmp_path: Path) -> None:
+    """Only where 8-bit attention runs."""
+    inputs = dict.fromkeys(("q", "k", "v"), "*bf16")
+    shape = {"SIZE": size, "BLOCK_D": size, "BLOCK_L": attention.BLOCK_L, "BLOCK_H": attention.BLOCK_H}
+    compiled = build(
+        attention.peaks_kernel, capability, {**inputs, "peaks": "*fp32"}, shape, num_warps=attention.WARPS
+    )
+    expect(compiled, capability, r"ld\.global\S*\.v4\.b32", tmp_path)
+    codes = dict.fromkeys(("q_codes", "k_codes", "v_codes"), "*" + FP8)
+    compiled = build(
+        attention.codes_kernel,
+        capability,
+        {**inputs, **codes, "peaks": "*fp32", "scalars": "*fp32"},
+        {**shape, "BLOCK_P": 1024, "SOFTMAX_SCALE": 256.0, "SLOT": attention.SLOT},
+        num_warps=attention.WARPS,
+        enable_fp_fusion=False,
+    )
+    # Four conversions in a word, and at least eight codes a store.
+    expect(compiled, capability, r"(?s)cvt\.rn\.satfinite\.e4m3x2\.f32.*st\.global\S*\.v[24]\.b32", tmp_path)
+    compiled = build(
+        attention.numbers_kernel,
+        capability,
+        {"codes": "*" + FP8, "scale": "*fp32", "out": "*bf16"},
+        {"BLOCK": attention.BLOCK},
+        num_warps=attention.BLOCK_WARPS,
+    )
+    expect(compiled, capability, r"(?s)ld\.global\S*\.v4\.b32.*st\.global\S*\.v4\.b32", tmp_path)
 
 
 @pytest.mark.parametrize("segments", [1, 2])

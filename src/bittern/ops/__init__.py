@@ -6,6 +6,7 @@ A faster implementation registers a `Kernel` for a path; nothing that calls the 
 from __future__ import annotations
 
 from bittern.ops import cpu, reference, triton
+from bittern.ops.attention import attention_8bit
 from bittern.ops.contract import dequantize, few_bit_linear, quantize_activations
 from bittern.ops.dispatch import (
     PATHS,
@@ -34,6 +35,7 @@ __all__ = [
     "Kernel",
     "Path",
     "Verdict",
+    "attention_8bit",
     "backends",
     "choose_path",
     "dequantize",
