@@ -53,6 +53,8 @@ assert importlib.util.find_spec('diffusers.quantizers.auto') is not None
 {REGISTERED}
 import inspect, diffusers.quantizers.auto as auto
 assert 'class DiffusersAutoQuantizer' in inspect.getsource(auto)
+from diffusers.models.attention_dispatch import AttentionBackendName
+assert AttentionBackendName('bittern_fp8') in AttentionBackendName
 assert not any('bittern' in type(finder).__module__ for finder in sys.meta_path)
 """
     )
