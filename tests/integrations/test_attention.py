@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
 
 import bittern
 from bittern.errors import UserError
 from bittern.integrations import attention
+from bittern.integrations.attention_backend import NAME
 from families import FAMILIES, run
 
 
@@ -61,9 +69,52 @@ def test_a_model_attends_by_the_backend_and_has_its_own_again(
     assert asked == [None] * 4
 
 
-def test_other_models_keep_theirs_and_an_error_takes_nothing_along() -> None:
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+@pytest.mark.parametrize("recipe", [None, "svdquant-fast"])
+def test_eight_bits_are_one_of_them(recipe: str | None) -> None:
+    """On a CPU the reference computes them; a compiled model asks for the same."""
+    family = FAMILIES["flux"]
+    model = family.build()
+    if recipe:
+        bittern.quantize(model, recipe)
+    plain = run(model, family)
+    with attention.using(model, NAME):
+        assert attention.chosen(model) == NAME
+        eight = run(model, family)
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(run(model, family), eight, rtol=1e-3, atol=1e-4)
+        del model.forward
+    assert 1e-4 < (eight - plain).norm() / plain.norm() < 0.02
+    assert torch.equal(run(model, family), plain)
+    model.set_attention_backend(NAME)
+    assert torch.equal(run(model, family), eight)
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"attn_mask": torch.ones(1, 4, dtype=torch.bool)}, "a mask"),
+        ({"is_causal": True, "dropout_p": 0.1}, "dropout and a causal order"),
+        ({"enable_gqa": True}, "queries that share keys"),
+        ({"attention_kwargs": {"return_lse": True}}, "log-sums"),
+        ({"parallel_config": object()}, "context parallelism"),
+    ],
+)
+def test_eight_bits_know_all_keys_only(asked: dict[str, Any], named: str) -> None:
+    q, k = torch.ones(1, 4, 2, 16), torch.ones(1, 4, 1 if "enable_gqa" in asked else 2, 16)
+    with pytest.raises(UserError, match=f"attention 'bittern_fp8' does not know {named}.* such as 'native'"):
+        dispatch_attention_fn(q, k, k, backend=AttentionBackendName(NAME), **asked)
+
+
+def test_eight_bits_say_why_they_do_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("8-bit attention needs compute capability 9.0 or more (Hopper), not 8.9")
+
+    monkeypatch.setattr("bittern.ops.attention_8bit", refuse)
+    assert attention.refusal(NAME, "cpu") == "8-bit attention needs compute capability 9.0 or more (Hopper), not 8.9"
+
+
+def test_other_models_keep_theirs_and_an_error_takes_nothing_along() -> None:
     before = _AttentionBackendRegistry.get_active_backend()[0]
     model = FAMILIES["flux"].build()
     model.set_attention_backend("_native_flash")

@@ -5,7 +5,9 @@ Read that file's docstring first; then compare diffusers' `ModelMixin.from_pretr
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,35 @@ def test_lite_folders_go_through_the_registry() -> None:
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[nunchaku_lite.METHOD] is nunchaku_lite.LiteConfig
     # It is theirs that decides whether it can, and it says so before anything is loaded.
     assert "validate_environment" in vars(auto.AUTO_QUANTIZER_MAPPING[nunchaku_lite.METHOD])
+
+
+def test_attention_backends_are_where_they_were() -> None:
+    """What `bittern.integrations.attention_backend` relies on."""
+    from diffusers.models import attention_dispatch
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    from bittern.integrations import attention_backend
+
+    member: Any = AttentionBackendName(attention_backend.NAME)
+    assert isinstance(member, AttentionBackendName) and member in list(AttentionBackendName)
+    assert member is AttentionBackendName.__members__[attention_backend.MEMBER]
+    assert member is getattr(AttentionBackendName, attention_backend.MEMBER)
+    assert (member.name, member.value, member) == (attention_backend.MEMBER, attention_backend.NAME, "bittern_fp8")
+    # It is like those of diffusers in every attribute.
+    assert set(vars(member)) == set(vars(AttentionBackendName.NATIVE))
+    assert copy.deepcopy(member) is member is pickle.loads(pickle.dumps(member))
+    assert _AttentionBackendRegistry._backends[member] is attention_backend.attend
+    theirs, ours = (
+        list(inspect.signature(function).parameters)
+        for function in (_AttentionBackendRegistry._backends[AttentionBackendName.NATIVE], attention_backend.attend)
+    )
+    assert theirs == ours
+    count = len(AttentionBackendName)
+    attention_backend.register()
+    assert len(AttentionBackendName) == count == len(_AttentionBackendRegistry._backends)
+    # Neither does something else for names that it does not know.
+    attention_dispatch._check_attention_backend_requirements(member)
+    attention_dispatch._maybe_download_kernel_for_backend(member)
 
 
 def test_every_override_overrides_something() -> None:

@@ -111,14 +111,16 @@ def _attention(device: str) -> list[dict[str, Any]]:
 
     refusals = {name: attention.refusal(name, device) for name in attention.names()}
     return [
-        {"device": device, "attention": name, "runs": why is None, "reason": why or _why_it_runs(name)}
+        {"device": device, "attention": name, "runs": why is None, "reason": why or _why_it_runs(name, device)}
         for name, why in refusals.items()
     ]
 
 
-def _why_it_runs(name: str) -> str:
-    from bittern.integrations import attention
+def _why_it_runs(name: str, device: str) -> str:
+    from bittern.integrations import attention, attention_backend
 
+    if name == attention_backend.NAME and device == "cpu":
+        return "ours, as plain torch, which is slow: to see what 8 bits do to pictures"
     if attention.is_fetched(name):
         return "not tried: fetches code from the hub when it is first used"
     return "diffusers' own choice" if name == attention.DEFAULT else "ran on a small problem in bf16"

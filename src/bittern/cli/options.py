@@ -36,7 +36,7 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="NAME",
-        help="One of diffusers' attention backends; `bittern doctor` lists them.",
+        help="One of diffusers' attention backends, or bittern_fp8; `bittern doctor` lists them.",
         show_default="the model's",
     ),
 ]
