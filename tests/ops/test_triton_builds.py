@@ -513,9 +513,7 @@ def test_attention(capability: int, size: int, tmp_path: Path) -> None:
     """Only where 8-bit attention runs."""
     inputs = dict.fromkeys(("q", "k", "v"), "*bf16")
     shape = {"SIZE": size, "BLOCK_D": size, "BLOCK_L": attention.BLOCK_L, "BLOCK_H": attention.BLOCK_H}
-    compiled = build(
-        attention.peaks_kernel, capability, {**inputs, "peaks": "*fp32"}, shape, num_warps=attention.WARPS
-    )
+    compiled = build(attention.peaks_kernel, capability, {**inputs, "peaks": "*fp32"}, shape, num_warps=attention.WARPS)
     expect(compiled, capability, r"ld\.global\S*\.v4\.b32", tmp_path)
     codes = dict.fromkeys(("q_codes", "k_codes", "v_codes"), "*" + FP8)
     compiled = build(

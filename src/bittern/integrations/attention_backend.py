@@ -49,8 +49,8 @@ def attend(
     unknown = [name for name, wanted in asked.items() if wanted]
     if unknown:
         raise UserError(
-            f"attention {NAME!r} does not know {' and '.join(unknown)}, which this model asks for: choose another, such as "
-            "'native'"
+            f"attention {NAME!r} does not know {' and '.join(unknown)}, which this model asks for: "
+            "choose another, such as 'native'"
         )
     from bittern.ops import attention_8bit
 

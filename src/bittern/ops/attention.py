@@ -5,12 +5,13 @@
     o   = e4m3(256 p) V · s_v / (256 · sum p)                             with the sum over unrounded p
     out = e4m3(o · r) / r,  r = 1 / (2 s_v)                               in q's dtype
 
-Maxima are taken in every call, on the device, so that nothing saturates and nothing waits. Scales are powers of two:
-e4m3 has an exponent of its own, with one scale or another the same digits are kept, and so a picture hardly depends on
-those drawn beside it, although cuDNN takes one scale for all of a tensor. Numbers below 2^-15 of the largest lose digits
-(2^-18: all), which float32 sums of thousands of products do not notice. Weights lie in [0, 1], so that 256 p never
-saturates; results are means of values, and the values' range, doubled for weights that were rounded upwards, holds them.
-On Hopper cuDNN gives 8-bit results only, hence the last rounding; other devices do the same, to give the same numbers.
+Maxima are taken in every call, on the device: nothing saturates, and the host waits for nothing. Scales are powers of
+two. e4m3 has an exponent of its own, the same digits are kept under one scale or another, and so a picture hardly
+depends on those drawn beside it, although cuDNN takes one scale for all of a tensor. Numbers below about 2^-14 of the
+largest lose digits, below 2^-18 all of them: as addends beside the largest they are nothing. Weights lie in [0, 1], so
+that 256 p never saturates; results are means of values, and the values' range, doubled for weights that were rounded
+upwards, holds them. On Hopper cuDNN gives 8-bit results only, hence the last rounding; other devices do the same, to
+give the same numbers.
 
 NVIDIA's cuDNN computes it (Shah et al. 2024 is the nearest account of how), in tiles, whose maxima replace the row's
 while it walks: p is rounded relative to another maximum, by powers of e rather than of two, so that single weights land
@@ -62,7 +63,7 @@ def attention_8bit(
         scale: Multiplies products of queries and keys; 1 / sqrt(d) by default.
 
     Raises:
-        UserError: if shapes, devices or types do not fit together, gradients are wanted, or the device does not have it.
+        UserError: if shapes, devices or types do not fit together, gradients are wanted, or the GPU does not have it.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise UserError("8-bit attention has no gradients: call the model under torch.no_grad(), or train with another")
@@ -125,8 +126,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise UserError(
-            f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}: expected [images, tokens, heads, "
-            "size], alike but for the number of tokens, which keys and values share"
+            f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}: expected [images, tokens, "
+            "heads, size], alike but for the number of tokens, which keys and values share"
         )
     if len({t.device for t in (q, k, v)}) > 1 or len({t.dtype for t in (q, k, v)}) > 1:
         found = ", ".join(f"{t.dtype} on {t.device}" for t in (q, k, v))

@@ -123,8 +123,8 @@ def _built(problem: Problem) -> _Built:
         return graphs[problem]
     if torch.cuda.is_current_stream_capturing():
         raise UserError(
-            f"8-bit attention of {problem.tokens} to {problem.key_tokens} tokens is computed for the first time while a "
-            "CUDA graph is captured: call the model once with these shapes before"
+            f"8-bit attention of {problem.tokens} to {problem.key_tokens} tokens is computed for the first time while "
+            "a CUDA graph is captured: call the model once with these shapes before"
         )
     graphs[problem] = build(problem)
     if len(graphs) > _MOST_GRAPHS:
@@ -134,7 +134,7 @@ def _built(problem: Problem) -> _Built:
 
 
 def build(problem: Problem) -> _Built:
-    """cuDNN's plan for a problem on the current device.
+    """CuDNN's plan for a problem on the current device.
 
     Raises:
         UserError: with cuDNN's reason for not having one.
@@ -150,8 +150,8 @@ def build(problem: Problem) -> _Built:
     except (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cuDNN {cudnn.backend_version_string()} has no 8-bit attention for {problem.images} x {problem.heads} heads "
-            f"of {problem.size}, {problem.tokens} to {problem.key_tokens} tokens here: {said}"
+            f"cuDNN {cudnn.backend_version_string()} has no 8-bit attention for {problem.images} x {problem.heads} "
+            f"heads of {problem.size}, {problem.tokens} to {problem.key_tokens} tokens here: {said}"
         ) from error
     return _Built(graph, graph.get_workspace_size())
 

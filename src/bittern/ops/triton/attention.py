@@ -91,9 +91,7 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> None:
                 return
     recorder = Recorder(tensors)
     grid = (cdiv(codes.numel(), BLOCK),)
-    recorder.launch(
-        numbers_kernel, grid, (codes, scale, out), (codes.numel(),), BLOCK=BLOCK, num_warps=BLOCK_WARPS
-    )
+    recorder.launch(numbers_kernel, grid, (codes, scale, out), (codes.numel(),), BLOCK=BLOCK, num_warps=BLOCK_WARPS)
     _remember(signature, recorder)
 
 
