@@ -653,7 +653,7 @@ def test_heads(dtype: torch.dtype, kind: str, lengths: tuple[int, ...], count: i
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("kind", ["gaussian", "zeros", "outlier", "denormal", "nan", "infinity"])
 @pytest.mark.parametrize(
-    ("images", "tokens", "key_tokens", "count", "size"), [(2, 13, 13, 3, 32), (1, 3, 18, 9, 48), (1, 1, 1, 1, 128)]
+    ("images", "tokens", "key_tokens", "count", "size"), [(2, 13, 13, 3, 32), (1, 3, 270, 2, 48), (1, 1, 1, 1, 128)]
 )
 def test_attention_codes(
     dtype: torch.dtype, kind: str, images: int, tokens: int, key_tokens: int, count: int, size: int
@@ -674,14 +674,16 @@ def test_attention_codes(
     codes = [torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=DEVICE) for x in given]
     scalars = torch.full((8, attention.SLOT), float("nan"), device=DEVICE)
     attention.quantize(*given, codes, scalars, 256.0)
-    scales = []
-    for x, found, scalar in zip(given, codes, scalars, strict=False):
-        want, scale = codes_of(x.cpu())
-        scales.append(scale)
+    wanted = codes_of(*(x.cpu() for x in given))
+    scales = [scale for _, scale in wanted]
+    for found, (want, scale), scalar in zip(codes, wanted, scalars, strict=False):
         assert torch.equal(scalar[:1].cpu(), scale[None]) or (scale.isnan() and scalar[0].isnan())
         if scale.isfinite():
-            assert torch.equal(found.cpu().float(), want.float())
+            off = (found.cpu().float() - want.float()).abs()
+            # Float32 sums have another order: a number at a boundary goes to the next code.
+            assert (off <= want.float().abs() / 8 + 2**-9).all() and off.count_nonzero() <= 0.01 * off.numel() + 1
             assert scale.log2() == scale.log2().round() and want.float().abs().max() <= 448
+    assert not scales[2].isfinite() or torch.equal(codes[2].cpu().float(), wanted[2][0].float())
     assert scales[2].isfinite() == (kind not in ("nan", "infinity"))
     assert scalars[3:5, 0].tolist() == [1 / 256, 256.0]
     result_scale = 0.5 / scales[2]
@@ -690,4 +692,4 @@ def test_attention_codes(
         return
     out = torch.full((images, key_tokens, count, size), float("nan"), dtype=dtype, device=DEVICE)
     attention.dequantize(codes[2], scalars[5], out)
-    assert torch.equal(out.cpu(), (codes_of(given[2].cpu())[0].float() / result_scale).to(dtype))
+    assert torch.equal(out.cpu(), (wanted[2][0].float() / result_scale).to(dtype))

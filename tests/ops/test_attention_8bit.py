@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -32,39 +33,63 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+@pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.parametrize("key_tokens", [None, 9])
 @pytest.mark.parametrize("scale", [None, 0.4])
-def test_it_is_attention_with_rounded_operands(scale: float | None, key_tokens: int | None) -> None:
+def test_it_is_attention_with_rounded_operands(scale: float | None, key_tokens: int | None, size: int) -> None:
     """Step by step in float64, with every rounding where the module says it is."""
-    q, k, v = random(key_tokens=key_tokens)
-    (qc, qs), (kc, ks), (vc, vs) = (codes_of(x) for x in (q, k, v))
-    wide = [x.double().transpose(1, 2) for x in (qc, kc, vc)]
-    z = wide[0] @ wide[1].mT * float(qs) * float(ks) * (scale or 32**-0.5)
+    q, k, v = random(key_tokens=key_tokens, size=size)
+    n = {32: 32, 48: 16}[size]
+    hadamard = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]).double()
+
+    def codes(x: Tensor, bound: Tensor) -> tuple[Tensor, float]:
+        step = 2.0 ** math.ceil(math.log2(float(bound) / 448))
+        return (x / step).to(torch.float8_e4m3fn).double().transpose(1, 2), step
+
+    def mixed(x: Tensor) -> Tensor:
+        return (x.double().unflatten(-1, (size // n, n)) @ hadamard).flatten(-2)
+
+    qc, qs = codes(mixed(q), q.norm(dim=-1).max() * n**0.5)
+    kc, ks = codes(mixed(k - k.mean(1, keepdim=True)), k.norm(dim=-1).max() * 2 * n**0.5)
+    vc, vs = codes(v.double(), v.abs().max())
+    z = qc @ kc.mT * (qs * ks / n * (scale or size**-0.5))
     p = (z - z.amax(-1, keepdim=True)).exp()
-    o = (p * 256).to(torch.float8_e4m3fn).double() @ wide[2] * float(vs) / 256 / p.sum(-1, keepdim=True)
+    o = (p * 256).to(torch.float8_e4m3fn).double() @ vc * vs / 256 / p.sum(-1, keepdim=True)
     want = ((o / (2 * vs)).to(torch.float8_e4m3fn).double() * 2 * vs).transpose(1, 2)
     found = ops.attention_8bit(q, k, v, scale)
     # Where float32 sums are on the other side of a boundary a code is the next one.
-    same = found.double() == want
-    assert same.double().mean() > 0.995 and apart(found, want) < 5e-3
+    assert (found.double() == want).double().mean() > 0.99 and apart(found, want) < 5e-3
     assert 0.01 < apart(found, exact(q, k, v, scale=scale)) < 0.1
+
+
+def test_what_all_keys_share_and_a_few_places_hold_costs_nothing() -> None:
+    """Both are in keys of trained models; rounded as they are they drown the rest."""
+    q, k, v = random()
+    k = k + 30 * torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    near = apart(ops.attention_8bit(q, k, v), exact(q, k, v))
+    q[..., :2] *= 12
+    k[..., :2] *= 12
+    few = apart(ops.attention_8bit(q, k, v), exact(q, k, v))
+    assert near < 0.08 and few < 0.13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_are_powers_of_two_that_hold_everything(dtype: torch.dtype) -> None:
     for peak in (1.0, 448.0, 449.0, 3.7e-6, 6e4):
-        x = torch.linspace(-peak, peak / 3, 100).to(dtype)
-        codes, scale = codes_of(x)
-        assert scale.log2() == scale.log2().round()
-        assert 224 <= codes.float().abs().max() <= 448
-        assert torch.equal(codes.float() * scale, (x.float() / scale).to(torch.float8_e4m3fn).float() * scale)
-    assert codes_of(torch.zeros(3, dtype=dtype))[0].float().tolist() == [0.0, 0.0, 0.0]
+        x = torch.linspace(-peak, peak / 3, 96).to(dtype).view(1, 3, 1, 32)
+        (q, q_scale), (k, k_scale), (v, v_scale) = codes_of(x, x, x)
+        assert all(scale.log2() == scale.log2().round() for scale in (q_scale, k_scale, v_scale))
+        assert 224 <= v.float().abs().max() <= 448
+        assert torch.equal(v.float() * v_scale, (x.float() / v_scale).to(torch.float8_e4m3fn).float() * v_scale)
+        assert q.float().abs().max() <= 448 and 14 <= k.float().abs().max() <= 448
+    zero = torch.zeros(1, 3, 1, 32, dtype=dtype)
+    assert not any(codes.float().any() for codes, _ in codes_of(zero, zero, zero))
 
 
 def test_one_picture_does_not_change_with_those_beside_it() -> None:
     q, k, v = random()
     for x in (q, k, v):
-        x[1] *= 50
+        x[1] *= 8
     alone = [x[:1] for x in (q, k, v)]
     assert apart(ops.attention_8bit(q, k, v)[:1], ops.attention_8bit(*alone)) < 5e-3
 
@@ -148,8 +173,8 @@ class OnGpu:
             OnGpu(),
             r"nvidia-cudnn-frontend, .*: pip install 'bittern\[fp8-attention\]'",
         ),
-        ((9, 0), True, OnGpu(72), "takes heads of multiples of 16 up to 256, not of 72"),
-        ((9, 0), True, OnGpu(512), "takes heads of multiples of 16 up to 256, not of 512"),
+        ((9, 0), True, OnGpu(72), "takes heads of multiples of 16 up to 128, not of 72"),
+        ((9, 0), True, OnGpu(512), "takes heads of multiples of 16 up to 128, not of 512"),
         ((9, 0), True, OnGpu(dtype=torch.float32), "takes torch.bfloat16, torch.float16, not torch.float32"),
     ],
 )

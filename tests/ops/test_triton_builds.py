@@ -511,21 +511,23 @@ def test_heads(capability: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [64, 128])
 def test_attention(capability: int, size: int, tmp_path: Path) -> None:
     """Only where 8-bit attention runs."""
-    inputs = dict.fromkeys(("q", "k", "v"), "*bf16")
-    shape = {"SIZE": size, "BLOCK_D": size, "BLOCK_L": attention.BLOCK_L, "BLOCK_H": attention.BLOCK_H}
-    compiled = build(attention.peaks_kernel, capability, {**inputs, "peaks": "*fp32"}, shape, num_warps=attention.WARPS)
+    inputs = {**dict.fromkeys(("q", "k", "v"), "*bf16"), "bounds": "*fp32", "sums": "*fp32"}
+    shape = {"SIZE": size, "BLOCK_D": size, "BLOCK_L": attention.BLOCK_L, "MOST_CHUNKS": attention.MOST_CHUNKS}
+    compiled = build(
+        attention.bounds_kernel, capability, inputs, shape, num_warps=attention.WARPS, enable_fp_fusion=False
+    )
     expect(compiled, capability, r"ld\.global\S*\.v4\.b32", tmp_path)
-    codes = dict.fromkeys(("q_codes", "k_codes", "v_codes"), "*" + FP8)
+    constants = {"N": size, "ROOT": size**0.5, "BOUNDS_AT_ONCE": attention.BOUNDS_AT_ONCE, "SOFTMAX_SCALE": 256.0}
     compiled = build(
         attention.codes_kernel,
         capability,
-        {**inputs, **codes, "peaks": "*fp32", "scalars": "*fp32"},
-        {**shape, "BLOCK_P": 1024, "SOFTMAX_SCALE": 256.0, "SLOT": attention.SLOT},
+        {**inputs, **dict.fromkeys(("q_codes", "k_codes", "v_codes"), "*" + FP8), "scalars": "*fp32"},
+        {**shape, **constants, "SLOT": attention.SLOT},
         num_warps=attention.WARPS,
         enable_fp_fusion=False,
     )
-    # Four conversions in a word, and at least eight codes a store.
-    expect(compiled, capability, r"(?s)cvt\.rn\.satfinite\.e4m3x2\.f32.*st\.global\S*\.v[24]\.b32", tmp_path)
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"]
     compiled = build(
         attention.numbers_kernel,
         capability,

@@ -1,17 +1,25 @@
 """Attention in 8 bits: both products take e4m3 operands, as Hopper's and later tensor cores do at twice bf16's rate.
 
-    s_x = 2^ceil(log2(max |x| / 448)),  X = e4m3(x / s_x)                 for x in q, k, v, over the whole tensor
-    z   = Q K^T · (s_q · s_k · scale),  p = exp(z - max z)                in float32, a row of z for a query
+    K'  = k - mean of k over tokens, rounded to k's dtype;  Y_q = q H, Y_k = K' H, H of +1 and -1, n x n
+    s_x = 2^ceil(log2(bound of |x| / 448)),  X = e4m3(x / s_x)            for Y_q, Y_k and v, over the whole tensor
+    z   = Q K^T · (s_q · s_k · scale / n),  p = exp(z - max z)            in float32, a row of z for a query
     o   = e4m3(256 p) V · s_v / (256 · sum p)                             with the sum over unrounded p
     out = e4m3(o · r) / r,  r = 1 / (2 s_v)                               in q's dtype
 
-Maxima are taken in every call, on the device: nothing saturates, and the host waits for nothing. Scales are powers of
-two. e4m3 has an exponent of its own, the same digits are kept under one scale or another, and so a picture hardly
-depends on those drawn beside it, although cuDNN takes one scale for all of a tensor. Numbers below about 2^-14 of the
-largest lose digits, below 2^-18 all of them: as addends beside the largest they are nothing. Weights lie in [0, 1], so
-that 256 p never saturates; results are means of values, and the values' range, doubled for weights that were rounded
-upwards, holds them. On Hopper cuDNN gives 8-bit results only, hence the last rounding; other devices do the same, to
-give the same numbers.
+Neither of the first two steps changes what is computed, and they decide what is lost. A mean of keys adds the same to
+all products of a query (Zhang et al. 2024, SageAttention). H, a Hadamard matrix of the largest power of two that
+divides the head, orthogonal over sqrt(n), spreads what few places of queries and keys hold over all (Ashkboos et al.
+2024, QuaRot). With both, errors of products fall to a quarter on a model whose products are large
+(docs/performance.md).
+
+Scales are found in every call, on the device: nothing saturates, and the host waits for nothing. The bound of v is its
+largest magnitude; that of Y_q is sqrt(n) · max |q| over tokens' norms, that of Y_k twice as much of k. Scales are
+powers of two. e4m3 has an exponent of its own, the same digits are kept under one scale or another, and so a picture
+hardly depends on those drawn beside it, although cuDNN takes one scale for all of a tensor. Numbers below about 2^-14
+of the bound lose digits, below 2^-18 all of them: as addends beside the largest they are nothing. Weights lie in
+[0, 1], so that 256 p never saturates; results are means of values, and the values' range, doubled for weights that were
+rounded upwards, holds them. On Hopper cuDNN gives 8-bit results only, hence the last rounding; other devices do the
+same, to give the same numbers. Queries and keys beyond 1e18, whose squares float32 does not hold, give nothing finite.
 
 NVIDIA's cuDNN computes it (Shah et al. 2024 is the nearest account of how), in tiles, whose maxima replace the row's
 while it walks: p is rounded relative to another maximum, by powers of e rather than of two, so that single weights land
@@ -47,7 +55,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_CUDNN = importlib.util.find_spec("cudnn") is not None
 _DTYPES = (torch.bfloat16, torch.float16)
 _FIRST_CAPABILITY = (9, 0)
-_HEAD_MULTIPLE, _LARGEST_HEAD = 16, 256
+_HEAD_MULTIPLE, _LARGEST_HEAD = 16, 128
 _SCORES_AT_ONCE = 1 << 25
 
 
@@ -73,7 +81,7 @@ def attention_8bit(
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """The numbers of `attention_8bit`, in plain torch."""
     batch, tokens, heads, size = q.shape
-    (q_codes, q_scale), (k_codes, k_scale), (v_codes, v_scale) = (codes_of(x) for x in (q, k, v))
+    (q_codes, q_scale), (k_codes, k_scale), (v_codes, v_scale) = codes_of(q, k, v)
     factor = q_scale * k_scale * (size**-0.5 if scale is None else scale)
     out = q.new_empty(batch * heads, tokens, size, dtype=torch.float32)
     by_head = [x.float().transpose(1, 2).flatten(0, 1) for x in (q_codes, k_codes, v_codes)]
@@ -89,14 +97,33 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
     return result.view(batch, heads, tokens, size).transpose(1, 2).to(q.dtype).contiguous()
 
 
-def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 codes of a tensor, and the scale that multiplies them, a power of two in float32."""
-    wide = x.float()
-    least = (wide.abs().amax() * RECIPROCALS["fp8"]).clamp_min(TINY)
+def codes_of(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """e4m3 codes of mixed queries, mixed keys less their mean, and values, each with what multiplies its products."""
+    n = q.shape[-1] & -q.shape[-1]
+    signs = _hadamard(n).to(q.device)
+    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
+    apart = (wide_k - wide_k.mean(1, keepdim=True)).to(k.dtype).float()
+    numbers = [*((x.reshape(-1, n) @ signs).view(x.shape) for x in (wide_q, apart)), wide_v]
+    norms = [x.square().sum(-1).amax().sqrt() * n**0.5 for x in (wide_q, wide_k)]
+    scales = [_power(bound) for bound in (norms[0], norms[1] * 2, wide_v.abs().amax())]
+    codes = [_e4m3(x * s.reciprocal()) for x, s in zip(numbers, scales, strict=True)]
+    return list(zip(codes, (scales[0] / n, *scales[1:]), strict=True))
+
+
+def _power(bound: Tensor) -> Tensor:
+    """The least power of two under which a bound is at most 448."""
+    least = (bound * RECIPROCALS["fp8"]).clamp_min(TINY)
     power = ((least.view(torch.int32) + 0x7FFFFF) & -0x800000).view(torch.float32)
     # An input that is not finite leaves nothing finite.
-    power = torch.where(least.isnan(), least, power)
-    return _e4m3(wide * power.reciprocal()), power
+    return torch.where(least.isnan(), least, power)
+
+
+def _hadamard(n: int) -> Tensor:
+    """Sylvester's matrix of +1 and -1."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 def _e4m3(x: Tensor) -> Tensor:

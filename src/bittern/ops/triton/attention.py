@@ -1,9 +1,11 @@
 """Queries, keys and values as e4m3 codes under one scale each, and e4m3 results as 16-bit numbers.
 
-The maths and the floor are in `bittern.ops.attention`. Two launches make the codes: the first keeps one maximum a
-program and tensor, the second takes the maximum of those and writes the codes. It walks backwards, from what the first
-read last, of which a part is still in the L2 cache. No program waits for another and nothing is added up, so that the
-codes are the same in every run. Inputs have any strides but the last, which is 1; codes are contiguous [b, l, h, d].
+The maths and the floor are in `bittern.ops.attention`. Two launches make the codes, each with a program for a chunk of
+one head's tokens. The first keeps a bound of each chunk, and of keys their sum; the second takes the largest bound, the
+mean of keys from the sums, and writes the codes. It walks backwards, from what the first read last, of which a part is
+still in the L2 cache. A Hadamard matrix is a product on tensor cores, with signs that a program works out from indices.
+No program waits for another and every sum has one order, so that the codes are the same in every run. Inputs have any
+strides but the last, which is 1; codes are contiguous [b, l, h, d].
 """
 
 # A type checker knows neither launch options nor the language inside kernels.
@@ -19,12 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bittern.ops.triton.launch import Launches, Recorder, cdiv, contiguous_rows, multiprocessors, on_device_of
-from bittern.ops.triton.numerics import E4M3_RECIPROCAL, TINY, eight_bits, larger_magnitude, reciprocal, rounded
+from bittern.ops.triton.launch import Launches, Recorder, cdiv, contiguous_rows, on_device_of
+from bittern.ops.triton.numerics import (
+    E4M3_RECIPROCAL,
+    TINY,
+    eight_bits,
+    larger_magnitude,
+    product,
+    reciprocal,
+    rounded,
+)
 
-BLOCK_L, BLOCK_H, WARPS = 4, 8, 4
+BLOCK_L, WARPS = 64, 4
+LEAST_CHUNK, MOST_CHUNKS = 256, 32
 BLOCK, BLOCK_WARPS = 4096, 8
-PROGRAMS_A_PROCESSOR = 4
+BOUNDS_AT_ONCE = 1024
 SLOT = 4
 """Numbers from one scalar to the next: each begins at a multiple of 16 bytes."""
 _MOST = 256
@@ -35,7 +46,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, codes: Sequence[Tensor], scalars: 
     """Fills codes and scalars.
 
     Args:
-        q: Queries [b, l, h, d], bf16 or float16.
+        q: Queries [b, l, h, d], bf16 or float16; d at least 16.
         k: Keys.
         v: Values.
         codes: e4m3 of the shapes of q, k and v, contiguous.
@@ -54,24 +65,40 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, codes: Sequence[Tensor], scalars: 
     q, k, v = (contiguous_rows(x) for x in (q, k, v))
     batch, tokens, heads, size = q.shape
     key_tokens = k.shape[1]
-    programs = PROGRAMS_A_PROCESSOR * multiprocessors(q.device)
-    (peaks,) = recorder.scratch(q.device, ((3, programs), torch.float32))
-    sizes = (batch, tokens, key_tokens, heads, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    shape = {"SIZE": size, "BLOCK_D": triton.next_power_of_2(size), "BLOCK_L": BLOCK_L, "BLOCK_H": BLOCK_H}
-    recorder.launch(peaks_kernel, (programs,), (q, k, v, peaks), sizes, **shape, num_warps=WARPS)
+    chunk, key_chunk = _chunk(tokens), _chunk(key_tokens)
+    grid = (max(cdiv(tokens, chunk), cdiv(key_tokens, key_chunk)), batch * heads, 3)
+    block_d = triton.next_power_of_2(size)
+    bounds, sums = recorder.scratch(
+        q.device,
+        ((3, batch * heads * MOST_CHUNKS), torch.float32),
+        ((batch * heads, MOST_CHUNKS, block_d), torch.float32),
+    )
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    sizes = (tokens, key_tokens, heads, chunk, key_chunk, *strides)
+    shape = {"SIZE": size, "BLOCK_D": block_d, "BLOCK_L": BLOCK_L, "MOST_CHUNKS": MOST_CHUNKS}
+    recorder.launch(
+        bounds_kernel, grid, (q, k, v, bounds, sums), sizes, **shape, num_warps=WARPS, enable_fp_fusion=False
+    )
     recorder.launch(
         codes_kernel,
-        (batch * cdiv(max(tokens, key_tokens), BLOCK_L), 3),
-        (q, k, v, *codes, peaks, scalars),
-        (*sizes, programs),
+        grid,
+        (q, k, v, *codes, bounds, sums, scalars),
+        sizes,
         **shape,
-        BLOCK_P=triton.next_power_of_2(programs),
+        N=size & -size,
+        ROOT=float(size & -size) ** 0.5,
+        BOUNDS_AT_ONCE=BOUNDS_AT_ONCE,
         SOFTMAX_SCALE=softmax_scale,
         SLOT=SLOT,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
     _remember(signature, recorder)
+
+
+def _chunk(tokens: int) -> int:
+    """Tokens of a program: at most MOST_CHUNKS of them make a head."""
+    return max(LEAST_CHUNK, cdiv(cdiv(tokens, MOST_CHUNKS), BLOCK_L) * BLOCK_L)
 
 
 def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -103,126 +130,150 @@ def _remember(signature: Hashable, recorder: Recorder) -> None:
 
 
 @triton.jit
-def _rows(block, tokens, stride_b, stride_l, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Offsets of BLOCK_L tokens of one image, which of them exist, and their places in a contiguous tensor's rows."""
-    blocks = tl.cdiv(tokens, BLOCK_L)
-    image = (block // blocks).to(tl.int64)
-    token = (block % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
-    inside = token < tokens
-    # Beyond the last token it is repeated, which changes no maximum, and not stored.
-    token = tl.minimum(token, tokens - 1).to(tl.int64)
+def _tile(x, start, tokens, stride_l, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr):
+    """BLOCK_L tokens of one head; 0 beyond the last token and the head's last place."""
+    token = start + tl.arange(0, BLOCK_L)
     place = tl.arange(0, BLOCK_D)
-    if BLOCK_D == SIZE:
-        return image * stride_b + token[:, None] * stride_l + place[None, :], inside, image * tokens + token, place
-    else:
-        # Likewise for places beyond the head's last.
-        place = tl.minimum(place, SIZE - 1)
-        return image * stride_b + token[:, None] * stride_l + place[None, :], inside, image * tokens + token, place
+    mask = (token < tokens)[:, None] & (place < SIZE)[None, :]
+    return tl.load(x + token.to(tl.int64)[:, None] * stride_l + place[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _peak(
-    x, batch, tokens, heads, stride_b, stride_l, stride_h, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """The largest magnitude among this program's tokens."""
-    peak = tl.zeros([BLOCK_L, BLOCK_H, BLOCK_D], tl.float32)
-    for block in range(tl.program_id(0), batch * tl.cdiv(tokens, BLOCK_L), tl.num_programs(0)):
-        rows, _, _, _ = _rows(block, tokens, stride_b, stride_l, SIZE, BLOCK_D, BLOCK_L)
-        for start in range(0, heads, BLOCK_H):
-            head = tl.minimum(start + tl.arange(0, BLOCK_H), heads - 1).to(tl.int64)[None, :, None]
-            values = tl.load(x + rows[:, None, :] + head * stride_h)
-            peak = larger_magnitude(peak, values.to(tl.float32))
-    return _highest(peak.reshape(BLOCK_L * BLOCK_H * BLOCK_D))
-
-
-@triton.jit
-def _highest(magnitudes):
+def _largest(magnitudes):
     # As integers, magnitudes have the same order, with NaN above infinity.
     return tl.max(magnitudes.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def peaks_kernel(
-    q, k, v, peaks, batch, tokens, key_tokens, heads, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh,
-    stride_vb, stride_vl, stride_vh, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+def bounds_kernel(
+    q, k, v, bounds, sums, tokens, key_tokens, heads, chunk, key_chunk, stride_qb, stride_ql, stride_qh, stride_kb,
+    stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr, MOST_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """See the module; a fixed number of programs, which share out the tokens of each image."""
-    at, programs = tl.program_id(0), tl.num_programs(0)
-    peak = _peak(q, batch, tokens, heads, stride_qb, stride_ql, stride_qh, SIZE, BLOCK_D, BLOCK_L, BLOCK_H)
-    tl.store(peaks + at, peak)
-    peak = _peak(k, batch, key_tokens, heads, stride_kb, stride_kl, stride_kh, SIZE, BLOCK_D, BLOCK_L, BLOCK_H)
-    tl.store(peaks + programs + at, peak)
-    peak = _peak(v, batch, key_tokens, heads, stride_vb, stride_vl, stride_vh, SIZE, BLOCK_D, BLOCK_L, BLOCK_H)
-    tl.store(peaks + 2 * programs + at, peak)
+    """See the module: the largest square of a token's norm, of values the largest magnitude, and sums of keys."""
+    at, pair, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    image, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    peak = tl.zeros([BLOCK_L], tl.float32)
+    length = tokens if which == 0 else key_tokens
+    size = chunk if which == 0 else key_chunk
+    if at * size < length:
+        last = tl.minimum((at + 1) * size, length)
+        if which == 0:
+            for start in range(at * size, last, BLOCK_L):
+                x = _tile(q + image * stride_qb + head * stride_qh, start, length, stride_ql, SIZE, BLOCK_D, BLOCK_L)
+                wide = x.to(tl.float32)
+                peak = larger_magnitude(peak, tl.sum(wide * wide, axis=1))
+        elif which == 1:
+            total = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+            for start in range(at * size, last, BLOCK_L):
+                x = _tile(k + image * stride_kb + head * stride_kh, start, length, stride_kl, SIZE, BLOCK_D, BLOCK_L)
+                wide = x.to(tl.float32)
+                total += wide
+                peak = larger_magnitude(peak, tl.sum(wide * wide, axis=1))
+            to = sums + (pair.to(tl.int64) * MOST_CHUNKS + at) * BLOCK_D + tl.arange(0, BLOCK_D)
+            tl.store(to, tl.sum(total, axis=0))
+        else:
+            # The loop keeps a magnitude for every place, since a maximum of integers is exact in any order.
+            highest = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+            for start in range(at * size, last, BLOCK_L):
+                x = _tile(v + image * stride_vb + head * stride_vh, start, length, stride_vl, SIZE, BLOCK_D, BLOCK_L)
+                highest = larger_magnitude(highest, x.to(tl.float32))
+            peak = tl.max(highest.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+    tl.store(bounds + (which * tl.num_programs(1) + pair) * MOST_CHUNKS + at, _largest(peak))
 
 
 @triton.jit
-def _scale(peaks, programs, BLOCK_P: tl.constexpr):
-    """The least power of two under which the largest magnitude is at most 448; NaN and infinity stay."""
-    at = tl.arange(0, BLOCK_P)
-    # A vector of one: what follows takes tensors.
-    peak = _highest(tl.load(peaks + at, mask=at < programs, other=0.0)) + tl.zeros([1], tl.float32)
-    least = peak * E4M3_RECIPROCAL
+def _power(bound):
+    """The least power of two under which a bound is at most 448; NaN and infinity stay."""
+    least = bound * E4M3_RECIPROCAL
     least = tl.where(least < TINY, TINY, least)
     power = ((least.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000).to(tl.float32, bitcast=True)
     return tl.where(least == least, power, least)
 
 
 @triton.jit
-def _codes(
-    x, codes, block, tokens, heads, scale, stride_b, stride_l, stride_h, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Codes of BLOCK_L tokens."""
-    rows, inside, row, place = _rows(block, tokens, stride_b, stride_l, SIZE, BLOCK_D, BLOCK_L)
-    to_rows = codes + row[:, None, None] * heads * SIZE + place[None, None, :]
-    inverse = reciprocal(scale)[:, None, None]
-    for start in range(0, heads, BLOCK_H):
-        head = (start + tl.arange(0, BLOCK_H))[None, :, None]
-        values = tl.load(x + rows[:, None, :] + tl.minimum(head, heads - 1).to(tl.int64) * stride_h).to(tl.float32)
-        there = inside[:, None, None] & (head < heads)
-        tl.store(to_rows + head * SIZE, eight_bits(values * inverse, True), mask=there)
+def _signs(DTYPE: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A Hadamard matrix of N x N, as often as it fits on the diagonal: (-1)^(number of ones in i & j)."""
+    i = tl.arange(0, BLOCK_D)[:, None]
+    j = tl.arange(0, BLOCK_D)[None, :]
+    common = i & j & (N - 1)
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    return tl.where(i // N == j // N, 1.0 - 2.0 * (common & 1).to(tl.float32), 0.0).to(DTYPE)
+
+
+@triton.jit
+def _store(codes, numbers, start, tokens, heads, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr):
+    token = start + tl.arange(0, BLOCK_L)
+    place = tl.arange(0, BLOCK_D)
+    mask = (token < tokens)[:, None] & (place < SIZE)[None, :]
+    tl.store(
+        codes + token.to(tl.int64)[:, None] * (heads * SIZE) + place[None, :], eight_bits(numbers, True), mask=mask
+    )
 
 
 @triton.jit
 def codes_kernel(
-    q, k, v, q_codes, k_codes, v_codes, peaks, scalars, batch, tokens, key_tokens, heads, stride_qb, stride_ql,
-    stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, programs, SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    SOFTMAX_SCALE: tl.constexpr, SLOT: tl.constexpr,
+    q, k, v, q_codes, k_codes, v_codes, bounds, sums, scalars, tokens, key_tokens, heads, chunk, key_chunk, stride_qb,
+    stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, MOST_CHUNKS: tl.constexpr, N: tl.constexpr, ROOT: tl.constexpr,
+    BOUNDS_AT_ONCE: tl.constexpr, SOFTMAX_SCALE: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    """See the module; one program for each BLOCK_L tokens of each image, of values, keys and queries."""
-    which = 2 - tl.program_id(1)
-    first = tl.program_id(0) == 0
-    one = tl.arange(0, 1)
-    scale = _scale(peaks + which * programs, programs, BLOCK_P)
-    tl.store(scalars + which * SLOT + one, scale, mask=first)
+    """See the module: codes of a chunk of values, keys or queries; the first programs leave the scalars."""
+    chunks, pairs = tl.num_programs(0), tl.num_programs(1)
+    at, pair, which = chunks - 1 - tl.program_id(0), pairs - 1 - tl.program_id(1), 2 - tl.program_id(2)
+    image, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     length = tokens if which == 0 else key_tokens
-    blocks = batch * tl.cdiv(length, BLOCK_L)
-    block = blocks - 1 - tl.program_id(0)
-    if block >= 0:
-        if which == 0:
-            _codes(
-                q, q_codes, block, tokens, heads, scale, stride_qb, stride_ql, stride_qh, SIZE, BLOCK_D, BLOCK_L,
-                BLOCK_H,
-            )  # fmt: skip
-        elif which == 1:
-            _codes(
-                k, k_codes, block, key_tokens, heads, scale, stride_kb, stride_kl, stride_kh, SIZE, BLOCK_D, BLOCK_L,
-                BLOCK_H,
-            )  # fmt: skip
-        else:
-            _codes(
-                v, v_codes, block, key_tokens, heads, scale, stride_vb, stride_vl, stride_vh, SIZE, BLOCK_D, BLOCK_L,
-                BLOCK_H,
-            )  # fmt: skip
+    size = chunk if which == 0 else key_chunk
+    peak = tl.zeros([BOUNDS_AT_ONCE], tl.float32)
+    for start in range(0, pairs * MOST_CHUNKS, BOUNDS_AT_ONCE):
+        place = start + tl.arange(0, BOUNDS_AT_ONCE)
+        # Of the chunks that there are programs for.
+        mask = (place < pairs * MOST_CHUNKS) & (place % MOST_CHUNKS < chunks)
+        peak = larger_magnitude(peak, tl.load(bounds + which * pairs * MOST_CHUNKS + place, mask=mask, other=0.0))
+    # A vector of one: what follows takes tensors.
+    bound = _largest(peak) + tl.zeros([1], tl.float32)
+    if which != 2:
+        # Of keys less their mean twice as much.
+        bound = tl.sqrt_rn(bound) * (ROOT if which == 0 else 2.0 * ROOT)
+    scale = _power(bound)
+    inverse = reciprocal(scale)[:, None]
+    one = tl.arange(0, 1)
+    if (at == 0) & (pair == 0):
+        tl.store(scalars + which * SLOT + one, scale * (1.0 / N) if which == 0 else scale)
+        if which == 2:
             # Half the values' range: weights rounded upwards take a mean no further.
-            tl.store(scalars + 5 * SLOT + one, reciprocal(scale) * 0.5, mask=first)
+            tl.store(scalars + 5 * SLOT + one, reciprocal(scale) * 0.5)
             constant = tl.zeros([1], tl.float32) + SOFTMAX_SCALE
-            tl.store(scalars + 3 * SLOT + one, reciprocal(constant), mask=first)
-            tl.store(scalars + 4 * SLOT + one, constant, mask=first)
+            tl.store(scalars + 3 * SLOT + one, reciprocal(constant))
+            tl.store(scalars + 4 * SLOT + one, constant)
+    if at * size < length:
+        last = tl.minimum((at + 1) * size, length)
+        to = (image * length * heads + head) * SIZE
+        zeros = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+        if which == 0:
+            signs = _signs(q.dtype.element_ty, N, BLOCK_D)
+            for start in range(at * size, last, BLOCK_L):
+                x = _tile(q + image * stride_qb + head * stride_qh, start, length, stride_ql, SIZE, BLOCK_D, BLOCK_L)
+                mixed = product(x, signs, zeros) * inverse
+                _store(q_codes + to, mixed, start, length, heads, SIZE, BLOCK_D, BLOCK_L)
+        elif which == 1:
+            signs = _signs(k.dtype.element_ty, N, BLOCK_D)
+            part = tl.arange(0, MOST_CHUNKS)[:, None]
+            given = sums + (pair.to(tl.int64) * MOST_CHUNKS + part) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+            there = part * size < length
+            mean = tl.div_rn(tl.sum(tl.load(given, mask=there, other=0.0), axis=0), length.to(tl.float32))
+            for start in range(at * size, last, BLOCK_L):
+                x = _tile(k + image * stride_kb + head * stride_kh, start, length, stride_kl, SIZE, BLOCK_D, BLOCK_L)
+                apart = rounded(x.to(tl.float32) - mean[None, :], x.dtype)
+                _store(
+                    k_codes + to, product(apart, signs, zeros) * inverse, start, length, heads, SIZE, BLOCK_D, BLOCK_L
+                )  # fmt: skip
+        else:
+            for start in range(at * size, last, BLOCK_L):
+                x = _tile(v + image * stride_vb + head * stride_vh, start, length, stride_vl, SIZE, BLOCK_D, BLOCK_L)
+                _store(v_codes + to, x.to(tl.float32) * inverse, start, length, heads, SIZE, BLOCK_D, BLOCK_L)
 
 
 @triton.jit
