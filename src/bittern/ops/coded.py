@@ -53,11 +53,14 @@ def is_open(inputs: Sequence[Tensor], codes: Tensor, smooth: Tensor | None, down
         return False
     if path != "a8-fp8" or len(inputs) != 1 or not multiplies_inputs_alone(smooth, down):
         return False
-    # What does not fit is left to the opaque operation, which says so.
     x = inputs[0]
+    # Before anything that would become a guard where nothing can come of it.
+    if not has_kernel(x.device, x.dtype):
+        return False
+    # What does not fit is left to the opaque operation, which says so.
     if x.ndim == 0 or codes.ndim != 2 or x.shape[-1] % MULTIPLE or not 0 < x.shape[-1] <= MOST_INPUTS:
         return False
-    return x.shape[:-1].numel() > FEW_TOKENS and has_kernel(x.device, x.dtype)
+    return x.shape[:-1].numel() > FEW_TOKENS
 
 
 def multiplies_inputs_alone(smooth: Tensor | None, down: Tensor | None) -> bool:
@@ -95,10 +98,12 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
     In one pass forward, as a compiler wants it: the reference saves memory by working in place.
     """
+    # The compiler knows these; floats of a module may vary, for all it knows, and become inputs of graphs.
+    limit, tiny = torch.finfo(torch.float8_e4m3fn).max, torch.finfo(torch.float32).tiny
     wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) * reference.RECIPROCALS["fp8"]).clamp_min(reference.TINY)
+    scale = (wide.abs().amax(-1, keepdim=True) * (1 / limit)).clamp_min(tiny)
     # The cast overflows to NaN, and scaling can leave a maximum one rounding error above the limit.
-    codes = (wide * scale.reciprocal()).clamp(*reference.RANGES["fp8"]).to(torch.float8_e4m3fn)
+    codes = (wide * scale.reciprocal()).clamp(-limit, limit).to(torch.float8_e4m3fn)
     return codes.contiguous(), scale
 
 
