@@ -43,7 +43,10 @@ from torch import Tensor
 from bittern.errors import UserError
 from bittern.ops import dispatch
 from bittern.ops.contract import library
-from bittern.ops.reference import RANGES, RECIPROCALS, TINY
+from bittern.ops.reference import RANGES, RECIPROCALS
+
+LEAST_SCALE = 2.0**-60
+"""Of codes: a product of three vanishes at 2^-127, and cuDNN multiplies it with infinity where keys end."""
 
 library.define(
     "attention_8bit(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
@@ -112,7 +115,7 @@ def codes_of(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _power(bound: Tensor) -> Tensor:
     """The least power of two under which a bound is at most 448."""
-    least = (bound * RECIPROCALS["fp8"]).clamp_min(TINY)
+    least = (bound * RECIPROCALS["fp8"]).clamp_min(LEAST_SCALE)
     power = ((least.view(torch.int32) + 0x7FFFFF) & -0x800000).view(torch.float32)
     # An input that is not finite leaves nothing finite.
     return torch.where(least.isnan(), least, power)

@@ -2,7 +2,8 @@
 
 A layer that multiplies x alone, without smoothing and without a branch, begins on path "a8-fp8" with plain maths:
 
-    scale = max(amax_k |x| · f32(1 / 448), tiny)      codes = e4m3(x · (1 / scale))
+    peak = 16 · amax of the first 256 |x|, if that covers all |x|, else amax of all
+    scale = max(peak · f32(1 / 448), tiny)                                             codes = e4m3(x · (1 / scale))
 
 In eager a kernel reads x for it (`bittern.ops.triton.whole_rows`). Where `torch.compile` traces the layer, these are
 torch's operations instead, followed by an operation that takes codes: Inductor appends them to the kernel of LayerNorm
@@ -30,6 +31,7 @@ from bittern.errors import UserError
 from bittern.ops import dispatch, reference
 from bittern.ops.checks import check
 from bittern.ops.library import TAGS, library, without_autocast
+from bittern.ops.reference import FORETELLERS, foretold
 
 MULTIPLE = 128
 """K is one of this, so that codes are the GEMM's operand as they lie (`triton.config.SCRATCH_MULTIPLE`)."""
@@ -101,7 +103,11 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     # The compiler knows these; floats of a module may vary, for all it knows, and become inputs of graphs.
     limit, tiny = torch.finfo(torch.float8_e4m3fn).max, torch.finfo(torch.float32).tiny
     wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) * (1 / limit)).clamp_min(tiny)
+    magnitudes = wide.abs()
+    # As a maximum over all inputs, of which the later count as 0, it is one of the loop that finds the other.
+    foretells = torch.arange(x.shape[-1], device=x.device) < FORETELLERS
+    first = torch.where(foretells, magnitudes, 0.0).amax(-1, keepdim=True)
+    scale = (foretold(first, magnitudes.amax(-1, keepdim=True)) * (1 / limit)).clamp_min(tiny)
     # The cast overflows to NaN, and scaling can leave a maximum one rounding error above the limit.
     codes = (wide * scale.reciprocal()).clamp(-limit, limit).to(torch.float8_e4m3fn)
     return codes.contiguous(), scale

@@ -148,7 +148,8 @@ def build(problem: Problem) -> _Built:
         graph.check_support()
         graph.build_plans()
     except (RuntimeError, ValueError, cudnn.cudnnGraphNotSupportedError) as error:
-        said = " ".join(str(error).split())[:200]
+        # What follows the first line is about each of its engines.
+        said = str(error).splitlines()[0].strip(" _")[:200]
         raise UserError(
             f"cuDNN {cudnn.backend_version_string()} has no 8-bit attention for {problem.images} x {problem.heads} "
             f"heads of {problem.size}, {problem.tokens} to {problem.key_tokens} tokens here: {said}"

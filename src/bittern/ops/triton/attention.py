@@ -21,16 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bittern.ops import attention
 from bittern.ops.triton.launch import Launches, Recorder, cdiv, contiguous_rows, on_device_of
 from bittern.ops.triton.numerics import (
     E4M3_RECIPROCAL,
-    TINY,
     eight_bits,
     larger_magnitude,
     product,
     reciprocal,
     rounded,
 )
+
+LEAST_SCALE = tl.constexpr(attention.LEAST_SCALE)
 
 BLOCK_L, WARPS = 64, 4
 LEAST_CHUNK, MOST_CHUNKS = 256, 32
@@ -186,7 +188,7 @@ def bounds_kernel(
 def _power(bound):
     """The least power of two under which a bound is at most 448; NaN and infinity stay."""
     least = bound * E4M3_RECIPROCAL
-    least = tl.where(least < TINY, TINY, least)
+    least = tl.where(least < LEAST_SCALE, LEAST_SCALE, least)
     power = ((least.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000).to(tl.float32, bitcast=True)
     return tl.where(least == least, power, least)
 
