@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
+from bittern.ops.attention import attention_8bit
 from bittern.ops.triton import linear
 from bittern.ops.triton.config import (
     GemmConfig,
@@ -91,14 +92,15 @@ INT8_CONFIGS = (
 )
 # M, K; predicted us.
 # The predictions are those made after a first run, for the kernels as they are now.
-PROLOGUES = [(4096, 3072, 22), (4608, 3072, 30), (4096, 12288, 85), (4608, 12288, 110), (512, 3072, 9)]
+PROLOGUES = [(4096, 3072, 24), (4608, 3072, 27), (4096, 12288, 76), (4608, 12288, 82), (512, 3072, 11)]
 PROLOGUE_CONFIGS = [
     PrologueConfig(*c)
-    for c in [(16, 256, 4, 3, True), (16, 256, 4, 4, True), (16, 256, 8, 4, True), (32, 128, 4, 4, True),
-              (32, 256, 8, 3, True), (16, 512, 4, 2, True), (16, 128, 4, 5, True), (8, 512, 4, 3, True),
-              (8, 256, 4, 4, True), (16, 512, 8, 3, True), (16, 256, 4, 4, False)]
+    for c in [(16, 256, 4, 3, True), (16, 256, 4, 4, True), (32, 256, 8, 3, True), (64, 256, 8, 3, True),
+              (64, 128, 8, 3, True), (64, 128, 4, 4, True), (8, 512, 4, 3, True), (8, 256, 4, 4, True)]
 ]  # fmt: skip
 WHOLE_ROWS_CONFIGS = [WholeRowsConfig(*c) for c in [(1, 1024, 4), (2, 1024, 8), (4, 1024, 16), (2, 2048, 16)]]
+# Tokens of 24 heads of 128; predicted us of the whole operation in 8 bits.
+ATTENTIONS = [(4096, 315), (4608, 383), (16896, 3600)]
 # Weight, group, N, K; predicted us.
 UNPACKS: list[tuple[str, int | None, int, int, float]] = [
     ("int4", 64, 3072, 3072, 8.5),
@@ -315,6 +317,25 @@ def skinnies(bench: Bench) -> None:
             bench.time("skinny", case, str(config), calls, floor=size / BANDWIDTH * 1e3, predicted=predicted / 1e3)
 
 
+def attentions(bench: Bench) -> None:
+    """Attention in 8 bits, rounding included, beside torch's in bf16; needs cuDNN's frontend."""
+    for tokens, predicted in bench.cases(ATTENTIONS, 1):
+        case, rounding = f"24x{tokens}x128", 24 * tokens * 128 * (2 * 3 + 3 + 3) / BANDWIDTH
+        operations = 4 * 24 * tokens**2 * 128
+        data = [[torch.randn(1, tokens, 24, 128, device="cuda", dtype=BF16) for _ in range(3)] for _ in range(3)]
+        heads_first = [[x.transpose(1, 2) for x in one] for one in data]
+        facts = {"predicted": predicted / 1e3}
+        for kernel, calls, floor in (
+            ("attention fp8", [lambda d=d: attention_8bit(*d) for d in data], operations / RATES["fp8"] + rounding),
+            (
+                "attention bf16",
+                [lambda d=d: F.scaled_dot_product_attention(*d) for d in heads_first],
+                operations / RATES["bf16"],
+            ),
+        ):
+            bench.time(kernel, case, "as it comes", calls, floor=floor * 1e3, **facts)
+
+
 def whole_layers(bench: Bench) -> None:
     """The layer as the registry runs it, with its own configurations, against a bf16 layer; and its error."""
     for m, n, segments, times, _ in bench.cases(GEMMS, 0, 5):
@@ -351,7 +372,10 @@ def main() -> None:
     # The error is held against a float32 reference, not tf32.
     torch.backends.cuda.matmul.allow_tf32 = False
     bench = Bench(tuple(args.share) if args.share else None)
-    parts = {"gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "layer": whole_layers}
+    parts = {
+        "gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "attention": attentions,
+        "layer": whole_layers,
+    }  # fmt: skip
     for name in args.only:
         parts[name](bench)
         torch.cuda.empty_cache()
