@@ -67,7 +67,8 @@ def skinny_segment(
         weight: "int4", "nvfp4" or "ternary".
         segment: Where the segment lies in codes and scales.
         partial: What the segments before gave, float32 [M, N], contiguous.
-        low: Down-projected inputs, float32 [M, R], contiguous; with the last segment only, as `up` and `bias`.
+        low: Down-projected inputs, float32 [parts, M, R], contiguous, whose sum over parts they are (`projection`);
+            with the last segment only, as `up` and `bias`.
         up: Second factor of the branch [N, R], rows of any stride.
         bias: [N].
         out: float32 [M, N] for the next segment, or the result in any float dtype; contiguous.
@@ -108,6 +109,7 @@ def skinny_segment(
         OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
         PARTIAL=partial is not None,
         RANK=padded_rank(rank),
+        PARTS=0 if low is None else len(low),
         BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -327,6 +329,7 @@ def skinny_kernel(
     OPERAND: tl.constexpr,
     PARTIAL: tl.constexpr,
     RANK: tl.constexpr,
+    PARTS: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -376,9 +379,10 @@ def skinny_kernel(
     if RANK > 0:
         ranks = tl.arange(0, RANK)
         u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
-        projected = tl.load(
-            low + tokens.to(tl.int64)[:, None] * rank + ranks[None, :], mask=known & (ranks < rank)[None, :], other=0.0
-        )
+        projected = tl.zeros([BLOCK_M, RANK], tl.float32)
+        for part in tl.static_range(PARTS):
+            low_at = low + (part * m + tokens)[:, None] * rank + ranks[None, :]
+            projected += tl.load(low_at, mask=known & (ranks < rank)[None, :], other=0.0)
         total = product(u, projected.to(u.dtype).T, total)
     if BIAS:
         total += tl.load(bias + wide).to(tl.float32)[:, None]
