@@ -158,7 +158,7 @@ def test_gemm(
         ("nvfp4", None, 1, "bf16"),
     ],
 )
-@pytest.mark.parametrize("rank", [0, 32])
+@pytest.mark.parametrize("rank", [0, 32, config.LARGEST_RANK])
 def test_skinny(
     capability: int, weight: str, group: int | None, rows: int, operand: str, rank: int, tmp_path: Path
 ) -> None:
@@ -188,7 +188,7 @@ def test_skinny(
             "OPERAND": tl.bfloat16 if operand == "bf16" else tl.float16,
             "PARTIAL": False,
             "RANK": rank,
-            "PARTS": 6 if rank else 0,
+            "PART_STAGES": skinny.parts_at_once(1 << (rows - 1).bit_length(), rank),
             "BIAS": True,
             "BLOCK_M": 1 << (rows - 1).bit_length(),
             "BLOCK_N": chosen.block_n,

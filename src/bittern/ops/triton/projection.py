@@ -5,7 +5,7 @@ The maths, for M tokens of K inputs and rank R, in P parts of K:
     low[p, m, r] = sum_{k in part p} x[m, k] · D[r, k]          x · D^T = low[0] + low[1] + ... + low[P - 1]
 
 in float32, by matrix instructions. The kernel that needs the projection adds the parts as it reads them, in their
-order: no atomics, so that runs are equal, and no launch of its own. Parts of further segments follow the first's.
+order: no atomics, so that runs are equal, and no further launch. Parts of further segments follow the first's.
 
 Layout: a program owns a part, 16 tokens and 32 of the rank. One pass over K would leave a multiprocessor or two to
 read all of D, a latency at a time; the tiles of a part are in flight together. Adding costs each program of the

@@ -42,6 +42,15 @@ from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smoo
 from bittern.ops.triton.unpack import numbers
 
 
+_BYTES_OF_PARTS = 32 << 10
+"""Of shared memory, which tiles of codes and inputs leave before."""
+
+
+def parts_at_once(block_m: int, rank: int) -> int:
+    """How many parts of the projection are on their way or being added."""
+    return 1 if rank == 0 else min(4, 1 + _BYTES_OF_PARTS // (4 * block_m * padded_rank(rank)))
+
+
 def skinny_segment(
     x: Tensor,
     codes: Tensor,
@@ -101,6 +110,7 @@ def skinny_segment(
             scales.stride(0),
             rank,
             0 if up is None else up.stride(0),
+            0 if low is None else len(low),
         ),
         PER_BYTE=per_byte,
         FLOATS=weight == "nvfp4",
@@ -109,7 +119,7 @@ def skinny_segment(
         OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
         PARTIAL=partial is not None,
         RANK=padded_rank(rank),
-        PARTS=0 if low is None else len(low),
+        PART_STAGES=parts_at_once(block_m, rank),
         BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -322,6 +332,7 @@ def skinny_kernel(
     stride_scales,
     rank,
     stride_up,
+    parts,
     PER_BYTE: tl.constexpr,
     FLOATS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -329,7 +340,7 @@ def skinny_kernel(
     OPERAND: tl.constexpr,
     PARTIAL: tl.constexpr,
     RANK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PART_STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -380,7 +391,7 @@ def skinny_kernel(
         ranks = tl.arange(0, RANK)
         u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
         projected = tl.zeros([BLOCK_M, RANK], tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in tl.range(0, parts, num_stages=PART_STAGES):
             low_at = low + (part * m + tokens)[:, None] * rank + ranks[None, :]
             projected += tl.load(low_at, mask=known & (ranks < rank)[None, :], other=0.0)
         total = product(u, projected.to(u.dtype).T, total)
