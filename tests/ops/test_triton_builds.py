@@ -145,20 +145,23 @@ def test_gemm(
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(
-    ("weight", "group", "rows", "operand"),
+    ("weight", "group", "rows", "operand", "rank"),
     [
-        ("int4", 64, 1, "bf16"),
-        ("ternary", None, 16, "bf16"),
-        ("ternary", None, 64, "bf16"),
-        ("ternary", 32, 1, "bf16"),
-        ("int4", None, 64, "bf16"),
-        ("nvfp4", 16, 1, "bf16"),
-        ("nvfp4", 16, 64, "bf16"),
-        ("nvfp4", 16, 7, "fp16"),
-        ("nvfp4", None, 1, "bf16"),
+        ("int4", 64, 1, "bf16", 0),
+        ("ternary", None, 16, "bf16", 0),
+        ("ternary", None, 64, "bf16", 0),
+        ("ternary", 32, 1, "bf16", 0),
+        ("int4", None, 64, "bf16", 0),
+        ("nvfp4", 16, 1, "bf16", 0),
+        ("nvfp4", 16, 64, "bf16", 0),
+        ("nvfp4", 16, 7, "fp16", 0),
+        ("nvfp4", None, 1, "bf16", 0),
+        ("int4", 64, 16, "bf16", 32),
+        ("int4", 64, 64, "bf16", config.LARGEST_RANK),
+        ("ternary", None, 64, "bf16", 32),
+        ("ternary", None, 64, "bf16", config.LARGEST_RANK),
     ],
 )
-@pytest.mark.parametrize("rank", [0, 32, config.LARGEST_RANK])
 def test_skinny(
     capability: int, weight: str, group: int | None, rows: int, operand: str, rank: int, tmp_path: Path
 ) -> None:
@@ -199,7 +202,7 @@ def test_skinny(
     )
     kind = "bf16" if operand == "bf16" else "f16"
     # 64 tokens by four products want more registers than there are: slower than it might be.
-    stack = 256 if rows == 64 else STACK
+    stack = 288 if rows == 64 else STACK
     expect(compiled, capability, rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::f16", tmp_path, stack)
     # Subnormal numbers are codes of nvfp4.
     assert ".ftz" not in "".join(re.findall(r"fma\.rn\S*x2", compiled.asm["ptx"]))

@@ -41,7 +41,6 @@ from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
 from bittern.ops.triton.unpack import numbers
 
-
 _BYTES_OF_PARTS = 32 << 10
 """Of shared memory, which tiles of codes and inputs leave before."""
 
