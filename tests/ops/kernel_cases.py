@@ -26,6 +26,7 @@ from bittern.ops.triton.coded import CodedEightBits
 from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
+from bittern.ops.triton.projection import parts_of, project
 from bittern.ops.triton.unpack import unpack_segment
 from bittern.ops.triton.whole_rows import quantize_whole_rows
 
@@ -312,6 +313,60 @@ def test_sixteen_bit_linear(case: Any, m: int, dtype: torch.dtype) -> None:
 def test_sixteen_bit_linear_on_hostile_inputs(kind: str) -> None:
     layer = make(LAYERS[0])
     inputs = random_inputs(3, kind, 7, layer.layout.segments, BF16)
+    check(run(inputs, layer, "a16"), inputs, layer, "a16")
+
+
+def sum_of_parts(inputs: list[Tensor], down: Tensor) -> Tensor:
+    """Inputs projected as the 16-bit path does, the parts added as its product adds them."""
+    parts = [parts_of(x.shape[1]) for x in inputs]
+    low = torch.full((sum(parts), len(inputs[0]), len(down)), float("nan"), device=DEVICE)
+    columns = down.to(DEVICE).split([x.shape[1] for x in inputs], dim=1)
+    for x, d, own in zip(inputs, columns, low.split(parts), strict=True):
+        project(x.to(DEVICE), d, own)
+    total = torch.zeros_like(low[0])
+    for part in low:
+        total += part
+    return total.cpu()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("m", "segments", "rank", "dtype", "stored"),
+    [
+        (1, (64,), 1, BF16, BF16),
+        (7, (1037,), 16, FP16, FP16),
+        (33, (70, 1300), 40, BF16, BF16),
+        (64, (8200,), 32, BF16, BF16),
+        (64, (515,), 128, BF16, BF16),
+        (16, (13, 600, 129), 16, BF16, torch.float32),
+        (17, (515,), 40, FP16, BF16),
+    ],
+)
+def test_projection_in_parts(
+    kind: str, m: int, segments: tuple[int, ...], rank: int, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    inputs = random_inputs(1, kind, m, segments, dtype)
+    down = (torch.randn(rank, sum(segments), generator=torch.Generator().manual_seed(2)) / 8).to(stored)
+    x = torch.cat(inputs, dim=1).double()
+    got = sum_of_parts(inputs, down)
+    assert ((got.double() - x @ down.double().T).abs() <= EXACT * (x.abs() @ down.double().abs().T) + 2**-126).all()
+    # Rows of another stride, and one token that is not finite: to the bit what it was for the others.
+    wide = [torch.full((m, x.shape[1] + 24), 77.0).to(dtype)[:, 8 : 8 + x.shape[1]].copy_(x) for x in inputs]
+    wide[-1][m // 2, -1] = float("nan")
+    again, others = sum_of_parts(wide, down), torch.arange(m) != m // 2
+    assert again[m // 2].isnan().all() and torch.equal(again[others], got[others])
+
+
+@pytest.mark.parametrize(
+    ("segments", "rank", "m", "dtype", "stored"),
+    [((1100, 600), 40, 64, BF16, torch.float32), ((2100,), 128, 33, FP16, BF16), ((515,), 1, 1, BF16, BF16)],
+)
+def test_sixteen_bit_branches_of_many_parts(
+    segments: tuple[int, ...], rank: int, m: int, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    layer = random_layer(0, N, segments, rank=rank, stored=stored)
+    inputs = random_inputs(4, "outlier", m, segments, dtype)
+    assert sum(map(parts_of, segments)) > 1
     check(run(inputs, layer, "a16"), inputs, layer, "a16")
 
 

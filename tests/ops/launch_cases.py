@@ -28,6 +28,8 @@ CASES: list[tuple[str, tuple[int, ...], int, int, int]] = [
     ("a4", (128, 256), 16, 2048, 5),
     ("a16", (256,), 0, 1, 1),
     ("a16", (128, 256), 0, 5, 2),
+    ("a16", (256,), 16, 64, 2),
+    ("a16", (128, 768), 40, 5, 4),
 ]
 
 
@@ -157,7 +159,7 @@ def test_given_codes_are_multiplied_without_a_prologue(m: int, monkeypatch: pyte
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("path", "m", "launches"), [("a8-fp8", 64, 5), ("a8-int8", 64, 5), ("a16", 7, 2)])
+@pytest.mark.parametrize(("path", "m", "launches"), [("a8-fp8", 64, 5), ("a8-int8", 64, 5), ("a16", 7, 4)])
 def test_nvfp4_is_launched(path: str, m: int, launches: int) -> None:
     layer = random_layer(0, 128, (128, 256), "nvfp4", 16, rank=16, smooth=True)
     inputs = [x.contiguous() for x in random_inputs(0, "gaussian", m, (128, 256), BF16)]

@@ -24,6 +24,7 @@ from bittern.ops.triton import (
     gemm,
     grouped_gemm,
     heads,
+    projection,
     prologue,
     skinny,
     specialized_gemm,
@@ -144,20 +145,26 @@ def test_gemm(
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(
-    ("weight", "group", "rows", "operand"),
+    ("weight", "group", "rows", "operand", "rank"),
     [
-        ("int4", 64, 1, "bf16"),
-        ("ternary", None, 16, "bf16"),
-        ("ternary", None, 64, "bf16"),
-        ("ternary", 32, 1, "bf16"),
-        ("int4", None, 64, "bf16"),
-        ("nvfp4", 16, 1, "bf16"),
-        ("nvfp4", 16, 64, "bf16"),
-        ("nvfp4", 16, 7, "fp16"),
-        ("nvfp4", None, 1, "bf16"),
+        ("int4", 64, 1, "bf16", 0),
+        ("ternary", None, 16, "bf16", 0),
+        ("ternary", None, 64, "bf16", 0),
+        ("ternary", 32, 1, "bf16", 0),
+        ("int4", None, 64, "bf16", 0),
+        ("nvfp4", 16, 1, "bf16", 0),
+        ("nvfp4", 16, 64, "bf16", 0),
+        ("nvfp4", 16, 7, "fp16", 0),
+        ("nvfp4", None, 1, "bf16", 0),
+        ("int4", 64, 16, "bf16", 32),
+        ("int4", 64, 64, "bf16", config.LARGEST_RANK),
+        ("ternary", None, 64, "bf16", 32),
+        ("ternary", None, 64, "bf16", config.LARGEST_RANK),
     ],
 )
-def test_skinny(capability: int, weight: str, group: int | None, rows: int, operand: str, tmp_path: Path) -> None:
+def test_skinny(
+    capability: int, weight: str, group: int | None, rows: int, operand: str, rank: int, tmp_path: Path
+) -> None:
     per_byte = formats.get(weight).codes_per_byte
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
     chosen = config.skinny_for(device, rows, group, per_byte)
@@ -183,7 +190,8 @@ def test_skinny(capability: int, weight: str, group: int | None, rows: int, oper
             "SMOOTH": False,
             "OPERAND": tl.bfloat16 if operand == "bf16" else tl.float16,
             "PARTIAL": False,
-            "RANK": 0,
+            "RANK": rank,
+            "PART_STAGES": skinny.parts_at_once(1 << (rows - 1).bit_length(), rank),
             "BIAS": True,
             "BLOCK_M": 1 << (rows - 1).bit_length(),
             "BLOCK_N": chosen.block_n,
@@ -194,10 +202,32 @@ def test_skinny(capability: int, weight: str, group: int | None, rows: int, oper
     )
     kind = "bf16" if operand == "bf16" else "f16"
     # 64 tokens by four products want more registers than there are: slower than it might be.
-    stack = 256 if rows == 64 else STACK
+    stack = 288 if rows == 64 else STACK
     expect(compiled, capability, rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::f16", tmp_path, stack)
     # Subnormal numbers are codes of nvfp4.
     assert ".ftz" not in "".join(re.findall(r"fma\.rn\S*x2", compiled.asm["ptx"]))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize(
+    ("operand", "factor", "kind"),
+    [("bf16", "bf16", "bf16"), ("fp16", "fp16", "f16"), ("bf16", "fp16", "tf32"), ("bf16", "fp32", "tf32")],
+)
+def test_projection(capability: int, operand: str, factor: str, kind: str, tmp_path: Path) -> None:
+    compiled = build(
+        projection.projection_kernel,
+        capability,
+        {"x": "*" + operand, "down": "*" + factor, "low": "*fp32"},
+        {
+            "TILES": 4,
+            "BLOCK_M": projection.BLOCK_M,
+            "BLOCK_R": projection.BLOCK_R,
+            "BLOCK_K": projection.BLOCK_K,
+        },
+        num_warps=projection.WARPS,
+        num_stages=projection.STAGES,
+    )
+    expect(compiled, capability, rf"mma\.sync\S*f32\.{kind}\.{kind}", tmp_path)
 
 
 @pytest.mark.parametrize(

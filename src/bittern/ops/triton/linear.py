@@ -2,7 +2,8 @@
 
     a8    per segment: unpack -> 8-bit weight, 1 / s;  prologue -> codes, scales, low;  then one GEMM
     a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
-    a16   few tokens: per segment one pass over the packed weight;  more: a 16-bit weight, and the vendor's GEMM
+    a16   few tokens: per segment low in parts, then one pass over the packed weight
+          more: a 16-bit weight, and the vendor's GEMM
 
 The 8-bit operands live in torch's caching allocator for the length of a call, so that layers share the memory;
 the largest of FLUX needs 71 MB for activations and 66 MB for weights.
@@ -35,6 +36,7 @@ from bittern.ops.triton.launch import (
     multiprocessors,
     on_device_of,
 )
+from bittern.ops.triton.projection import parts_of, project
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.unpack import unpack_segment
@@ -363,12 +365,20 @@ class SixteenBits(LayerPlan):
         *others, gelu_from = args if len(args) > 10 else (*args, None)
         return reference.activated(super().__call__(inputs, *others), gelu_from)
 
-    def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
-        return None if down is None else projected(inputs, down)
-
     def _record(self, recorder: Recorder, call: LayerCall) -> None:
         m, last, here = call.out.shape[0], len(call.inputs) - 1, config.device_of(call.out.device)
-        sums = recorder.scratch(call.out.device, *[(tuple(call.out.shape), torch.float32)] * last) if last else []
+        rank = 0 if call.up is None else call.up.shape[1]
+        parts = [parts_of(x.shape[1]) if rank else 0 for x in call.inputs]
+        low, *sums = recorder.scratch(
+            call.out.device,
+            ((sum(parts), m, rank), torch.float32),
+            *[(tuple(call.out.shape), torch.float32)] * last,
+        )
+        start = 0
+        for x, down, count in zip(call.inputs, call.down, parts, strict=True):
+            if down is not None and rank:
+                project(x, down, recorder.part(low, low[start : start + count]), launch=recorder.launch)
+            start += count
         for i, (x, segment) in enumerate(zip(call.inputs, call.layout, strict=True)):
             skinny_segment(
                 x,
@@ -378,7 +388,7 @@ class SixteenBits(LayerPlan):
                 call.weight,
                 segment,
                 sums[i - 1] if i else None,
-                call.low if i == last else None,
+                low if rank and i == last else None,
                 call.up if i == last else None,
                 call.bias if i == last else None,
                 call.out if i == last else sums[i],

@@ -41,6 +41,14 @@ from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
 from bittern.ops.triton.unpack import numbers
 
+_BYTES_OF_PARTS = 32 << 10
+"""Of shared memory, which tiles of codes and inputs leave before."""
+
+
+def parts_at_once(block_m: int, rank: int) -> int:
+    """How many parts of the projection are on their way or being added."""
+    return 1 if rank == 0 else min(4, 1 + _BYTES_OF_PARTS // (4 * block_m * padded_rank(rank)))
+
 
 def skinny_segment(
     x: Tensor,
@@ -67,7 +75,8 @@ def skinny_segment(
         weight: "int4", "nvfp4" or "ternary".
         segment: Where the segment lies in codes and scales.
         partial: What the segments before gave, float32 [M, N], contiguous.
-        low: Down-projected inputs, float32 [M, R], contiguous; with the last segment only, as `up` and `bias`.
+        low: Down-projected inputs, float32 [parts, M, R], contiguous, whose sum over parts they are (`projection`);
+            with the last segment only, as `up` and `bias`.
         up: Second factor of the branch [N, R], rows of any stride.
         bias: [N].
         out: float32 [M, N] for the next segment, or the result in any float dtype; contiguous.
@@ -100,6 +109,7 @@ def skinny_segment(
             scales.stride(0),
             rank,
             0 if up is None else up.stride(0),
+            0 if low is None else len(low),
         ),
         PER_BYTE=per_byte,
         FLOATS=weight == "nvfp4",
@@ -108,6 +118,7 @@ def skinny_segment(
         OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
         PARTIAL=partial is not None,
         RANK=padded_rank(rank),
+        PART_STAGES=parts_at_once(block_m, rank),
         BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
@@ -320,6 +331,7 @@ def skinny_kernel(
     stride_scales,
     rank,
     stride_up,
+    parts,
     PER_BYTE: tl.constexpr,
     FLOATS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -327,6 +339,7 @@ def skinny_kernel(
     OPERAND: tl.constexpr,
     PARTIAL: tl.constexpr,
     RANK: tl.constexpr,
+    PART_STAGES: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -376,9 +389,10 @@ def skinny_kernel(
     if RANK > 0:
         ranks = tl.arange(0, RANK)
         u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
-        projected = tl.load(
-            low + tokens.to(tl.int64)[:, None] * rank + ranks[None, :], mask=known & (ranks < rank)[None, :], other=0.0
-        )
+        projected = tl.zeros([BLOCK_M, RANK], tl.float32)
+        for part in tl.range(0, parts, num_stages=PART_STAGES):
+            low_at = low + (part * m + tokens)[:, None] * rank + ranks[None, :]
+            projected += tl.load(low_at, mask=known & (ranks < rank)[None, :], other=0.0)
         total = product(u, projected.to(u.dtype).T, total)
     if BIAS:
         total += tl.load(bias + wide).to(tl.float32)[:, None]
