@@ -20,9 +20,7 @@ from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.attention import codes_of
-from bittern.ops.coded import quantize
 from bittern.ops.triton import attention, config, dequantize, heads, linear
-from bittern.ops.triton.coded import CodedEightBits
 from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
@@ -182,29 +180,6 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
         assert torch.equal(out.float().cpu()[:, : width - 40], want.values)
         assert not out.float()[:, width - 40 :].any()
         assert want.scale is not None and torch.equal(scales.cpu(), want.scale[:, 0])
-
-
-@pytest.mark.parametrize(("dtype", "kind"), INPUTS)
-@pytest.mark.parametrize(
-    ("weight", "group", "gelu_from"),
-    [("ternary", None, None), ("int4", 64, 11), ("nvfp4", 16, 0), ("ternary", 128, None)],
-)
-def test_codes_that_are_given_are_those_that_the_prologue_makes(
-    weight: str, group: int | None, gelu_from: int | None, dtype: torch.dtype, kind: str
-) -> None:
-    """The same product of the same operands: the same result to the bit."""
-    layer = moved(make((weight, group, (256,), 0, False)))
-    (x,) = (x.to(DEVICE) for x in random_inputs(3, kind, 9, (256,), dtype))
-    given = quantize(x)
-    plan = CodedEightBits()
-    arguments = (layer.codes, layer.scales, layer.bias, weight, group, gelu_from, dtype)
-    want = linear.plan("a8-fp8", 9)([x], *layer.args(), "a8-fp8", (), gelu_from)
-    for _ in range(2):
-        assert torch.equal(plan(*given, *arguments), want)
-    # No descriptor can stand for codes that start anywhere.
-    shifted = torch.empty(9 * 256 + 1, dtype=torch.uint8, device=DEVICE)[1:].view(given[0].dtype).view(9, 256)
-    shifted.view(torch.uint8).copy_(given[0].view(torch.uint8))
-    assert torch.equal(plan(shifted, given[1], *arguments), want)
 
 
 def hostile_scales(kind: str) -> Layer:

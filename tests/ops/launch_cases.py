@@ -13,7 +13,7 @@ from torch import Tensor
 from triton import knobs
 
 from bittern import ops
-from bittern.ops import coded, dispatch
+from bittern.ops import dispatch
 from bittern.ops.triton import direct, launch, linear
 
 fake_gpu.install()
@@ -130,33 +130,6 @@ def test_layers_in_16_bits_with_a_bias_search_once(
         call(inputs, layer, "a8-fp8")
         assert len(fake_gpu.searches) == searches
     assert len(fake_gpu.launched) == 3 * launches
-
-
-@pytest.mark.parametrize("m", [70, 4608])
-def test_given_codes_are_multiplied_without_a_prologue(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the launches of the layer that makes them itself, less one."""
-    monkeypatch.setattr(linear, "multiprocessors", lambda device: 132)
-    layer = random_layer(0, 128, (256,), "ternary", None)
-    found: list[list[Any]] = []
-    for seed in (0, 1):
-        (x,) = (x.contiguous() for x in random_inputs(seed, "gaussian", m, (256,), BF16))
-        given = coded.quantize(x)
-        fake_gpu.searches.clear()
-        fake_gpu.launched.clear()
-        with ops.use_backend("triton"):
-            torch.ops.bittern.few_bit_linear_coded.default(
-                *given, layer.codes, layer.scales, layer.bias, "ternary", None, None, BF16
-            )
-        assert len(fake_gpu.searches) == (0 if seed else 2)
-        names = [name for name, *_ in fake_gpu.launched]
-        assert len(names) == 2 and not any("rows" in name for name in names)
-        fake_gpu.launched.clear()
-        call([x], layer, "a8-fp8")
-        assert [name for name, *_ in fake_gpu.launched if "rows" not in name] == names
-        assert len(fake_gpu.launched) == 3
-        assert given[0].data_ptr() % 16 == 0
-        found.append(names)
-    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("path", "m", "launches"), [("a8-fp8", 64, 5), ("a8-int8", 64, 5), ("a16", 7, 4)])

@@ -1,13 +1,14 @@
 """The operations as torch sees them: schemas, shapes, gradients; implementations come from the registry.
 
 They are opaque to the compiler: `torch.compile(fullgraph=True)`, CUDA graphs and `torch.export` carry them
-whole; only for `torch.compile` some layers are taken apart (`bittern.ops.coded`). A schema is a promise to every
-exported graph, so it changes only with a new name.
+whole. A schema is a promise to every exported graph, so it changes only with a new name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from bittern import formats
 from bittern.errors import UserError
-from bittern.ops import coded, dispatch, reference
-from bittern.ops.checks import check, check_axis
-from bittern.ops.library import TAGS, library, without_autocast
+from bittern.ops import dispatch, reference
 from bittern.scheme import ACTIVATION_GROUP
 
 # What torch knows of who watches has no public names.
@@ -26,22 +26,24 @@ _torch: Any = torch
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _TENSORS = "Tensor codes, Tensor scales, Tensor? smooth, Tensor? down, Tensor? up"
 
+library = torch.library.Library("bittern", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 library.define(
     f"few_bit_linear(Tensor[] inputs, {_TENSORS}, Tensor? bias, "
     "str weight, int? group_size, str path, float[] shift, int? gelu_from) -> Tensor",
-    tags=TAGS,
+    tags=_TAGS,
 )
 library.define(
     f"few_bit_linear_backward(Tensor grad, {_TENSORS}, str weight, int? group_size, int[] segments) -> Tensor",
-    tags=TAGS,
+    tags=_TAGS,
 )
 library.define(
     f"dequantize({_TENSORS}, str weight, int? group_size, int[] segments, ScalarType dtype) -> Tensor",
-    tags=TAGS,
+    tags=_TAGS,
 )
 library.define(
     "quantize_activations(Tensor x, Tensor? smooth, Tensor? down, str format, float shift) -> (Tensor, Tensor, Tensor)",
-    tags=TAGS,
+    tags=_TAGS,
 )
 
 
@@ -90,8 +92,6 @@ def few_bit_linear(
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graded and _is_unwatched(tensors):
         return _run_linear(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, shift, gelu_from)
-    if not graded and coded.is_open(inputs, codes, smooth, down, path):
-        return coded.few_bit_linear(inputs[0], codes, scales, bias, weight, group_size, gelu_from)
     trained = graded and any(t is not None and t.requires_grad for t in (*inputs, bias))
     # The backward pass wants what goes into the GELU.
     y = torch.ops.bittern.few_bit_linear.default(
@@ -170,6 +170,69 @@ def dequantize(
         dtype: Of the result.
     """
     return torch.ops.bittern.dequantize.default(codes, scales, smooth, down, up, weight, group_size, segments, dtype)
+
+
+def check(
+    inputs: Sequence[Tensor],
+    codes: Tensor,
+    scales: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    weight: str,
+    group_size: int | None,
+    shift: Sequence[float],
+    gelu_from: int | None,
+) -> None:
+    """Refuses what does not fit together: kernels read memory by these shapes without looking again."""
+    numbers: list[tuple[str, Any]] = [("group_size", group_size), ("gelu_from", gelu_from)]
+    for name, value in numbers:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+            raise UserError(f"{name} is {value!r}: expected a whole number, or None")
+    if not all(math.isfinite(value) for value in shift):
+        raise UserError(f"shift is {list(shift)}: expected finite numbers")
+    if codes.ndim != 2:
+        raise UserError(f"codes has shape {list(codes.shape)}: expected a matrix")
+    n = codes.shape[0]
+    check_axis(inputs)
+    layout = reference.layout_of(tuple(int(x.shape[-1]) for x in inputs), group_size)
+    expected = {
+        "codes": (codes, (n, formats.get(weight).packing.bytes_per_row(layout.padded_k))),
+        "scales": (scales, (n, layout.num_groups)),
+        "smooth": (smooth, (layout.k,)),
+        "down": (down, (up.shape[-1] if up is not None else 0, layout.k)),
+        "up": (up, (n, down.shape[0] if down is not None else 0)),
+        "bias": (bias, (n,)),
+    }
+    first = inputs[0]
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            raise UserError(f"{name} is on {tensor.device}: expected {first.device}, where the input is")
+        if tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{name} has shape {list(tensor.shape)}: expected {list(shape)} for inputs of "
+                f"{' + '.join(str(length) for length in layout.segments)} columns and {n} rows of codes"
+            )
+        if (tensor.dtype != torch.uint8) if name == "codes" else not tensor.is_floating_point():
+            wanted = "torch.uint8" if name == "codes" else "a float type"
+            raise UserError(f"{name} has dtype {tensor.dtype}: expected {wanted}")
+    if not first.is_floating_point():
+        raise UserError(f"the input has dtype {first.dtype}: expected a float type")
+    if any(x.dtype != first.dtype or x.shape[:-1] != first.shape[:-1] for x in inputs[1:]):
+        raise UserError("the inputs of the K-segments differ in dtype or batch shape: expected equal ones")
+    if shift and len(shift) != len(inputs):
+        raise UserError(f"shift has {len(shift)} values: expected {len(inputs)}, one per input, or none")
+    if gelu_from is not None and not 0 <= gelu_from <= n:
+        raise UserError(f"gelu_from {gelu_from}: expected one of the {n} outputs, or none")
+
+
+def check_axis(inputs: Sequence[Tensor]) -> None:
+    """Refuses inputs of no dimension."""
+    if any(x.ndim == 0 for x in inputs):
+        raise UserError("the input is a single number without an axis: expected a vector of inputs, or rows of them")
 
 
 def _linear(
@@ -303,12 +366,26 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradients, None, None, None, None, None, bias, None, None, None, ctx.shift_gradient, None
 
 
-_run_linear = without_autocast(_linear)
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Products have the types in which the numbers are defined, whatever autocast would make of them."""
+
+    @functools.wraps(run)
+    def implementation(first: Tensor | Sequence[Tensor], *args: Any) -> Any:
+        kind = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not torch.is_autocast_enabled(kind):
+            return run(first, *args)
+        with torch.autocast(kind, enabled=False):
+            return run(first, *args)
+
+    return implementation
+
+
+_run_linear = _without_autocast(_linear)
 for _device in ("CPU", "CUDA"):
     library.impl("few_bit_linear", _run_linear, _device)
-    library.impl("few_bit_linear_backward", without_autocast(reference.few_bit_linear_backward), _device)
-    library.impl("dequantize", without_autocast(_dequantize), _device)
-    library.impl("quantize_activations", without_autocast(_quantize), _device)
+    library.impl("few_bit_linear_backward", _without_autocast(reference.few_bit_linear_backward), _device)
+    library.impl("dequantize", _without_autocast(_dequantize), _device)
+    library.impl("quantize_activations", _without_autocast(_quantize), _device)
 torch.library.register_fake("bittern::few_bit_linear", _linear_shape, lib=library)
 torch.library.register_fake("bittern::few_bit_linear_backward", _backward_shape, lib=library)
 torch.library.register_fake("bittern::dequantize", _dequantize_shape, lib=library)

@@ -75,8 +75,6 @@ class Kernel:
             keep whatever follows from the signature.
         prologue: Has the arguments of `bittern::quantize_activations`, for the path's format; None for the
             reference's.
-        coded: Makes a function with the arguments of `bittern::few_bit_linear_coded`, for calls of one signature; None
-            for the reference's.
         lacks: A package that the kernel needs and that is not installed.
         native: Whether it uses the device's own arithmetic of that width, rather than emulate it.
         devices: Device types; None for all.
@@ -103,7 +101,6 @@ class Kernel:
     segments: int | None = None
     outputs: int = 0
     prologue: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
-    coded: Callable[[], Callable[..., Tensor]] | None = None
     lacks: str | None = None
 
     def refusal(self, call: Call) -> str | None:
@@ -242,11 +239,6 @@ def plan(signature: Hashable, path: str, call: Call) -> Callable[..., Tensor]:
     kernel = select(path, call)
     run = kernel.run if kernel.plan is None else kernel.plan(path, call.rows or 0)
     assert run is not None
-    return remember(signature, run)
-
-
-def remember(signature: Hashable, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes `planned` find what runs calls of a signature; returns it."""
     if len(_plans) >= _MOST_PLANS:
         # Inputs of ever new lengths must not fill the memory.
         _plans.clear()

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from bittern.errors import UserError
 from bittern.ops import dispatch
-from bittern.ops.library import library
+from bittern.ops.contract import library
 
 library.define(
     "rotary_heads(Tensor[] q, Tensor[] k, Tensor[] q_weights, Tensor[] k_weights, float eps, Tensor cos, Tensor sin) "

@@ -135,48 +135,7 @@ def few_bit_linear(
             low = part if low is None else low.add_(part)
         smoothed = _smoothed(raw, smooth, segment, offset)
         operands.append(_activations(smoothed, arithmetic.activations, offset))
-    y = _multiplied(
-        operands, codes, scales, smooth, low, up, bias, weight, layout, arithmetic, offsets, gelu_from, inputs[0].dtype
-    )
-    return y.reshape(*inputs[0].shape[:-1], codes.shape[0])
 
-
-def few_bit_linear_coded(
-    coded: Float[Tensor, "*batch k"],
-    token_scales: Float[Tensor, "*batch 1"],
-    codes: UInt8[Tensor, "n _"],
-    scales: Float[Tensor, "n groups"],
-    bias: Float[Tensor, " n"] | None,
-    weight: str,
-    group_size: int | None,
-    gelu_from: int | None,
-    dtype: torch.dtype,
-) -> Float[Tensor, "*batch n"]:
-    """The layer on path "a8-fp8" from `quantize`'s codes on. Arguments as in `bittern::few_bit_linear_coded`."""
-    layout = layout_of((coded.shape[-1],), group_size)
-    operand = _Operand(coded.reshape(-1, coded.shape[-1]).float(), token_scales.reshape(-1, 1))
-    y = _multiplied(
-        [operand], codes, scales, None, None, None, bias, weight, layout, PATHS["a8-fp8"], (0.0,), gelu_from, dtype
-    )
-    return y.reshape(*coded.shape[:-1], codes.shape[0])
-
-
-def _multiplied(
-    operands: Sequence[_Operand],
-    codes: Tensor,
-    scales: Tensor,
-    smooth: Tensor | None,
-    low: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    weight: str,
-    layout: KLayout,
-    arithmetic: _Arithmetic,
-    offsets: Sequence[float],
-    gelu_from: int | None,
-    dtype: torch.dtype,
-) -> Float[Tensor, "m n"]:
-    """What is left of a layer once activations are operands, one a segment, and low is x · D^T."""
     outputs: list[Tensor] = []
     for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
         total: Tensor | None = None
@@ -194,10 +153,11 @@ def _multiplied(
             total.add_(bias[rows])
         if gelu_from is not None:
             activated(total, max(0, gelu_from - rows.start))
-        outputs.append(total.to(dtype))
+        outputs.append(total.to(inputs[0].dtype))
     if not outputs:
-        return codes.new_empty(len(operands[0].values), 0, dtype=dtype)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return inputs[0].new_empty(*inputs[0].shape[:-1], 0)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return y.reshape(*inputs[0].shape[:-1], codes.shape[0])
 
 
 def activated(y: Float[Tensor, "*batch n"], gelu_from: int | None) -> Float[Tensor, "*batch n"]:

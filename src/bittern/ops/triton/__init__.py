@@ -15,9 +15,9 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _GROUPS = (0, 16, 32, 64, 128, 256)
 
 
-def _lazily(name: str, module: str = "linear") -> Callable[..., Any]:
+def _lazily(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"bittern.ops.triton.{module}"), name)(*args)
+        return getattr(importlib.import_module("bittern.ops.triton.linear"), name)(*args)
 
     return run
 
@@ -46,8 +46,6 @@ def kernels() -> tuple[Kernel, ...]:
     return (
         Kernel("a4", capability=((8, 0), NEWEST), native=False, **four),
         Kernel("a8-int8", capability=((8, 0), NEWEST), prologue=prologue, **few),
-        Kernel(
-            "a8-fp8", capability=((8, 9), NEWEST), prologue=prologue, coded=_lazily("CodedEightBits", "coded"), **few
-        ),
+        Kernel("a8-fp8", capability=((8, 9), NEWEST), prologue=prologue, **few),
         Kernel("a16", plan=_lazily("plan"), capability=((8, 0), NEWEST), rows=(1, None), **common),
     )

@@ -67,7 +67,7 @@ def scratch_bounds(layout: KLayout) -> list[tuple[int, int]]:
     return bounds
 
 
-class LayerCall(NamedTuple):
+class _Call(NamedTuple):
     """The tensors of one call, matrices all, and what its signature says; parts are known to the recorder."""
 
     inputs: list[Tensor]
@@ -94,7 +94,7 @@ class LayerPlan:
         launches: What later calls repeat; None before the first, and where launches cannot be repeated.
     """
 
-    _record: Callable[[Recorder, LayerCall], None]
+    _record: Callable[[Recorder, _Call], None]
 
     def __init__(self) -> None:
         self.launches: Launches | None = None
@@ -135,7 +135,7 @@ class LayerPlan:
         recorder = Recorder(tensors)
         layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
         columns = [segment.logical for segment in layout]
-        call = LayerCall(
+        call = _Call(
             [recorder.part(x, x.reshape(-1, x.shape[-1])) for x in inputs],
             codes,
             scales,
@@ -184,7 +184,7 @@ class EightBits(LayerPlan):
     def _is_apart(self, down: Tensor) -> bool:
         return is_apart(down) or (down.element_size() > 2 and not has_room_for_float32(down))
 
-    def _record(self, recorder: Recorder, call: LayerCall) -> None:
+    def _record(self, recorder: Recorder, call: _Call) -> None:
         (m, n), device, grouped = call.out.shape, call.out.device, call.layout.group_size is not None
         here = config.device_of(device)
         bounds = scratch_bounds(call.layout)
@@ -228,50 +228,35 @@ class EightBits(LayerPlan):
                 accumulate=i > 0,
                 launch=recorder.launch,
             )
-        multiply(recorder, call, a, b, row_scales, column_scales, low)
+        first = bounds[0][1]
+        parts = None
+        if call.path == "a8-fp8" and reachable(call.out, call.up, call.bias):
+            parts = config.specialized_parts(here, m, n, count, rank, multiprocessors(device))
+        if parts is None:
+            tiles = config.gemm_for(here, m, count, call.path == "a8-int8", rank)
+            gemm(
+                a, b, row_scales, column_scales, low if rank else None, call.up, call.bias, call.out, first,
+                call.gelu_from, tiles, launch=recorder.launch,
+            )  # fmt: skip
+            return
+        from bittern.ops.triton.specialized_gemm import specialized_gemm
 
-
-def multiply(
-    recorder: Recorder,
-    call: LayerCall,
-    a: Tensor,
-    b: Tensor,
-    row_scales: Tensor,
-    column_scales: Tensor,
-    low: Tensor | None,
-) -> None:
-    """The 8-bit product and all that ends it, by the kernel that suits. Arguments as in `gemm`."""
-    (m, n), device, count = call.out.shape, call.out.device, len(row_scales)
-    here, rank = config.device_of(device), 0 if call.up is None else call.up.shape[1]
-    first = scratch_bounds(call.layout)[0][1]
-    parts = None
-    if call.path == "a8-fp8" and reachable(call.out, call.up, call.bias):
-        parts = config.specialized_parts(here, m, n, count, rank, multiprocessors(device))
-    if parts is None:
-        tiles = config.gemm_for(here, m, count, call.path == "a8-int8", rank)
-        gemm(
-            a, b, row_scales, column_scales, low if rank else None, call.up, call.bias, call.out, first,
-            call.gelu_from, tiles, launch=recorder.launch,
-        )  # fmt: skip
-        return
-    from bittern.ops.triton.specialized_gemm import specialized_gemm
-
-    for start, stop, chosen in parts:
-        gelu_from = None if call.gelu_from is None or call.gelu_from >= stop else max(0, call.gelu_from - start)
-        specialized_gemm(
-            a,
-            recorder.part(b, b[start:stop]),
-            row_scales,
-            recorder.part(column_scales, column_scales[:, start:stop]),
-            low if rank else None,
-            None if call.up is None else recorder.part(call.up, call.up[start:stop]),
-            None if call.bias is None else recorder.part(call.bias, call.bias[start:stop].view(1, -1)),
-            recorder.part(call.out, call.out[:, start:stop]),
-            first,
-            gelu_from,
-            chosen,
-            launch=recorder.launch,
-        )
+        for start, stop, chosen in parts:
+            gelu_from = None if call.gelu_from is None or call.gelu_from >= stop else max(0, call.gelu_from - start)
+            specialized_gemm(
+                a,
+                recorder.part(b, b[start:stop]),
+                row_scales,
+                recorder.part(column_scales, column_scales[:, start:stop]),
+                low if rank else None,
+                None if call.up is None else recorder.part(call.up, call.up[start:stop]),
+                None if call.bias is None else recorder.part(call.bias, call.bias[start:stop].view(1, -1)),
+                recorder.part(call.out, call.out[:, start:stop]),
+                first,
+                gelu_from,
+                chosen,
+                launch=recorder.launch,
+            )
 
 
 def _bytes_of_factors(down: Tensor | None) -> int:
@@ -287,7 +272,7 @@ def reachable(out: Tensor, up: Tensor | None, bias: Tensor | None) -> bool:
 class FourBits(LayerPlan):
     """Path "a4"."""
 
-    def _record(self, recorder: Recorder, call: LayerCall) -> None:
+    def _record(self, recorder: Recorder, call: _Call) -> None:
         (m, n), device = call.out.shape, call.out.device
         here = config.device_of(device)
         bounds = scratch_bounds(call.layout)
@@ -365,7 +350,7 @@ class SixteenBits(LayerPlan):
         *others, gelu_from = args if len(args) > 10 else (*args, None)
         return reference.activated(super().__call__(inputs, *others), gelu_from)
 
-    def _record(self, recorder: Recorder, call: LayerCall) -> None:
+    def _record(self, recorder: Recorder, call: _Call) -> None:
         m, last, here = call.out.shape[0], len(call.inputs) - 1, config.device_of(call.out.device)
         rank = 0 if call.up is None else call.up.shape[1]
         parts = [parts_of(x.shape[1]) if rank else 0 for x in call.inputs]
