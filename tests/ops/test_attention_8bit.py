@@ -226,6 +226,14 @@ class Node:
         return put
 
 
+def test_autocast_changes_nothing() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 20, 2, 32, generator=g) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.attention_8bit(q, k, v)
+    assert found.dtype == torch.float32 and torch.equal(found, ops.attention_8bit(q, k, v))
+
+
 def test_what_cudnn_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of queries [2, 70, 3, 32] and keys of 9 tokens, contiguous, by image, head, token and place."""
 

@@ -297,9 +297,12 @@ def test_first_inputs_foretell_the_scale_of_a_token(first: float, last: float, s
     x[0, 255], x[0, 256] = first, -last
     codes, scales, _ = ops.quantize_activations(x, None, None, "fp8")
     assert scales.item() == pytest.approx(scale) and codes.float()[0, 256] == -448
-    # What the headroom costs: an outlier among the first inputs, 100 times as large as the others.
+
+
+@pytest.mark.parametrize(("outlier", "allowed"), [(100.0, 0.0267), (1000.0, 0.0295)])
+def test_what_headroom_costs_beside_an_outlier(outlier: float, allowed: float) -> None:
     x = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0))
-    x[:, 3] = 100
+    x[:, 3] = outlier
     codes, scales, _ = ops.quantize_activations(x, None, None, "fp8")
     error = (codes.float() * scales - x)[:, 4:]
-    assert error.norm() <= 0.027 * x[:, 4:].norm()
+    assert error.norm() <= allowed * x[:, 4:].norm()

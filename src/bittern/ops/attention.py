@@ -14,9 +14,10 @@ divides the head, orthogonal over sqrt(n), spreads what few places of queries an
 
 Scales are found in every call, on the device: nothing saturates, and the host waits for nothing. The bound of v is its
 largest magnitude; that of Y_q is sqrt(n) · max |q| over tokens' norms, that of Y_k twice as much of k. Scales are
-powers of two. e4m3 has an exponent of its own, the same digits are kept under one scale or another, and so a picture
-hardly depends on those drawn beside it, although cuDNN takes one scale for all of a tensor. Numbers below about 2^-14
-of the bound lose digits, below 2^-18 all of them: as addends beside the largest they are nothing. Weights lie in
+powers of two. e4m3 has an exponent of its own, the same digits are kept under one scale or another, and so a head or a
+picture hardly depends on those beside it, although cuDNN takes one scale for all of a tensor, as long as no number is
+more than 1,000 times as large as theirs. Numbers below about 2^-14 of the bound lose digits, below 2^-18 all of them; a
+NaN is everybody's. Weights lie in
 [0, 1], so that 256 p never saturates; results are means of values, and the values' range, doubled for weights that were
 rounded upwards, holds them. On Hopper cuDNN gives 8-bit results only, hence the last rounding; other devices do the
 same, to give the same numbers. Queries and keys beyond 1e18, whose squares float32 does not hold, give nothing finite.
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from bittern.errors import UserError
 from bittern.ops import dispatch
-from bittern.ops.contract import library
+from bittern.ops.contract import library, without_autocast
 from bittern.ops.reference import RANGES, RECIPROCALS
 
 LEAST_SCALE = 2.0**-60
@@ -190,5 +191,5 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 
 for _device in ("CPU", "CUDA"):
-    library.impl("attention_8bit", _run, _device)
+    library.impl("attention_8bit", without_autocast(_run), _device)
 torch.library.register_fake("bittern::attention_8bit", _shapes, lib=library)

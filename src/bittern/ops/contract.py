@@ -366,7 +366,7 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradients, None, None, None, None, None, bias, None, None, None, ctx.shift_gradient, None
 
 
-def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     """Products have the types in which the numbers are defined, whatever autocast would make of them."""
 
     @functools.wraps(run)
@@ -380,12 +380,12 @@ def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     return implementation
 
 
-_run_linear = _without_autocast(_linear)
+_run_linear = without_autocast(_linear)
 for _device in ("CPU", "CUDA"):
     library.impl("few_bit_linear", _run_linear, _device)
-    library.impl("few_bit_linear_backward", _without_autocast(reference.few_bit_linear_backward), _device)
-    library.impl("dequantize", _without_autocast(_dequantize), _device)
-    library.impl("quantize_activations", _without_autocast(_quantize), _device)
+    library.impl("few_bit_linear_backward", without_autocast(reference.few_bit_linear_backward), _device)
+    library.impl("dequantize", without_autocast(_dequantize), _device)
+    library.impl("quantize_activations", without_autocast(_quantize), _device)
 torch.library.register_fake("bittern::few_bit_linear", _linear_shape, lib=library)
 torch.library.register_fake("bittern::few_bit_linear_backward", _backward_shape, lib=library)
 torch.library.register_fake("bittern::dequantize", _dequantize_shape, lib=library)

@@ -7,9 +7,9 @@ The maths is the prologue's (`bittern.ops.triton.prologue`) without its product 
 and in e4m3 with the prologue's scale.
 
 A program owns a few tokens and asks for their whole rows at once, as tiles that the loops below unroll: all of x is
-on its way before the first is needed, and none is read again. The prologue walks rows twice, and 4608 x 12288 inputs
-leave the caches before it comes back. With a branch every program reads D as well, which few tokens a program do not
-pay for.
+on its way before the first is needed, and none is read again. In int8 the prologue walks rows twice, and 4608 x 12288
+inputs leave the caches before it comes back. With a branch every program reads D as well, which few tokens a program do
+not pay for.
 
 Floor: M·K·3 bytes of device memory with bf16 inputs: 4608 x 12288 170 MB or 57 us at 3 TB/s.
 """
