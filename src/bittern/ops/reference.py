@@ -21,8 +21,8 @@ Rules that make the numbers definite
 - a8-int8 and a8-fp8 have one activation scale per token and segment: in int8 amax / 127. In fp8 it is foretold, so
   that codes are made while inputs are read: 16 · (amax of the first 256 inputs) / 448 if that covers all inputs, else
   amax / 448. E4m3's normal numbers span 15 powers of two, of which 16 takes 4: beside an input 100 times as large as
-  the others, those keep the error that they had (2.65 %); beside one 1,000 times as large it is 2.9 %, beside one 10,000
-  times as large, and among the first, 20 %.
+  the others, those keep the error that they had (2.65 %); beside one 1,000 times as large it is 2.9 %, beside one
+  10,000 times as large, and among the first, 20 %.
 - They fold the group scales of What into 8 bits: per output row and segment c = amax / 127 or amax / 448, where amax
   is the largest magnitude that the row's scales allow, max |scale| times the format's largest |code|; the folded
   codes are codes · (scale · (1 / c)), rounded to integers or to e4m3. Where a row has a single scale the codes
