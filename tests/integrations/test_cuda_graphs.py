@@ -516,10 +516,13 @@ def test_nothing_of_the_model_is_kept_alive_by_the_watch(flux: Any) -> None:
 def test_the_fingerprint_of_57_blocks_is_cheap() -> None:
     model = nn.ModuleList(FLUX.build() for _ in range(14))  # 56 blocks, and embedders in each
     watch = Watch(model)
-    took = []
+    took, walked = [], []
     for _ in range(20):
         began = time.perf_counter()
         assert watch.holds()
         took.append(time.perf_counter() - began)
-    # 2 ms on a machine that does nothing else.
-    assert min(took) < 4e-3
+        began = time.perf_counter()
+        assert all(model.modules())
+        walked.append(time.perf_counter() - began)
+    # Beside a bare walk over all modules, since machines differ and do other things, too: 1.5 to 2 times as long.
+    assert min(took) < 4 * min(walked)

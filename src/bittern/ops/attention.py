@@ -46,14 +46,13 @@ from bittern.ops import dispatch
 from bittern.ops.contract import library, without_autocast
 from bittern.ops.reference import RANGES, RECIPROCALS
 
-LEAST_SCALE = 2.0**-60
-"""Of codes: a product of three vanishes at 2^-127, and cuDNN multiplies it with infinity where keys end."""
-
 library.define(
     "attention_8bit(Tensor q, Tensor k, Tensor v, float? scale) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
 SOFTMAX_SCALE = 256.0
+LEAST_SCALE = 2.0**-60
+"""Of codes: a product of three vanishes at 2^-127, and cuDNN multiplies it with infinity where keys end."""
 INSTALL = "pip install 'bittern[fp8-attention]'"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_CUDNN = importlib.util.find_spec("cudnn") is not None

@@ -274,22 +274,12 @@ def quantize(x: Float[Tensor, "m k"], format: str) -> tuple[Float[Tensor, "m pad
         groups = x.view(m, 1, k)
     peak = _largest(groups) if format == "uint4" else _amax(groups)
     if format == "fp8":
-        peak = foretold(_amax(groups[..., :FORETELLERS]), peak)
+        covered = _amax(groups[..., :FORETELLERS]) * HEADROOM
+        peak = torch.where((peak <= covered) & (covered < torch.inf), covered, peak)
     scale = (peak * RECIPROCALS[format]).clamp_min_(TINY)
     if format == "int4":
         scale = torch.where(groups.amax(-1, keepdim=True) > -groups.amin(-1, keepdim=True), -scale, scale)
     return _rounded(groups * scale.reciprocal(), format).flatten(1), scale.squeeze(-1)
-
-
-def foretold(first: Tensor, peak: Tensor) -> Tensor:
-    """What is a token's largest magnitude to its scale in fp8.
-
-    Args:
-        first: The largest magnitude of the first `FORETELLERS` inputs.
-        peak: That of all.
-    """
-    covered = first * HEADROOM
-    return torch.where((peak <= covered) & (covered < torch.inf), covered, peak)
 
 
 def quantize_in_place(rows: Float[Tensor, "m k"]) -> Float[Tensor, " m"]:

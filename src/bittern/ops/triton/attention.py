@@ -14,7 +14,7 @@ strides but the last, which is 1; codes are contiguous [b, l, h, d].
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -22,11 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bittern.ops import attention
-from bittern.ops.triton.launch import Launches, Recorder, cdiv, contiguous_rows, on_device_of
+from bittern.ops.triton.launch import Recorder, Remembered, cdiv, contiguous_rows
 from bittern.ops.triton.numerics import (
     E4M3_RECIPROCAL,
     eight_bits,
     larger_magnitude,
+    largest_of,
     product,
     reciprocal,
     rounded,
@@ -40,8 +41,7 @@ BLOCK, BLOCK_WARPS = 4096, 8
 BOUNDS_AT_ONCE = 1024
 SLOT = 4
 """Numbers from one scalar to the next: each begins at a multiple of 16 bytes."""
-_MOST = 256
-_launches: dict[Hashable, Launches | None] = {}
+_launches = Remembered()
 
 
 def quantize(q: Tensor, k: Tensor, v: Tensor, codes: Sequence[Tensor], scalars: Tensor, softmax_scale: float) -> None:
@@ -58,11 +58,8 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, codes: Sequence[Tensor], scalars: 
     """
     tensors = [q, k, v, *codes, scalars]
     signature = (softmax_scale, *[(t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors])
-    known = _launches.get(signature)
-    if known is not None:
-        with on_device_of(q):
-            if known.repeat(tensors, q.device):
-                return
+    if _launches.repeat(signature, tensors, q):
+        return
     recorder = Recorder(tensors)
     q, k, v = (contiguous_rows(x) for x in (q, k, v))
     batch, tokens, heads, size = q.shape
@@ -95,7 +92,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, codes: Sequence[Tensor], scalars: 
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
-    _remember(signature, recorder)
+    _launches.keep(signature, recorder)
 
 
 def _chunk(tokens: int) -> int:
@@ -113,22 +110,12 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> None:
     """
     tensors = [codes, scale, out]
     signature = (*[(t.shape, t.dtype, t.get_device()) for t in tensors],)
-    known = _launches.get(signature)
-    if known is not None:
-        with on_device_of(out):
-            if known.repeat(tensors, out.device):
-                return
+    if _launches.repeat(signature, tensors, out):
+        return
     recorder = Recorder(tensors)
     grid = (cdiv(codes.numel(), BLOCK),)
     recorder.launch(numbers_kernel, grid, (codes, scale, out), (codes.numel(),), BLOCK=BLOCK, num_warps=BLOCK_WARPS)
-    _remember(signature, recorder)
-
-
-def _remember(signature: Hashable, recorder: Recorder) -> None:
-    if len(_launches) >= _MOST:
-        # Inputs of ever new lengths must not fill the memory.
-        _launches.clear()
-    _launches[signature] = recorder.launches()
+    _launches.keep(signature, recorder)
 
 
 @triton.jit
@@ -138,12 +125,6 @@ def _tile(x, start, tokens, stride_l, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     place = tl.arange(0, BLOCK_D)
     mask = (token < tokens)[:, None] & (place < SIZE)[None, :]
     return tl.load(x + token.to(tl.int64)[:, None] * stride_l + place[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _largest(magnitudes):
-    # As integers, magnitudes have the same order, with NaN above infinity.
-    return tl.max(magnitudes.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -180,8 +161,8 @@ def bounds_kernel(
             for start in range(at * size, last, BLOCK_L):
                 x = _tile(v + image * stride_vb + head * stride_vh, start, length, stride_vl, SIZE, BLOCK_D, BLOCK_L)
                 highest = larger_magnitude(highest, x.to(tl.float32))
-            peak = tl.max(highest.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
-    tl.store(bounds + (which * tl.num_programs(1) + pair) * MOST_CHUNKS + at, _largest(peak))
+            peak = largest_of(highest)
+    tl.store(bounds + (which * tl.num_programs(1) + pair) * MOST_CHUNKS + at, largest_of(peak, 0))
 
 
 @triton.jit
@@ -235,7 +216,7 @@ def codes_kernel(
         mask = (place < pairs * MOST_CHUNKS) & (place % MOST_CHUNKS < chunks)
         peak = larger_magnitude(peak, tl.load(bounds + which * pairs * MOST_CHUNKS + place, mask=mask, other=0.0))
     # A vector of one: what follows takes tensors.
-    bound = _largest(peak) + tl.zeros([1], tl.float32)
+    bound = largest_of(peak, 0) + tl.zeros([1], tl.float32)
     if which != 2:
         # Of keys less their mean twice as much.
         bound = tl.sqrt_rn(bound) * (ROOT if which == 0 else 2.0 * ROOT)

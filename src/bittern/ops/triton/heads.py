@@ -12,19 +12,18 @@ are contiguous [b, l, h, d], and a stream is written from its first token in the
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bittern.ops.triton.launch import Launches, Recorder, cdiv, contiguous_rows, on_device_of
+from bittern.ops.triton.launch import Recorder, Remembered, cdiv, contiguous_rows
 from bittern.ops.triton.numerics import rounded
 
 BLOCK_L, BLOCK_H, WARPS = 2, 8, 4
-_MOST = 256
-_launches: dict[Hashable, Launches | None] = {}
+_launches = Remembered()
 
 
 def rotary_heads(
@@ -42,11 +41,8 @@ def rotary_heads(
     out_k = torch.empty_like(out_q)
     tensors = [*q, *k, *q_weights, *k_weights, cos, sin, out_q, out_k]
     signature = (eps, len(q), *[(t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors])
-    known = _launches.get(signature)
-    if known is not None:
-        with on_device_of(out_q):
-            if known.repeat(tensors, out_q.device):
-                return out_q, out_k
+    if _launches.repeat(signature, tensors, out_q):
+        return out_q, out_k
     recorder = Recorder(tensors)
     first = 0
     cos, sin = contiguous_rows(cos), contiguous_rows(sin)
@@ -66,10 +62,7 @@ def rotary_heads(
             enable_fp_fusion=False,
         )
         first += tokens
-    if len(_launches) >= _MOST:
-        # Inputs of ever new lengths must not fill the memory.
-        _launches.clear()
-    _launches[signature] = recorder.launches()
+    _launches.keep(signature, recorder)
     return out_q, out_k
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from typing import Any, NamedTuple, cast
 
@@ -34,6 +34,7 @@ _HERE = contextlib.nullcontext()
 _ALIGNED = 16
 _SCRATCH_MULTIPLE = 512
 _MOST_ADDRESSES = 128
+_MOST_SIGNATURES = 256
 
 
 class Tiled(NamedTuple):
@@ -246,6 +247,28 @@ class Launches:
         for run in launches:
             run(stream, hooked)
         return True
+
+
+class Remembered:
+    """Launches of an operation by the signature of its calls: all that they depend on but addresses."""
+
+    def __init__(self) -> None:
+        self._launches: dict[Hashable, Launches | None] = {}
+
+    def repeat(self, signature: Hashable, tensors: Sequence[Tensor | None], device_of: Tensor) -> bool:
+        """Repeats what a call of this signature launched; whether there was one, and it could."""
+        known = self._launches.get(signature)
+        if known is None:
+            return False
+        with on_device_of(device_of):
+            return known.repeat(tensors, device_of.device)
+
+    def keep(self, signature: Hashable, recorder: Recorder) -> None:
+        """Remembers what a call launched."""
+        if len(self._launches) >= _MOST_SIGNATURES:
+            # Inputs of ever new lengths must not fill the memory.
+            self._launches.clear()
+        self._launches[signature] = recorder.launches()
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -61,10 +61,10 @@ def larger_magnitude(peak, x):
 
 
 @triton.jit
-def largest_of(magnitudes):
-    """The maximum of each row of magnitudes, of which NaN is the largest."""
+def largest_of(magnitudes, AXIS: tl.constexpr = 1):
+    """The maximum of each row of magnitudes, or of a vector, along an axis; NaN is the largest."""
     # As integers, magnitudes have the same order, with NaN above infinity.
-    return tl.max(magnitudes.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+    return tl.max(magnitudes.to(tl.int32, bitcast=True), axis=AXIS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -77,6 +77,12 @@ def scale_of(magnitudes, FP8: tl.constexpr):
 def at_least_tiny(scale):
     """A scale that may be divided by; NaN stays NaN."""
     return tl.where(scale < TINY, TINY, scale)
+
+
+@triton.jit
+def foretellers(x, start, BLOCK_K: tl.constexpr):
+    """Of a tile that begins with input `start` those inputs which foretell a token's scale; 0 for the others."""
+    return tl.where((start + tl.arange(0, BLOCK_K) < FORETELLERS)[None, :], x, 0.0)
 
 
 @triton.jit

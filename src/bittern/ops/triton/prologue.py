@@ -36,6 +36,7 @@ from bittern.ops.triton.numerics import (
     HEADROOM,
     at_least_tiny,
     eight_bits,
+    foretellers,
     foretold_scale,
     larger_magnitude,
     largest_of,
@@ -120,6 +121,14 @@ def _load(
 
 
 @triton.jit
+def _store(codes_rows, numbers, start, width, inside, FP8: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One tile of codes."""
+    columns = start + tl.arange(0, BLOCK_K)
+    mask = inside if EVEN else inside & (columns < width)[None, :]
+    tl.store(codes_rows + columns[None, :], eight_bits(numbers, FP8), mask=mask)
+
+
+@triton.jit
 def prologue_kernel(
     x,
     reciprocals,
@@ -163,8 +172,7 @@ def prologue_kernel(
         first = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for start in tl.static_range(0, FORETELLERS, BLOCK_K):
             _, smoothed = _load(x, x_rows, reciprocals, row_start, start, k, SMOOTH, False, DESCRIPTORS, BLOCK_K)
-            foretells = start + tl.arange(0, BLOCK_K) < FORETELLERS
-            first = larger_magnitude(first, tl.where(foretells[None, :], smoothed, 0.0))
+            first = larger_magnitude(first, foretellers(smoothed, start, BLOCK_K))
         covered = largest_of(first) * HEADROOM
         foretold = reciprocal(at_least_tiny(covered * E4M3_RECIPROCAL))[:, None]
 
@@ -172,16 +180,13 @@ def prologue_kernel(
     for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         raw, smoothed = _load(x, x_rows, reciprocals, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
         peak = larger_magnitude(peak, smoothed)
-        columns = start + tl.arange(0, BLOCK_K)
         if FP8:
-            at = codes_rows + columns[None, :]
-            tl.store(
-                at, eight_bits(smoothed * foretold, FP8), mask=inside if EVEN else inside & (columns < width)[None, :]
-            )
+            _store(codes_rows, smoothed * foretold, start, width, inside, FP8, EVEN, BLOCK_K)
         if RANK > 0:
             if DESCRIPTORS:
                 d = down.load([0, start])
             else:
+                columns = start + tl.arange(0, BLOCK_K)
                 d_inside = (ranks < rank)[:, None] if EVEN else (ranks < rank)[:, None] & (columns < k)[None, :]
                 d = tl.load(down + ranks[:, None] * stride_down + columns[None, :], mask=d_inside, other=0.0)
             projected = product(raw, d.T, projected)
@@ -199,6 +204,4 @@ def prologue_kernel(
         for back in tl.range(0, width, BLOCK_K, num_stages=STAGES):
             start = (tl.cdiv(width, BLOCK_K) - 1) * BLOCK_K - back
             raw, smoothed = _load(x, x_rows, reciprocals, row_start, start, k, SMOOTH, EVEN, DESCRIPTORS, BLOCK_K)
-            columns = start + tl.arange(0, BLOCK_K)
-            inside_codes = inside if EVEN else inside & (columns < width)[None, :]
-            tl.store(codes_rows + columns[None, :], eight_bits(smoothed * inverse, FP8), mask=inside_codes)
+            _store(codes_rows, smoothed * inverse, start, width, inside, FP8, EVEN, BLOCK_K)

@@ -31,6 +31,7 @@ from bittern.ops.triton.numerics import (
     FORETELLERS,
     HEADROOM,
     eight_bits,
+    foretellers,
     foretold_scale,
     larger_magnitude,
     largest_of,
@@ -125,8 +126,7 @@ def whole_rows_kernel(
         for start in tl.static_range(0, FORETELLERS, BLOCK_K):
             if start < TILES * BLOCK_K:
                 found = _smoothed(kept[start // BLOCK_K], reciprocals, start, k, SMOOTH, BLOCK_K)
-                foretells = start + tl.arange(0, BLOCK_K) < FORETELLERS
-                first = larger_magnitude(first, tl.where(foretells[None, :], found, 0.0))
+                first = larger_magnitude(first, foretellers(found, start, BLOCK_K))
         scale, _ = foretold_scale(largest_of(first) * HEADROOM, peak)
     else:
         scale = scale_of(peak, FP8)
