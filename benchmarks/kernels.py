@@ -310,7 +310,7 @@ def skinnies(bench: Bench) -> None:
         for config in SKINNY_CONFIGS:
             calls = [
                 lambda p=p, s=s, config=config: skinny_segment(
-                    x, p, s, None, weight, segment, None, None, None, bias, out, config  # noqa: B023
+                    x, None, p, s, weight, segment, bias, out, config  # noqa: B023
                 )
                 for p, s in data
             ]  # fmt: skip

@@ -20,11 +20,14 @@ from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.attention import codes_of
-from bittern.ops.triton import attention, config, dequantize, heads, linear
+from bittern.ops.triton import attention, config, dequantize, heads, layer_plan, linear
+from bittern.ops.triton.activations import CODES, scratch_bounds
+from bittern.ops.triton.combine import combine
 from bittern.ops.triton.dequantize import dequantize_segment
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.numerics import reciprocal_of_smooth
 from bittern.ops.triton.projection import parts_of, project
+from bittern.ops.triton.smoothing import divide
 from bittern.ops.triton.unpack import unpack_segment
 from bittern.ops.triton.whole_rows import quantize_whole_rows
 
@@ -65,6 +68,19 @@ SMOOTHED = 2.0**-8
 """a16 rounds a smoothed x to bf16."""
 HOPPER_FP8 = 2.0**-11
 """Hopper's tensor cores keep about 14 bits of a sum of e4m3 products."""
+
+
+@pytest.fixture(params=["few", "many"])
+def plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layers computed as with few tokens and as with many, whatever their number."""
+    if request.param == "many":
+        monkeypatch.setattr(linear, "FEW_TOKENS", 0)
+    return request.param
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "FEW_TOKENS", 0)
 
 
 def moved(layer: Layer) -> Layer:
@@ -138,7 +154,7 @@ def test_prologue_of_whole_rows(
         x[-1, k // 2] = float("nan")
     want = reference.quantize_activations(x, layer.smooth, None, format, 0.0)
     width = -(-k // 128) * 128
-    codes = torch.full((m, width), 77, device=DEVICE).to(linear.CODES[format])
+    codes = torch.full((m, width), 77, device=DEVICE).to(CODES[format])
     scales = torch.full((m,), float("nan"), device=DEVICE)
     reciprocals = None if layer.smooth is None else layer.smooth.float().reciprocal().to(DEVICE)
     wide = torch.empty(m, k + 24, dtype=dtype, device=DEVICE)[:, :k].copy_(x)
@@ -148,6 +164,57 @@ def test_prologue_of_whole_rows(
     assert finite.all() or (kind == "outlier" and scales[-1].isnan())
     assert torch.equal(codes.cpu().float()[finite, :k], want[0].float()[finite])
     assert not codes.float()[:, k:].any() or not finite.all()
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize(("m", "k", "parts", "rank"), [(7, 200, 3, 16), (33, 600, 1, 40), (5, 64, 17, 1)])
+def test_whole_rows_take_a_sum_along_and_smoothing_as_it_is(format: str, m: int, k: int, parts: int, rank: int) -> None:
+    layer = random_layer(1, 4, (k,), smooth=True)
+    assert layer.smooth is not None
+    (x,) = random_inputs(2, "outlier", m, (k,), BF16)
+    low = torch.randn(parts, m, rank, generator=torch.Generator().manual_seed(3))
+    want = torch.zeros(m, rank)
+    for part in low:
+        want += part
+    found: list[Tensor] = []
+    for smooth in (None, layer.smooth.to(DEVICE)):
+        codes = torch.empty(m, k, dtype=CODES[format], device=DEVICE)
+        scales, total = torch.empty(m, device=DEVICE), torch.full((m, rank), float("nan"), device=DEVICE)
+        reciprocals = None if smooth is not None else layer.smooth.float().reciprocal().to(DEVICE)
+        tiles = config.WholeRowsConfig(2, 128, 4)
+        quantize_whole_rows(x.to(DEVICE), reciprocals, codes, scales, tiles, low.to(DEVICE), total, smooth)
+        assert torch.equal(total.cpu(), want)
+        found += [codes.float(), scales]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "out"), [(BF16, BF16), (FP16, BF16), (BF16, torch.float32)])
+def test_divide(kind: str, dtype: torch.dtype, out: torch.dtype) -> None:
+    layer = random_layer(1, 4, (1100,), smooth=True)
+    assert layer.smooth is not None
+    (x,) = random_inputs(2, kind, 5, (1100,), dtype)
+    wide = torch.full((5, 1200), 77.0, dtype=out, device=DEVICE)
+    divide(strided(x.to(DEVICE)), layer.smooth.to(DEVICE), wide[:, 50:1150])
+    assert torch.equal(wide[:, 50:1150].cpu(), (x.float() * layer.smooth.float().reciprocal()).to(out))
+    assert (wide[:, :50] == 77).all() and (wide[:, 1150:] == 77).all()
+
+
+@pytest.mark.parametrize("rank", [0, 16, 40])
+@pytest.mark.parametrize(("parts", "m", "n"), [(1, 1, 50), (3, 17, 200), (16, 64, 70)])
+def test_combine(rank: int, parts: int, m: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    sums, low = torch.randn(parts, m, n, generator=generator), torch.randn(5, m, rank, generator=generator)
+    up, bias = torch.randn(n, rank, generator=generator).to(BF16), torch.randn(n, generator=generator).to(BF16)
+    out = torch.empty(m, n, device=DEVICE)
+    given = [t.to(DEVICE) for t in (sums, low, up, bias)]
+    combine(given[0], given[1] if rank else None, given[2] if rank else None, given[3], out, n // 3)
+    terms = [*sums.double(), low.double().sum(0) @ up.double().T, bias.double().expand(m, n)]
+    branch = low.double().abs().sum(0) @ up.double().abs().T
+    want, size = gelu(sum(terms).numpy(), sum(t.abs() for t in terms).numpy(), n // 3)
+    error = abs(out.cpu().double().numpy() - want)
+    # The branch's factor is rounded to bf16.
+    assert (error <= EXACT * size + BRANCH * branch.numpy() + 2**-126).all()
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *SMALL_GROUPS])
@@ -160,7 +227,7 @@ def test_unpack(case: Any, format: str, zero_rows: bool) -> None:
     for segment in layer.layout:
         want = reference.fold((block[0].clone(), block[1]), segment, format, formats.get(layer.weight).largest)
         width = want.values.shape[1] + 40
-        out = torch.full((n, width), 77, device=DEVICE).to(linear.CODES[format])
+        out = torch.full((n, width), 77, device=DEVICE).to(CODES[format])
         scales = torch.full((n,), float("nan"), device=DEVICE)
         smooth = None if there.smooth is None else there.smooth[segment.logical]
         reciprocals = None if smooth is None else torch.full((len(smooth),), float("nan"), device=DEVICE)
@@ -208,7 +275,7 @@ def test_hostile_scales_of_two_levels(kind: str) -> None:
     for format in ("int8", "fp8"):
         for segment in layer.layout:
             want = reference.fold((unpacked.clone(), layer.scales), segment, format, 12)
-            out = torch.empty(want.values.shape, device=DEVICE).to(linear.CODES[format])
+            out = torch.empty(want.values.shape, device=DEVICE).to(CODES[format])
             columns = torch.empty(11, device=DEVICE)
             unpack_segment(
                 there.codes,
@@ -241,6 +308,7 @@ def test_every_float_of_four_bits(dtype: torch.dtype) -> None:
     assert torch.equal(unpacked[:, :2].cpu(), want)
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("case", "m"),
@@ -254,6 +322,7 @@ def test_eight_bit_linear(path: str, case: Any, m: int) -> None:
     check(run(inputs, layer, path), inputs, layer, path)
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("dtype", "kind"), [(BF16, "zero rows"), (BF16, "denormal"), (FP16, "outlier")])
 def test_eight_bit_linear_on_hostile_inputs(path: str, dtype: torch.dtype, kind: str) -> None:
@@ -264,6 +333,7 @@ def test_eight_bit_linear_on_hostile_inputs(path: str, dtype: torch.dtype, kind:
     check(y, inputs, layer, path)
 
 
+@pytest.mark.usefixtures("many")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", [LAYERS[1], LAYERS[2], LAYERS[5]])
 def test_branches_beside_whole_rows(path: str, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +428,7 @@ def upside_down(x: Tensor) -> Tensor:
     return x.T.contiguous().T
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None:
     layer = moved(random_layer(0, N, (200,), rank=16, smooth=True))
@@ -376,6 +447,7 @@ def test_strides_and_batches_do_not_matter_and_runs_are_equal(path: str) -> None
     assert torch.equal(linear.plan(path, 15)([column], *layer.args(), path, ()), y.flatten(0, 1))
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize(("path", "shift"), [*((path, ()) for path in (*PATHS, "a4", "a16")), ("a4", (0.171875,))])
 @pytest.mark.parametrize("rank", [16, 0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -463,6 +535,7 @@ def check_four_bits(inputs: list[Tensor], layer: Layer, shift: tuple[float, ...]
     assert (y.float() - ours.float()).norm() <= 5e-3 * ours.float().norm() + 2**-126
 
 
+@pytest.mark.usefixtures("many")
 def test_int8_is_the_reference_to_the_last_bit_without_a_branch() -> None:
     layer = random_layer(0, N, (200,), bias=False)
     inputs = random_inputs(1, "gaussian", 33, (200,), BF16)
@@ -573,6 +646,7 @@ def test_many_tokens_on_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("gelu_from", [None, 17])
 @pytest.mark.parametrize("rank", [96, 144])
 @pytest.mark.parametrize(("path", "m"), [*((path, 33) for path in (*PATHS, "a4")), ("a16", 7), ("a16", 70)])
@@ -596,6 +670,7 @@ def test_branches_of_many_loras(path: str, m: int, rank: int, gelu_from: int | N
     assert np.linalg.norm(error) <= 6e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 @pytest.mark.parametrize("gelu_from", [0, 17, N])
 def test_gelu_in_the_epilogue(path: str, gelu_from: int) -> None:
@@ -615,6 +690,7 @@ def test_gelu_in_the_epilogue(path: str, gelu_from: int) -> None:
     assert np.linalg.norm(error) <= 5e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.usefixtures("plans")
 def test_gelu_everywhere() -> None:
     y = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30])])
     layer = random_layer(0, len(y), (64,))
@@ -626,16 +702,16 @@ def test_gelu_everywhere() -> None:
 
 
 @pytest.mark.parametrize(("path", "rank"), [*((path, rank) for path in PATHS for rank in (16, 40)), ("a4", 40)])
-def test_branches_in_float32(path: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_in_float32(path: str, rank: int, plans: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(("int4", 64, (70, 300), rank, True))
     assert layer.down is not None and layer.up is not None
     layer = dataclasses.replace(layer, down=layer.down.float(), up=layer.up.float())
     inputs = random_inputs(3, "gaussian", 9, layer.layout.segments, BF16)
     beside: list[int] = []
-    branch = linear.with_branch
-    monkeypatch.setattr(linear, "with_branch", lambda *args: beside.append(rank) or branch(*args))
+    branch = layer_plan.with_branch
+    monkeypatch.setattr(layer_plan, "with_branch", lambda *args: beside.append(rank) or branch(*args))
     y = run(inputs, layer, path)
-    assert bool(beside) == (path != "a4" and rank > 32)
+    assert bool(beside) == (path != "a4" and rank > 32 and plans == "many")
     if not beside:
         check(y, inputs, layer, path)
         return
@@ -657,7 +733,7 @@ def test_where_a_branch_in_float32_has_room(
 
 
 def test_segments_fill_whole_tiles() -> None:
-    assert linear.scratch_bounds(KLayout((70, 300, 128), 64)) == [(0, 128), (128, 512), (512, 640)]
+    assert scratch_bounds(KLayout((70, 300, 128), 64)) == [(0, 128), (128, 512), (512, 640)]
 
 
 @triton.jit

@@ -13,46 +13,64 @@ from bittern.ops.triton import config, tuned
 HOPPER = config.Device((9, 0), 232448)
 
 
-@pytest.mark.parametrize("m", [1100, 2048, 4096, 4250, 4608, 16896])
+@pytest.mark.parametrize("m", [65, 256, 512, 1024, 1100, 2048, 4096, 4250, 4608, 16896])
 @pytest.mark.parametrize("n", [256, 1000, 3072, 9216, 21504])
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("processors", [132, 114, 20])
 def test_parts_cover_all_columns_in_fewer_waves(m: int, n: int, segments: int, processors: int) -> None:
-    parts = config.specialized_parts(HOPPER, m, n, segments, 32, processors)
+    parts = config.specialized_parts(HOPPER, m, n, 3072, segments, 32, processors)
     assert parts is not None
     assert parts[0][0] == 0 and parts[-1][1] == n
-    if len(parts) == 1:
-        return
-    (_, stop, wide), (start, _, narrow) = parts
-    assert start == stop and start % wide.block_n == 0 and narrow.block_n * 2 == wide.block_n
     rows = -(-m // 128)
 
-    def waves(columns: int, block: int) -> int:
-        return -(-rows * -(-columns // block) // processors)
+    def cost(start: int, stop: int, chosen: config.SpecializedConfig) -> float:
+        waves = -(-rows * -(-(stop - start) // chosen.block_n) // processors)
+        return {256: 1.0, 128: 0.57, 64: 0.34}[chosen.block_n] * waves
 
-    assert waves(stop, 256) + 0.6 * waves(n - start, 128) < waves(n, 256)
+    widths = [config.specialized_for(HOPPER, m, segments, 32, width) for width in (256, 128, 64)]
+    # Less than a launch more than tiles of any one width take.
+    assert sum(cost(*part) for part in parts) <= min(cost(0, n, width) for width in widths if width is not None)
+    assert (widths[2] is None) == (m > 1024)
+    if len(parts) == 2:
+        (_, stop, wide), (start, _, narrow) = parts
+        assert start == stop and start % wide.block_n == 0 and narrow.block_n < wide.block_n
 
 
 def test_the_last_wave_of_flux_is_split() -> None:
-    parts = config.specialized_parts(HOPPER, 4608, 3072, 2, 32, 132)
+    parts = config.specialized_parts(HOPPER, 4608, 3072, 15360, 2, 32, 132)
     assert parts is not None and [part[:2] for part in parts] == [(0, 2816), (2816, 3072)]
-    whole = config.specialized_parts(HOPPER, 4608, 21504, 1, 32, 132)
+    whole = config.specialized_parts(HOPPER, 4608, 21504, 3072, 1, 32, 132)
     assert whole is not None and len(whole) == 1
+
+
+def test_few_tokens_have_narrow_tiles() -> None:
+    for m, width in ((256, 64), (512, 128), (1024, 256)):
+        parts = config.specialized_parts(HOPPER, m, 3072, 3072, 1, 32, 132)
+        assert parts is not None and [(start, stop, c.block_n) for start, stop, c in parts] == [(0, 3072, width)]
+
+
+def test_k_is_taken_in_parts_where_rows_are_few() -> None:
+    tiles = config.SkinnyConfig(block_n=64, programs=4)
+    # 48, 144 and 288 programs of 64 rows; a part has six tiles of a group or more.
+    parts = [tiles.parts(1, n, 12288, 64, 2, 132) for n in (3072, 9216, 18432)]
+    assert parts == [11, 3, 1]
+    assert [tiles.parts(1, 3072, k, 64, 2, 132) for k in (64, 704, 768, 3072)] == [1, 1, 2, 8]
+    assert tiles.parts(64, 64, 30720, 64, 2, 132) == 16
 
 
 def test_a_branch_with_a_lora_in_it_keeps_the_kernel_with_warps_that_load() -> None:
     for rank in (48, 64):
         for segments in (1, 2):
-            parts = config.specialized_parts(HOPPER, 4608, 3072, segments, rank, 132)
+            parts = config.specialized_parts(HOPPER, 4608, 3072, 15360, segments, rank, 132)
             assert parts is not None and all(
                 each.problem(HOPPER.shared_memory, rank, segments) is None for *_, each in parts
             )
-    assert config.specialized_parts(HOPPER, 4608, 3072, 3, 32, 132) is None
+    assert config.specialized_parts(HOPPER, 4608, 3072, 3072, 3, 32, 132) is None
 
 
-@pytest.mark.parametrize(("capability", "m"), [((8, 9), 4608), ((9, 0), 512), ((10, 0), 4608)])
+@pytest.mark.parametrize(("capability", "m"), [((8, 9), 4608), ((9, 0), 64), ((10, 0), 4608)])
 def test_other_devices_and_few_tokens_have_the_other_kernel(capability: tuple[int, int], m: int) -> None:
-    assert config.specialized_parts(config.Device(capability, 232448), m, 3072, 1, 32, 132) is None
+    assert config.specialized_parts(config.Device(capability, 232448), m, 3072, 3072, 1, 32, 132) is None
 
 
 KERNELS: dict[str, Any] = {
@@ -63,7 +81,6 @@ KERNELS: dict[str, Any] = {
     "grouped_gemm": config.GroupedGemmConfig,
     "skinny": config.SkinnyConfig,
     "specialized_gemm": config.SpecializedConfig,
-    "specialized_gemm_narrow": config.SpecializedConfig,
 }
 FACTS = {"m", "k", "grouped", "group", "segments", "sums", "rank"}
 
@@ -86,7 +103,7 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
             assert not grouped or config.unpack_for(device, k, grouped).block_k % 64 == 0
             assert config.prologue_for(device, m) and config.prologue_for(device, m, 32)
             whole = config.whole_rows_for(device, m, k)
-            assert (whole is None) == (capability != (9, 0)) and (whole is None or whole.holds(k))
+            assert (whole is None) == (capability != (9, 0) and m > 64) and (whole is None or whole.holds(k))
             assert config.skinny_for(device, m, 64 if grouped else None)
         assert config.grouped_gemm_for(device, m)
         for group, per_byte in itertools.product((None, 16, 32, 64, 128, 256), (2, 4)):
@@ -105,7 +122,7 @@ def test_rules_are_asked_in_turn() -> None:
     # Whole rows where registers hold them and there is no branch, or one that would take too long in the prologue.
     whole = [(m, k, rank) for m in (512, 4608) for k in (3072, 12288, 40000) for rank in (0, 32, 48)]
     found = [facts for facts in whole if config.whole_rows_for(HOPPER, *facts) is not None]
-    walked = [(512, 3072, 32), *[(4608, k, rank) for k in (3072, 12288) for rank in (32, 48)]]
+    walked = [(4608, k, rank) for k in (3072, 12288) for rank in (32, 48)]
     assert found == [facts for facts in whole if facts[1] < 40000 and facts not in walked]
     assert config.gemm_for(HOPPER, 4608, 1, False, 32).early
     # Two sets of sums leave no room for wide tiles.

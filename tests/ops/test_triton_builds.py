@@ -18,6 +18,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from bittern import formats
 from bittern.ops.triton import (
     attention,
+    combine,
     config,
     dequantize,
     four_bits,
@@ -27,6 +28,7 @@ from bittern.ops.triton import (
     projection,
     prologue,
     skinny,
+    smoothing,
     specialized_gemm,
     unpack,
     whole_rows,
@@ -157,52 +159,64 @@ def test_gemm(
         ("nvfp4", 16, 7, "fp16", 0),
         ("nvfp4", None, 1, "bf16", 0),
         ("int4", 64, 16, "bf16", 32),
-        ("int4", 64, 64, "bf16", config.LARGEST_RANK),
+        ("int4", 64, 64, "bf16", 32),
         ("ternary", None, 64, "bf16", 32),
-        ("ternary", None, 64, "bf16", config.LARGEST_RANK),
+        ("int4", 64, 1, INT8, 32),
+        ("int4", 64, 64, INT8, 32),
+        ("int4", 64, 64, FP8, 32),
+        ("ternary", None, 64, FP8, 0),
+        ("nvfp4", 16, 64, FP8, 0),
     ],
 )
 def test_skinny(
     capability: int, weight: str, group: int | None, rows: int, operand: str, rank: int, tmp_path: Path
 ) -> None:
+    if operand == FP8 and capability < 89:
+        return
     per_byte = formats.get(weight).codes_per_byte
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
     chosen = config.skinny_for(device, rows, group, per_byte)
     groups = 0 if group is None else chosen.groups if config.is_small(group, per_byte) else 1
+    eight = operand in (INT8, FP8)
     compiled = build(
         skinny.skinny_kernel,
         capability,
         {
             "x": "*" + operand,
+            "row_scales": "*fp32",
             "codes": "*u8",
             "scales": SCALES.get(weight, "*bf16"),
-            "smooth": "*bf16",
-            "partial": "*fp32",
-            "low": "*fp32",
-            "up": "*bf16",
             "bias": "*bf16",
-            "out": "*bf16",
+            "out": "*fp32" if rank else "*bf16",
+            "raw": "*bf16",
+            "down": "*bf16",
+            "low": "*fp32",
         },
         {
             "PER_BYTE": per_byte,
             "FLOATS": weight == "nvfp4",
+            "LARGEST": formats.get(weight).largest,
             "GROUPS": groups,
-            "SMOOTH": False,
+            "BITS": 8 if eight else 16,
+            "FP8": operand == FP8,
             "OPERAND": tl.bfloat16 if operand == "bf16" else tl.float16,
-            "PARTIAL": False,
-            "RANK": rank,
-            "PART_STAGES": skinny.parts_at_once(1 << (rows - 1).bit_length(), rank),
-            "BIAS": True,
+            "PARTS": 4 if rank else 1,
+            "PART": projection.part_of(3072) if rank else 0,
+            "BIAS": not rank,
             "BLOCK_M": 1 << (rows - 1).bit_length(),
             "BLOCK_N": chosen.block_n,
-            "BLOCK_B": groups * (group or 0) // per_byte or chosen.block_b,
+            "BLOCK_B": chosen.packed(group, per_byte),
+            "BLOCK_R": projection.BLOCK_R,
+            "BLOCK_K": skinny.BLOCK_K,
+            "PROJECTION_STAGES": skinny.STAGES,
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        enable_fp_fusion=not eight,
     )
     kind = "bf16" if operand == "bf16" else "f16"
     # 64 tokens by four products want more registers than there are: slower than it might be.
-    most = 288 if rank == config.LARGEST_RANK else 256
+    most = 288 if rank else 256
     stack = most if rows == 64 else STACK
     expect(compiled, capability, rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::f16", tmp_path, stack)
     # Subnormal numbers are codes of nvfp4.
@@ -211,24 +225,63 @@ def test_skinny(
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(
+    ("parts", "rank", "factor"), [(4, 32, "bf16"), (32, 128, "bf16"), (16, 128, "fp32"), (2, 0, "")]
+)
+def test_combine(capability: int, parts: int, rank: int, factor: str, tmp_path: Path) -> None:
+    compiled = build(
+        combine.combine_kernel,
+        capability,
+        {"sums": "*fp32", "low": "*fp32", "up": "*" + factor, "bias": "*bf16", "out": "*bf16"},
+        {
+            "PARTS": parts,
+            "LOW_PARTS": 32 if rank else 0,
+            "RANK": rank,
+            "BIAS": True,
+            "GELU": True,
+            "BLOCK_M": combine.BLOCK_M,
+            "BLOCK_N": combine.BLOCK_N,
+        }
+        | ({} if rank else {"low": None, "up": None}),
+        num_warps=combine.WARPS,
+    )
+    instruction = rf"mma\S*f32\.{'tf32' if factor == 'fp32' else factor}" if rank else r"st\.global"
+    expect(compiled, capability, instruction, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_divide(capability: int, tmp_path: Path) -> None:
+    compiled = build(
+        smoothing.divide_kernel,
+        capability,
+        {"x": "*bf16", "smooth": "*bf16", "out": "*bf16"},
+        {"BLOCK_K": smoothing.BLOCK_K},
+        num_warps=smoothing.WARPS,
+    )
+    expect(compiled, capability, r"rcp\.approx", tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("tokens", [16, 1024])
+@pytest.mark.parametrize(
     ("operand", "factor", "kind"),
     [("bf16", "bf16", "bf16"), ("fp16", "fp16", "f16"), ("bf16", "fp16", "tf32"), ("bf16", "fp32", "tf32")],
 )
-def test_projection(capability: int, operand: str, factor: str, kind: str, tmp_path: Path) -> None:
+def test_projection(capability: int, operand: str, factor: str, kind: str, tokens: int, tmp_path: Path) -> None:
     compiled = build(
         projection.projection_kernel,
         capability,
         {"x": "*" + operand, "down": "*" + factor, "low": "*fp32"},
         {
-            "TILES": 4,
-            "BLOCK_M": projection.BLOCK_M,
+            "PART": projection.part_of(3072),
+            "BLOCK_M": projection.tokens_at_once(tokens, 4 if factor == "fp32" else 2),
             "BLOCK_R": projection.BLOCK_R,
             "BLOCK_K": projection.BLOCK_K,
+            "STAGES": projection.STAGES,
         },
         num_warps=projection.WARPS,
-        num_stages=projection.STAGES,
     )
-    expect(compiled, capability, rf"mma\.sync\S*f32\.{kind}\.{kind}", tmp_path)
+    instruction = rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::{'tf32' if kind == 'tf32' else 'f16'}"
+    expect(compiled, capability, instruction, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -329,10 +382,10 @@ def test_prologue(capability: int, kind: str, tmp_path: Path) -> None:
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
 
 
-@pytest.mark.parametrize("k", [3072, 12288])
+@pytest.mark.parametrize(("k", "invert"), [(3072, False), (12288, False), (12288, True)])
 @pytest.mark.parametrize("kind", [INT8, FP8])
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_whole_rows(capability: int, kind: str, k: int, tmp_path: Path) -> None:
+def test_whole_rows(capability: int, kind: str, k: int, invert: bool, tmp_path: Path) -> None:
     if kind == FP8 and capability < 89:
         return
     chosen = config.WholeRowsConfig()
@@ -340,12 +393,22 @@ def test_whole_rows(capability: int, kind: str, k: int, tmp_path: Path) -> None:
     compiled = build(
         whole_rows.whole_rows_kernel,
         capability,
-        {"x": "*bf16", "reciprocals": "*fp32", "codes": "*" + kind, "scales": "*fp32"},
+        {
+            "x": "*bf16",
+            "factors": "*bf16" if invert else "*fp32",
+            "codes": "*" + kind,
+            "scales": "*fp32",
+            "parts": "*fp32",
+            "low": "*fp32",
+        },
         {
             "SMOOTH": True,
+            "INVERT": invert,
             "FP8": kind == FP8,
             "EVEN": True,
             "TILES": k // chosen.block_k,
+            "PARTS": 0 if invert else projection.parts_of(k),
+            "RANK": 0 if invert else 32,
             "BLOCK_M": chosen.block_m,
             "BLOCK_K": chosen.block_k,
         },
@@ -571,12 +634,11 @@ def test_attention(capability: int, size: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("rank", [0, 32, 64])
-@pytest.mark.parametrize("part", [0, 1])
-def test_specialized_gemm(segments: int, rank: int, part: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [256, 128, 64])
+def test_specialized_gemm(segments: int, rank: int, width: int, tmp_path: Path) -> None:
     """Three groups of warps; only the one that loads gives registers up."""
-    parts = config.specialized_parts(config.Device((9, 0), SHARED[90]), 4608, 3072, segments, rank, 132)
-    assert parts is not None
-    _, _, chosen = parts[part]
+    chosen = config.specialized_for(config.Device((9, 0), SHARED[90]), 512, segments, rank, width)
+    assert chosen is not None
 
     def tiles(dtype: str, rows: int, columns: int) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON[dtype])

@@ -138,7 +138,7 @@ def test_a_last_wave_of_narrower_tiles_is_the_same(segments: tuple[int, ...], mo
     inputs = random_gpu_inputs(4608, segments)
     y = linear.plan("a8-fp8", 4608)(inputs, *layer.args(), "a8-fp8", ())
 
-    def whole(device: config.Device, m: int, n: int, count: int, rank: int, processors: int) -> Any:
+    def whole(device: config.Device, m: int, n: int, k: int, count: int, rank: int, processors: int) -> Any:
         chosen = config.specialized_for(device, m, count, rank)
         return None if chosen is None else [(0, n, chosen)]
 

@@ -162,6 +162,7 @@ class SkinnyConfig:
         warps: Warps a program.
         stages: Tiles in flight.
         groups: Of 16 inputs in a tile: a power of two.
+        programs: For each multiprocessor, up to which K is taken in parts.
     """
 
     block_n: int = 32
@@ -169,16 +170,29 @@ class SkinnyConfig:
     warps: int = 4
     stages: int = 3
     groups: int = 4
+    programs: int = 4
+
+    def packed(self, group: int | None, per_byte: int) -> int:
+        """Bytes of a row in a tile."""
+        if group is None:
+            return self.block_b
+        return group * (self.groups if is_small(group, per_byte) else 1) // per_byte
+
+    def parts(self, m: int, n: int, k: int, group: int | None, per_byte: int, processors: int) -> int:
+        """How many parts K is taken in by so many multiprocessors, each of a few tiles at the least."""
+        programs = -(-n // self.block_n) * -(-m // 64)
+        tiles = -(-k // (per_byte * self.packed(group, per_byte)))
+        return max(1, min(self.programs * processors // programs, tiles // _LEAST_TILES, _MOST_PARTS))
 
     def shared_memory(self, m: int, group: int | None, per_byte: int) -> int:
         """About how many bytes it takes: tiles of codes, and of inputs in 16 bits, on their way."""
-        packed = self.block_b
-        if group is not None:
-            packed = group * (self.groups if is_small(group, per_byte) else 1) // per_byte
+        packed = self.packed(group, per_byte)
         tokens = min(64, 1 << (m - 1).bit_length())
         return (self.stages - 1) * packed * (self.block_n + 2 * tokens * per_byte) + 2048
 
 
+_LEAST_TILES, _MOST_PARTS = 6, 16
+"""Of a part: enough to be in flight together. Of a segment: what adds them reads each."""
 _LEAST_K = 16
 """Numbers that a product takes at the least."""
 
@@ -269,43 +283,45 @@ def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -
     raise UserError(f"no GEMM configuration fits {device.shared_memory} bytes of shared memory; expected 48 KiB")
 
 
-_NARROW_COST = 0.6
-"""Of a wave of tiles half as wide."""
-_LAUNCH_COST = 0.03
-"""Of a further launch, in waves."""
+_WAVE = {256: 1.0, 128: 0.57, 64: 0.34}
+"""What a wave of tiles costs by their width; measured, between .53 and .6, and .31 and .36."""
+_LAUNCH = 384
+"""Inputs that a wave of the widest tiles multiplies in the time of a launch."""
 _GLUON = ("3.6.",)
 """Versions of Triton whose Gluon the kernel was run with: it is an experiment of theirs, and may change."""
 
 
-def specialized_for(
-    device: Device, m: int, segments: int, rank: int, kind: str = "specialized_gemm"
-) -> SpecializedConfig | None:
-    """The configuration of the GEMM with warps that load, in fp8; None where the other one is better."""
+def specialized_for(device: Device, m: int, segments: int, rank: int, block_n: int = 256) -> SpecializedConfig | None:
+    """The configuration of the GEMM with warps that load, in fp8, for tiles of a width; None if there is none."""
     if triton.__version__.startswith(_GLUON):
-        for candidate in tuned.all_of(SpecializedConfig, kind, device.capability, m=m, segments=segments):
-            if candidate.problem(device.shared_memory, rank, segments) is None:
+        for candidate in tuned.all_of(SpecializedConfig, "specialized_gemm", device.capability, m=m, segments=segments):
+            fits = candidate.problem(device.shared_memory, rank, segments) is None
+            if candidate.block_n == block_n and fits:
                 return candidate
     return None
 
 
 def specialized_parts(
-    device: Device, m: int, n: int, segments: int, rank: int, processors: int
+    device: Device, m: int, n: int, k: int, segments: int, rank: int, processors: int
 ) -> list[tuple[int, int, SpecializedConfig]] | None:
-    """Columns from, to, and the configuration for them; None as of `specialized_for`.
+    """Columns from, to, and the configuration for them; None where the other GEMM is better.
 
     Tiles run in waves, one a multiprocessor. Where the last wave is nearly empty (4608 x 3072: 432 tiles on 132), the
-    last columns are given to tiles half as wide, in a launch of their own, if their waves cost less than it.
+    last columns are given to narrower tiles, in a launch of their own, if their waves cost less than it. With few
+    tokens all are narrower (512 x 12288: 384 tiles in place of 192).
     """
-    config = specialized_for(device, m, segments, rank)
-    if config is None:
-        return None
-    narrow = specialized_for(device, m, segments, rank, "specialized_gemm_narrow")
-    rows, columns = -(-m // 128), -(-n // config.block_n)
-    fitting = (-(-rows * columns // processors) - 1) * processors // rows
-    if narrow is None or fitting == 0:
-        return [(0, n, config)]
-    start = fitting * config.block_n
-    rest = rows * -(-(n - start) // narrow.block_n)
-    if _LAUNCH_COST + _NARROW_COST * -(-rest // processors) >= 1:
-        return [(0, n, config)]
-    return [(0, start, config), (start, n, narrow)]
+    rows = -(-m // 128)
+    found = [c for c in (specialized_for(device, m, segments, rank, width) for width in _WAVE) if c is not None]
+
+    def cost(columns: int, config: SpecializedConfig) -> float:
+        return _WAVE[config.block_n] * -(-rows * -(-columns // config.block_n) // processors)
+
+    choices = [(cost(n, config), [(0, n, config)]) for config in found]
+    for config in found:
+        # As many columns as fill all waves but the last.
+        start = (-(-rows * -(-n // config.block_n) // processors) - 1) * processors // rows * config.block_n
+        for narrow in found if start else ():
+            if narrow.block_n < config.block_n:
+                halves = [(0, start, config), (start, n, narrow)]
+                choices.append((cost(start, config) + cost(n - start, narrow) + _LAUNCH / k, halves))
+    return min(choices, key=lambda choice: choice[0])[1] if choices else None

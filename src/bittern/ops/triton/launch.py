@@ -161,6 +161,11 @@ class Recorder:
             self._views.append(view)
         return view
 
+    def slices(self, whole: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Views of so many rows each, one behind the other, as `part`."""
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        return [self.part(whole, whole[start : start + n]) for start, n in zip(starts, lengths, strict=True)]
+
     def scratch(self, device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
         """Empty tensors of these shapes and dtypes for the length of the call, one allocation for all."""
         starts, size = list[int](), 0

@@ -1,18 +1,22 @@
-"""Few tokens against packed weights, read once: the 16-bit path of adaLN modulation and other small M.
+"""Few tokens against packed weights, read once: adaLN modulation and other small M, in 16 and in 8 bits.
 
-The maths, for M tokens, segments and groups of K (the reference's a16):
+The maths, for M tokens, segments and groups of K (the reference's a16; x smoothed before, where it is):
 
-    y[m, n] = sum_g scales[n, g] · (sum_{k in g} codes[n, k] · x[m, k] / s[k])  +  (low · U^T)[m, n]  +  bias[n]
+    y[m, n] = sum_g scales[n, g] · (sum_{k in g} codes[n, k] · x[m, k])  +  (low · U^T)[m, n]  +  bias[n]
+
+and of the 8-bit paths, with x as codes and weights folded to 8 bits as `unpack` does:
+
+    y[m, n] = (sum_k q[n, k] · x[m, k]) · c[n] · row_scales[m]  +  ...          q = round(codes · (scales · (1 / c)))
 
 Codes are exact in bf16 and float16, so that products with an unsmoothed x are exact; sums are float32, group by
-group, in one fixed order: no atomics, no split of K between programs. A smoothed x is rounded to bf16.
+group, in one fixed order, without atomics. So are codes of 8 bits in float16, where they are multiplied: matrix units
+have time for it.
 
-Layout: a program owns BLOCK_N rows of packed bytes and walks K. Weights are the left operand of the product,
+Layout: a program owns BLOCK_N rows of packed bytes and walks K, or a part of it where a layer has too few rows for all
+multiprocessors (3072 are 96 programs of 32): `combine` adds the parts then, and the branch. Further programs of the
+same launch project x for it, in parts of K as well. Weights are the left operand of the product,
 [BLOCK_N, k] · [k, BLOCK_M]; a byte's codes go to as many operands as it has codes, and x is split to match, so
-that nothing is interleaved. On NVIDIA a code becomes a bf16 in three steps for several at once: mask four bytes
-together, put the exponent of 128 above each by `prmt` (128 + code), subtract with one `fma` for two. The bits of a
-4-bit float go to the lowest of the exponent and the highest of the significand, and an `fma` for two multiplies them
-to size, which is exact; that is 2.5 operations a weight instead of 1.4.
+that nothing is interleaved; `numbers_of_16_bits` makes them.
 
 A product takes 16 numbers or more, and groups of 16 have 8 of even k, ternary ones of 32 as many at each place of a
 byte. There a tile spans several groups, so that rows are read 32 bytes at a time, and is multiplied once for each,
@@ -36,269 +40,141 @@ from torch import Tensor
 
 from bittern import formats
 from bittern.formats import Segment
-from bittern.ops.triton.config import SkinnyConfig, is_small, padded_rank
+from bittern.ops.triton.config import SkinnyConfig, is_small
 from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
-from bittern.ops.triton.numerics import INTERPRETED, product, reciprocal_of_smooth, rounded
-from bittern.ops.triton.unpack import numbers
+from bittern.ops.triton.numbers_of_16_bits import crumbs, nibbles
+from bittern.ops.triton.numerics import (
+    eight_bits,
+    larger_magnitude,
+    product,
+    reciprocal,
+    rounded,
+    scale_of,
+)
+from bittern.ops.triton.projection import BLOCK_R, part_of, parts_of, project_part
 
-_BYTES_OF_PARTS = 32 << 10
-"""Of shared memory, which tiles of codes and inputs leave before."""
-
-
-def parts_at_once(block_m: int, rank: int) -> int:
-    """How many parts of the projection are on their way or being added."""
-    return 1 if rank == 0 else min(4, 1 + _BYTES_OF_PARTS // (4 * block_m * padded_rank(rank)))
+BLOCK_K, STAGES = 64, 3
+"""Of the projection."""
+SCALES = tl.constexpr(64)
+"""Of a row, looked at together."""
 
 
 def skinny_segment(
     x: Tensor,
+    row_scales: Tensor | None,
     codes: Tensor,
     scales: Tensor,
-    smooth: Tensor | None,
     weight: str,
     segment: Segment,
-    partial: Tensor | None,
-    low: Tensor | None,
-    up: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
     config: SkinnyConfig,
+    raw: Tensor | None = None,
+    down: Tensor | None = None,
+    low: Tensor | None = None,
     launch: Launch = launch,
 ) -> None:
-    """Adds one K-segment's product to `partial` and writes `out`.
+    """One K-segment's product, whole or in parts.
 
     Args:
-        x: The segment's inputs [M, K], bf16 or float16, rows of any stride.
-        codes: Packed codes [N, bytes], rows of any stride.
+        x: The segment's inputs [M, K], rows of any stride: bf16 or float16, divided by the smoothing, or 8-bit codes.
+        row_scales: Of the codes, float32 [M].
+        codes: Packed codes of the weights [N, bytes], rows of any stride.
         scales: Weight scales [N, groups], rows of any stride.
-        smooth: Divides x [K].
         weight: "int4", "nvfp4" or "ternary".
         segment: Where the segment lies in codes and scales.
-        partial: What the segments before gave, float32 [M, N], contiguous.
-        low: Down-projected inputs, float32 [parts, M, R], contiguous, whose sum over parts they are (`projection`);
-            with the last segment only, as `up` and `bias`.
-        up: Second factor of the branch [N, R], rows of any stride.
-        bias: [N].
-        out: float32 [M, N] for the next segment, or the result in any float dtype; contiguous.
+        bias: [N]; where there are no parts.
+        out: The result [M, N] in any float dtype, or float32 [parts, M, N] for `combine`; contiguous.
         config: Tile and launch.
+        raw: The inputs [M, K] as they came, for the branch; rows of any stride.
+        down: First factor of the branch [R, K], rows of any stride.
+        low: float32 [`parts_of(K)`, M, R], contiguous; takes `raw` down-projected in parts.
         launch: What launches.
     """
-    (m, k), n = x.shape, codes.shape[0]
-    x = contiguous_rows(x)
-    per_byte = formats.get(weight).codes_per_byte
+    (m, k), n, fmt = x.shape, codes.shape[0], formats.get(weight)
+    x, raw = contiguous_rows(x), None if raw is None else contiguous_rows(raw)
+    per_byte = fmt.codes_per_byte
     count = segment.groups.stop - segment.groups.start
     # Groups of a tile; 0 for rows that have one scale.
     groups = 0 if count == 1 else config.groups if is_small(segment.size, per_byte) else 1
+    block_b = groups * segment.size // per_byte if groups else config.block_b
     block_m = min(64, 1 << (m - 1).bit_length())
-    rank = 0 if up is None else up.shape[1]
-    operand = torch.bfloat16 if smooth is not None else x.dtype
+    rank = 0 if down is None else down.shape[0]
+    parts = out.shape[0] if out.ndim == 3 else 1
+    blocks_n, blocks_m, width = cdiv(n, config.block_n), cdiv(m, block_m), cdiv(k, per_byte)
+    projecting = parts_of(k) * blocks_m * cdiv(rank, BLOCK_R) if rank else 0
     launch(
         skinny_kernel,
-        (cdiv(n, config.block_n), cdiv(m, block_m)),
-        (x, codes, scales, smooth, partial, low, up, bias, out),
+        (blocks_n * blocks_m * parts + projecting,),
+        (x, row_scales, codes, scales, bias, out, raw, down, low),
         (
             m,
             n,
             k,
-            cdiv(k, per_byte),
+            width,
             count,
             segment.padded.start // per_byte,
             segment.groups.start,
+            cdiv(cdiv(width, block_b), parts) * block_b,
             x.stride(0),
             codes.stride(0),
             scales.stride(0),
             rank,
-            0 if up is None else up.stride(0),
-            0 if low is None else len(low),
+            0 if raw is None else raw.stride(0),
+            0 if down is None else down.stride(0),
         ),
         PER_BYTE=per_byte,
         FLOATS=weight == "nvfp4",
+        LARGEST=fmt.largest,
         GROUPS=groups,
-        SMOOTH=smooth is not None,
-        OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float16,
-        PARTIAL=partial is not None,
-        RANK=padded_rank(rank),
-        PART_STAGES=parts_at_once(block_m, rank),
+        BITS=8 if row_scales is not None else 16,
+        FP8=x.dtype == torch.float8_e4m3fn,
+        OPERAND=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
+        PARTS=parts,
+        PART=part_of(k) if rank else 0,
         BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
-        BLOCK_B=groups * segment.size // per_byte if groups else config.block_b,
+        BLOCK_B=block_b,
+        BLOCK_R=BLOCK_R,
+        BLOCK_K=BLOCK_K,
+        PROJECTION_STAGES=STAGES,
         num_warps=config.warps,
         num_stages=config.stages,
+        # Codes are rounded after a product, as the reference rounds them.
+        enable_fp_fusion=row_scales is None,
     )
 
 
-_NIBBLES = """
-{
-    .reg .b32 low, high, magic, one, shift;
-    mov.b32 magic, MAGIC;
-    mov.b32 one, ONE;
-    mov.b32 shift, SHIFT;
-    lop3.b32 low, $4, 0x0F0F0F0F, 0x08080808, 0x6a;
-    shr.u32 high, $4, 4;
-    lop3.b32 high, high, 0x0F0F0F0F, 0x08080808, 0x6a;
-    prmt.b32 $0, low, magic, 0x4140;
-    prmt.b32 $1, low, magic, 0x4342;
-    prmt.b32 $2, high, magic, 0x4140;
-    prmt.b32 $3, high, magic, 0x4342;
-    fma.rn.TYPE $0, $0, one, shift;
-    fma.rn.TYPE $1, $1, one, shift;
-    fma.rn.TYPE $2, $2, one, shift;
-    fma.rn.TYPE $3, $3, one, shift;
-}
-"""
-
-# A byte becomes the upper one of 16 bits: the sign of its upper nibble lies right, its other three bits PLACE too high.
-_FLOATS = """
-{
-    .reg .b32 a, b, c, d, e, one, zero;
-    mov.b32 one, ONE;
-    mov.b32 zero, 0x80008000;
-    prmt.b32 c, $4, 0, 0x1404;
-    prmt.b32 d, $4, 0, 0x3424;
-    shl.b32 a, c, 4;
-    shl.b32 b, d, 4;
-    and.b32 e, a, 0x70007000;
-    shr.u32 e, e, PLACE;
-    lop3.b32 $0, a, zero, e, 0xea;
-    fma.rn.TYPE $0, $0, one, zero;
-    and.b32 e, b, 0x70007000;
-    shr.u32 e, e, PLACE;
-    lop3.b32 $1, b, zero, e, 0xea;
-    fma.rn.TYPE $1, $1, one, zero;
-    and.b32 e, c, 0x70007000;
-    shr.u32 e, e, PLACE;
-    lop3.b32 $2, c, zero, e, 0xea;
-    fma.rn.TYPE $2, $2, one, zero;
-    and.b32 e, d, 0x70007000;
-    shr.u32 e, e, PLACE;
-    lop3.b32 $3, d, zero, e, 0xea;
-    fma.rn.TYPE $3, $3, one, zero;
-}
-"""
-
-_CRUMBS = """
-{
-    .reg .b32 a, b, c, d, magic, one, shift;
-    mov.b32 magic, MAGIC;
-    mov.b32 one, ONE;
-    mov.b32 shift, SHIFT;
-    and.b32 a, $8, 0x03030303;
-    shr.u32 b, $8, 2;
-    and.b32 b, b, 0x03030303;
-    shr.u32 c, $8, 4;
-    and.b32 c, c, 0x03030303;
-    shr.u32 d, $8, 6;
-    and.b32 d, d, 0x03030303;
-    prmt.b32 $0, a, magic, 0x4140;
-    prmt.b32 $1, a, magic, 0x4342;
-    prmt.b32 $2, b, magic, 0x4140;
-    prmt.b32 $3, b, magic, 0x4342;
-    prmt.b32 $4, c, magic, 0x4140;
-    prmt.b32 $5, c, magic, 0x4342;
-    prmt.b32 $6, d, magic, 0x4140;
-    prmt.b32 $7, d, magic, 0x4342;
-    fma.rn.TYPE $0, $0, one, shift;
-    fma.rn.TYPE $1, $1, one, shift;
-    fma.rn.TYPE $2, $2, one, shift;
-    fma.rn.TYPE $3, $3, one, shift;
-    fma.rn.TYPE $4, $4, one, shift;
-    fma.rn.TYPE $5, $5, one, shift;
-    fma.rn.TYPE $6, $6, one, shift;
-    fma.rn.TYPE $7, $7, one, shift;
-}
-"""
-
-
-def _assembly(template: str, **values: str) -> tl.constexpr:
-    for name, value in values.items():
-        template = template.replace(name, value)
-    return tl.constexpr(template)
-
-
-# 128 + code + 8 - 136 in bf16, 1024 + code + 8 - 1032 in float16; 128 + code + 1 - 129, 1024 + code + 1 - 1025.
-_BF16_NIBBLES = _assembly(_NIBBLES, MAGIC="0x43434343", ONE="0x3F803F80", SHIFT="0xC308C308", TYPE="bf16x2")
-_FP16_NIBBLES = _assembly(_NIBBLES, MAGIC="0x64646464", ONE="0x3C003C00", SHIFT="0xE408E408", TYPE="f16x2")
-_BF16_CRUMBS = _assembly(_CRUMBS, MAGIC="0x43434343", ONE="0x3F803F80", SHIFT="0xC301C301", TYPE="bf16x2")
-_FP16_CRUMBS = _assembly(_CRUMBS, MAGIC="0x64646464", ONE="0x3C003C00", SHIFT="0xE401E401", TYPE="f16x2")
-# Times 2^127 in bf16 and 2^15 in float16, by which the biases of the exponents differ, and a code counts halves.
-_BF16_FLOATS = _assembly(_FLOATS, ONE="0x7F007F00", PLACE="6", TYPE="bf16x2")
-_FP16_FLOATS = _assembly(_FLOATS, ONE="0x78007800", PLACE="3", TYPE="f16x2")
-
-
 @triton.jit
-def nibbles(packed, OPERAND: tl.constexpr, FLOATS: tl.constexpr):
-    """Bytes as two tensors of codes, of even and of odd k."""
-    if INTERPRETED:
-        return numbers(packed, 2, FLOATS).reshape(packed.shape[0], packed.shape[1], 2).split()
-    elif OPERAND == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _BF16_FLOATS if FLOATS else _BF16_NIBBLES,
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
+def _folded(w, factor, BITS: tl.constexpr, FP8: tl.constexpr, OPERAND: tl.constexpr):
+    """Codes [n, b] times a factor for each row as the numbers of 8-bit codes; with 16 bits as they are."""
+    if BITS == 16:
+        return w
     else:
-        return tl.inline_asm_elementwise(
-            _FP16_FLOATS if FLOATS else _FP16_NIBBLES,
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
+        return eight_bits(w.to(tl.float32) * factor[:, None], FP8).to(OPERAND)
 
 
 @triton.jit
-def crumbs(packed, OPERAND: tl.constexpr):
-    """Bytes as four tensors of codes, the lowest k first."""
-    if INTERPRETED:
-        wide = packed.to(tl.int32)
-        return (
-            ((wide & 3) - 1).to(tl.float32),
-            ((wide >> 2 & 3) - 1).to(tl.float32),
-            ((wide >> 4 & 3) - 1).to(tl.float32),
-            ((wide >> 6) - 1).to(tl.float32),
-        )
-    elif OPERAND == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            _BF16_CRUMBS,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            _FP16_CRUMBS,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-
-
-@triton.jit
-def _plus_products(term, packed, u, OPERAND: tl.constexpr, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr):
+def _plus_products(
+    term, packed, u, factor, OPERAND: tl.constexpr, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr, BITS: tl.constexpr,
+    FP8: tl.constexpr,
+):  # fmt: skip
     """`term` [n, m] and the products of bytes [n, b] of codes and inputs [m, b · PER_BYTE]."""
     if PER_BYTE == 2:
         even, odd = u.reshape(u.shape[0], packed.shape[1], 2).split()
         w0, w1 = nibbles(packed, OPERAND, FLOATS)
-        term = product(w0, even.T, term)
-        term = product(w1, odd.T, term)
+        term = product(_folded(w0, factor, BITS, FP8, OPERAND), even.T, term)
+        term = product(_folded(w1, factor, BITS, FP8, OPERAND), odd.T, term)
     else:
         even, odd = u.reshape(u.shape[0], packed.shape[1], 2, 2).split()
         x0, x2 = even.split()
         x1, x3 = odd.split()
         w0, w1, w2, w3 = crumbs(packed, OPERAND)
-        term = product(w0, x0.T, term)
-        term = product(w1, x1.T, term)
-        term = product(w2, x2.T, term)
-        term = product(w3, x3.T, term)
+        term = product(_folded(w0, factor, BITS, FP8, OPERAND), x0.T, term)
+        term = product(_folded(w1, factor, BITS, FP8, OPERAND), x1.T, term)
+        term = product(_folded(w2, factor, BITS, FP8, OPERAND), x2.T, term)
+        term = product(_folded(w3, factor, BITS, FP8, OPERAND), x3.T, term)
     return term
 
 
@@ -309,16 +185,27 @@ def _scale(scale_rows, group, count):
 
 
 @triton.jit
+def _row_scale(scale_rows, count, rows, LARGEST: tl.constexpr, FP8: tl.constexpr):
+    """C of rows of several groups, as `unpack` finds it."""
+    peak = tl.zeros([rows.shape[0], SCALES], tl.float32)
+    for first in range(0, count, SCALES):
+        groups = first + tl.arange(0, SCALES)
+        found = tl.load(scale_rows[:, None] + groups[None, :], mask=(groups < count)[None, :], other=0.0)
+        peak = larger_magnitude(peak, found.to(tl.float32))
+    return scale_of(peak * LARGEST, FP8)
+
+
+@triton.jit
 def skinny_kernel(
     x,
+    row_scales,
     codes,
     scales,
-    smooth,
-    partial,
-    low,
-    up,
     bias,
     out,
+    raw,
+    down,
+    low,
     m,
     n,
     k,
@@ -326,74 +213,116 @@ def skinny_kernel(
     count,
     first_byte,
     first_group,
+    part_width,
     stride_x,
     stride_codes,
     stride_scales,
     rank,
-    stride_up,
-    parts,
+    stride_raw,
+    stride_down,
     PER_BYTE: tl.constexpr,
     FLOATS: tl.constexpr,
+    LARGEST: tl.constexpr,
     GROUPS: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
     OPERAND: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    RANK: tl.constexpr,
-    PART_STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROJECTION_STAGES: tl.constexpr,
 ):
-    """See the module; one program for each BLOCK_N outputs and BLOCK_M tokens."""
+    """See the module; one program for each BLOCK_N outputs, BLOCK_M tokens and part, and some that project."""
+    blocks_m = tl.cdiv(m, BLOCK_M)
+    multiplying = tl.cdiv(n, BLOCK_N) * blocks_m * PARTS
+    if PART == 0 or tl.program_id(0) < multiplying:
+        _multiply(
+            x, row_scales, codes, scales, bias, out, m, n, k, width, count, first_byte, first_group, part_width,
+            stride_x, stride_codes, stride_scales, PER_BYTE, FLOATS, LARGEST, GROUPS, BITS, FP8, OPERAND, BIAS, BLOCK_M,
+            BLOCK_N, BLOCK_B,
+        )  # fmt: skip
+    else:
+        program, blocks_r = tl.program_id(0) - multiplying, tl.cdiv(rank, BLOCK_R)
+        project_part(
+            raw, down, low, m, k, rank, stride_raw, stride_down, program // (blocks_m * blocks_r),
+            program % blocks_m * BLOCK_M, program // blocks_m % blocks_r * BLOCK_R, PART,
+            16 if BLOCK_M < 16 else BLOCK_M, BLOCK_R, BLOCK_K, PROJECTION_STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _multiply(
+    x, row_scales, codes, scales, bias, out, m, n, k, width, count, first_byte, first_group, part_width, stride_x,
+    stride_codes, stride_scales, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr, LARGEST: tl.constexpr,
+    GROUPS: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, OPERAND: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """One part of the product of BLOCK_N outputs and BLOCK_M tokens."""
     WIDTH: tl.constexpr = BLOCK_B * PER_BYTE
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Codes of rows with one scale are their 8-bit codes.
+    FOLD: tl.constexpr = tl.constexpr(16) if GROUPS == 0 else BITS
+    blocks_n, blocks_m = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
+    rows = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(0) // blocks_n % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(0) // (blocks_n * blocks_m)
     inside, known = (rows < n)[:, None], (tokens < m)[:, None]
     wide = tl.minimum(rows, n - 1).to(tl.int64)
     codes_rows = codes + wide[:, None] * stride_codes + first_byte
     scale_rows = scales + wide * stride_scales + first_group
     x_rows = x + tokens.to(tl.int64)[:, None] * stride_x
 
+    folded = tl.full([BLOCK_N], 1.0, tl.float32)
+    inverse = folded
+    if FOLD == 8:
+        folded = _row_scale(scale_rows, count, rows, LARGEST, FP8)
+        inverse = reciprocal(folded)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    first = part * part_width
     # A scale is asked for one step before it is needed.
-    following = tl.load(scale_rows)
-    for start in range(0, width, BLOCK_B):
+    following = tl.load(scale_rows + (tl.minimum(first, width - 1) // BLOCK_B if GROUPS == 1 else 0))
+    for start in range(first, tl.minimum(first + part_width, width), BLOCK_B):
         scale = following.to(tl.float32)
         if GROUPS == 1:
             following = tl.load(scale_rows + tl.minimum(start + BLOCK_B, width - 1) // BLOCK_B)
         places = start + tl.arange(0, BLOCK_B)
         packed = tl.load(codes_rows + places[None, :], mask=(places < width)[None, :], other=0)
         columns = start * PER_BYTE + tl.arange(0, WIDTH)
-        u = tl.load(x_rows + columns[None, :], mask=known & (columns < k)[None, :], other=0.0)
-        if SMOOTH:
-            s = tl.load(smooth + columns, mask=columns < k, other=1.0)
-            u = rounded(u.to(tl.float32) * reciprocal_of_smooth(s)[None, :], OPERAND)
+        u = tl.load(x_rows + columns[None, :], mask=known & (columns < k)[None, :], other=0.0).to(OPERAND)
         if GROUPS > 1:
             for g in tl.static_range(GROUPS):
                 own = tl.where((tl.arange(0, WIDTH) // (WIDTH // GROUPS) == g)[None, :], u, 0.0)
-                term = _plus_products(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), packed, own, OPERAND, PER_BYTE, FLOATS)
-                total += term * _scale(scale_rows, start // BLOCK_B * GROUPS + g, count)[:, None]
+                scale = _scale(scale_rows, start // BLOCK_B * GROUPS + g, count)
+                total = _plus_group(total, packed, own, scale, inverse, OPERAND, PER_BYTE, FLOATS, FOLD, FP8)
         elif GROUPS == 1:
-            term = _plus_products(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), packed, u, OPERAND, PER_BYTE, FLOATS)
-            total += term * scale[:, None]
+            total = _plus_group(total, packed, u, scale, inverse, OPERAND, PER_BYTE, FLOATS, FOLD, FP8)
         else:
-            total = _plus_products(total, packed, u, OPERAND, PER_BYTE, FLOATS)
+            total = _plus_products(total, packed, u, inverse, OPERAND, PER_BYTE, FLOATS, FOLD, FP8)
     if GROUPS == 0:
         total *= following.to(tl.float32)[:, None]
-
-    at = tokens.to(tl.int64)[None, :] * n + rows[:, None]
-    stored = inside & (tokens < m)[None, :]
-    if PARTIAL:
-        total += tl.load(partial + at, mask=stored, other=0.0)
-    if RANK > 0:
-        ranks = tl.arange(0, RANK)
-        u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
-        projected = tl.zeros([BLOCK_M, RANK], tl.float32)
-        for part in tl.range(0, parts, num_stages=PART_STAGES):
-            low_at = low + (part * m + tokens)[:, None] * rank + ranks[None, :]
-            projected += tl.load(low_at, mask=known & (ranks < rank)[None, :], other=0.0)
-        total = product(u, projected.to(u.dtype).T, total)
+    if FOLD == 8:
+        total *= folded[:, None]
+    if BITS == 8:
+        total *= tl.load(row_scales + tokens, mask=tokens < m, other=0.0)[None, :]
     if BIAS:
         total += tl.load(bias + wide).to(tl.float32)[:, None]
-    tl.store(out + at, rounded(total, out.dtype.element_ty), mask=stored)
+    at = (part * m + tokens).to(tl.int64)[None, :] * n + rows[:, None]
+    tl.store(out + at, rounded(total, out.dtype.element_ty), mask=inside & (tokens < m)[None, :])
+
+
+@triton.jit
+def _plus_group(
+    total, packed, u, scale, inverse, OPERAND: tl.constexpr, PER_BYTE: tl.constexpr, FLOATS: tl.constexpr,
+    FOLD: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Adds a group: weights folded on the way, or their sum scaled."""
+    if FOLD == 8:
+        return _plus_products(total, packed, u, scale * inverse, OPERAND, PER_BYTE, FLOATS, FOLD, FP8)
+    else:
+        term = tl.zeros(total.shape, tl.float32)
+        term = _plus_products(term, packed, u, inverse, OPERAND, PER_BYTE, FLOATS, FOLD, FP8)
+        return total + term * scale[:, None]

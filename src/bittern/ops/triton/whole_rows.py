@@ -1,4 +1,4 @@
-"""Activations to 8-bit codes in one read of x, where there is no branch: rows stay in registers.
+"""Activations to 8-bit codes in one read of x, where the branch is not projected on the way: rows stay in registers.
 
 The maths is the prologue's (`bittern.ops.triton.prologue`) without its product with D:
 
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bittern.ops.triton.config import WholeRowsConfig
+from bittern.ops.triton.config import WholeRowsConfig, padded_rank
 from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numerics import (
     FORETELLERS,
@@ -36,8 +36,10 @@ from bittern.ops.triton.numerics import (
     larger_magnitude,
     largest_of,
     reciprocal,
+    reciprocal_of_smooth,
     scale_of,
 )
+from bittern.ops.triton.projection import sum_of_parts
 
 
 def quantize_whole_rows(
@@ -46,9 +48,12 @@ def quantize_whole_rows(
     codes: Tensor,
     scales: Tensor,
     config: WholeRowsConfig,
+    parts: Tensor | None = None,
+    low: Tensor | None = None,
+    smooth: Tensor | None = None,
     launch: Launch = launch,
 ) -> None:
-    """Fills codes and scales from x.
+    """Fills codes and scales from x, and `low` from its parts.
 
     Args:
         x: Inputs [M, K] in bf16, float16 or float32, of any row stride.
@@ -56,19 +61,26 @@ def quantize_whole_rows(
         codes: int8 or e4m3 [M, width >= K]; what lies beyond K becomes 0.
         scales: float32 [M].
         config: Tile and launch.
+        parts: Down-projected inputs in parts, float32 [P, M, R], contiguous (`projection`).
+        low: float32 [M, R], contiguous; takes the sum of the parts.
+        smooth: The smoothing [K] itself, in the place of `reciprocals`: every program works them out.
         launch: What launches.
     """
     (m, k), width = x.shape, codes.shape[1]
+    count, _, rank = (0, m, 0) if parts is None else parts.shape
     x = contiguous_rows(x)
     launch(
         whole_rows_kernel,
         (cdiv(m, config.block_m),),
-        (x, reciprocals, codes, scales),
-        (m, k, width, x.stride(0), codes.stride(0)),
-        SMOOTH=reciprocals is not None,
+        (x, reciprocals if smooth is None else smooth, codes, scales, parts, low),
+        (m, k, width, x.stride(0), codes.stride(0), rank),
+        SMOOTH=reciprocals is not None or smooth is not None,
+        INVERT=smooth is not None,
         FP8=codes.dtype == torch.float8_e4m3fn,
         EVEN=k % config.block_k == 0 and width == k,
         TILES=cdiv(width, config.block_k),
+        PARTS=count,
+        RANK=padded_rank(rank),
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         num_warps=config.warps,
@@ -77,30 +89,37 @@ def quantize_whole_rows(
 
 
 @triton.jit
-def _smoothed(raw, reciprocals, start, k, SMOOTH: tl.constexpr, BLOCK_K: tl.constexpr):
+def _smoothed(raw, factors, start, k, SMOOTH: tl.constexpr, INVERT: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of x / s."""
     wide = raw.to(tl.float32)
     if SMOOTH:
         columns = start + tl.arange(0, BLOCK_K)
-        wide *= tl.load(reciprocals + columns, mask=columns < k, other=1.0)[None, :]
+        factor = tl.load(factors + columns, mask=columns < k, other=1.0)
+        wide *= (reciprocal_of_smooth(factor) if INVERT else factor)[None, :]
     return wide
 
 
 @triton.jit
 def whole_rows_kernel(
     x,
-    reciprocals,
+    factors,
     codes,
     scales,
+    parts,
+    low,
     m,
     k,
     width,
     stride_x,
     stride_codes,
+    rank,
     SMOOTH: tl.constexpr,
+    INVERT: tl.constexpr,
     FP8: tl.constexpr,
     EVEN: tl.constexpr,
     TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -118,14 +137,18 @@ def whole_rows_kernel(
             kept += (tl.load(x_rows + columns[None, :]),)
         else:
             kept += (tl.load(x_rows + columns[None, :], mask=(columns < k)[None, :], other=0.0),)
+    if PARTS > 0:
+        projected = sum_of_parts(parts, rows, m, rank, PARTS, RANK)
+        ranks = tl.arange(0, RANK)
+        tl.store(low + wide[:, None] * rank + ranks[None, :], projected, mask=inside & (ranks < rank)[None, :])
     peak = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for tile in tl.static_range(TILES):
-        peak = larger_magnitude(peak, _smoothed(kept[tile], reciprocals, tile * BLOCK_K, k, SMOOTH, BLOCK_K))
+        peak = larger_magnitude(peak, _smoothed(kept[tile], factors, tile * BLOCK_K, k, SMOOTH, INVERT, BLOCK_K))
     if FP8:
         first = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for start in tl.static_range(0, FORETELLERS, BLOCK_K):
             if start < TILES * BLOCK_K:
-                found = _smoothed(kept[start // BLOCK_K], reciprocals, start, k, SMOOTH, BLOCK_K)
+                found = _smoothed(kept[start // BLOCK_K], factors, start, k, SMOOTH, INVERT, BLOCK_K)
                 first = larger_magnitude(first, foretellers(found, start, BLOCK_K))
         scale, _ = foretold_scale(largest_of(first) * HEADROOM, peak)
     else:
@@ -134,6 +157,6 @@ def whole_rows_kernel(
     inverse = reciprocal(scale)[:, None]
     for tile in tl.static_range(TILES):
         columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-        numbers = _smoothed(kept[tile], reciprocals, tile * BLOCK_K, k, SMOOTH, BLOCK_K)
+        numbers = _smoothed(kept[tile], factors, tile * BLOCK_K, k, SMOOTH, INVERT, BLOCK_K)
         mask = inside if EVEN else inside & (columns < width)[None, :]
         tl.store(codes_rows + columns[None, :], eight_bits(numbers * inverse, FP8), mask=mask)
