@@ -184,16 +184,17 @@ def read(file: Path | None) -> Row:
     return {"rows": kept.get("rows", {})}
 
 
-def select(only: str | None, of: list[Method]) -> list[Method]:
-    """16 bits, and the methods whose names contain a text.
+def select(only: list[str] | None, of: list[Method]) -> list[Method]:
+    """16 bits, and the methods whose names contain one of some texts.
 
     Raises:
         UserError: if there is none.
     """
-    found = [method for method in of if only is None or only in method.name or method.kind == "16 bit"]
-    if len(found) < 2:
-        raise UserError(f"--only {only!r}: expected a part of one of {', '.join(method.name for method in of)}")
-    return found
+    names = [method.name for method in of]
+    for part in only or ():
+        if not any(part in name for name in names):
+            raise UserError(f"--only {part!r}: expected a part of one of {', '.join(names)}")
+    return [m for m in of if only is None or m.kind == "16 bit" or any(part in m.name for part in only)]
 
 
 def table(record: Row) -> str:
@@ -230,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, nargs="?", const=RESULT)
     made.add_argument("--table", type=Path)
-    made.add_argument("--only", help="A part of the names of methods; 16 bits are timed in any case.")
+    made.add_argument("--only", nargs="+", help="Parts of the names of methods; 16 bits are timed in any case.")
     made.add_argument("--mini", action="store_true")
     made.add_argument("--size", type=int)
     made.add_argument("--steps", type=int, default=10)

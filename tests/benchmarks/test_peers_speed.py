@@ -83,7 +83,7 @@ def test_rows_are_kept_and_say_why_there_is_none(tmp_path: Path) -> None:
     assert "**ternary-fast**" in text and text == "\n".join(performance_table.lines(record)).rstrip()
 
     # A later process times 16 bits anew, and what it does not time stays.
-    again = run(_arguments(file), select("ternary", methods(settings)))
+    again = run(_arguments(file), select(["ternary"], methods(settings)))
     assert again["rows"]["coarse [eager]"] == coarse
     assert again["rows"][f"{BASE} [eager]"] != base
     assert set(again["rows"]) == set(rows)
@@ -115,7 +115,7 @@ def test_a_row_is_compared_with_the_same_way_of_running() -> None:
 
 def test_a_method_that_does_not_exist_is_refused() -> None:
     with pytest.raises(peers_speed.UserError, match="--only 'nf5'"):
-        select("nf5", methods())
+        select(["nf5"], methods())
     assert {method.library for method in methods()} == {None, "bitsandbytes", "sdnq", "optimum-quanto", "torchao"}
 
 
