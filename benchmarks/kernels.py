@@ -35,6 +35,8 @@ from bittern.ops.triton.config import (
     WholeRowsConfig,
 )
 from bittern.ops.triton.gemm import gemm
+from bittern.ops.triton.heads import rotary_heads
+from bittern.ops.triton.projection import parts_of, project
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.specialized_gemm import specialized_gemm
@@ -126,6 +128,17 @@ SKINNIES: list[tuple[str, int | None, int, int, int, int]] = [
     ("ternary", None, 16, 18432, 3072, 10),
     ("ternary", None, 1, 9216, 3072, 6),
 ]
+# N, K; predicted us of int4 g64 in 16 bits with a branch, smoothing and bias, for 1, 16 and 64 tokens, each launch
+# included.
+FEW: list[tuple[int, int, tuple[float, ...]]] = [
+    (3072, 3072, (11, 13, 17)),
+    (9216, 3072, (16, 19, 30)),
+    (12288, 3072, (17, 20, 34)),
+    (3072, 12288, (22, 26, 39)),
+    (18432, 3072, (26, 31, 53)),
+]
+# M, K; predicted us.
+PROJECTIONS = [(512, 3072, 4), (512, 12288, 7), (1024, 3072, 4), (1024, 12288, 12)]
 SKINNY_CONFIGS = [
     SkinnyConfig(*c)
     for c in [(32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 4, 6), (16, 128, 2, 6), (32, 128, 2, 6), (64, 128, 2, 6),
@@ -317,6 +330,48 @@ def skinnies(bench: Bench) -> None:
             bench.time("skinny", case, str(config), calls, floor=size / BANDWIDTH * 1e3, predicted=predicted / 1e3)
 
 
+def few_tokens(bench: Bench) -> None:
+    """Whole layers with few tokens, as the registry runs them."""
+    for n, k, predicted in bench.cases(FEW, 0, 3):
+        dense = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in sets(2 * n * k)]
+        packed, scale = weights("int4", 64, n, (k,))
+        size = packed.numel() + 2 * scale.numel() + 2 * RANK * (n + k)
+        data = [(packed.clone(), scale.clone()) for _ in sets(size)]
+        smooth = torch.rand(k, device="cuda").to(BF16) + 0.5
+        down, up = torch.randn(RANK, k, device="cuda", dtype=BF16), torch.randn(n, RANK, device="cuda", dtype=BF16)
+        bias = torch.randn(n, device="cuda", dtype=BF16)
+        for m, us in zip((1, 16, 64), predicted, strict=True):
+            x, case = torch.randn(m, k, device="cuda", dtype=BF16), f"int4 g64 rank {RANK} M={m} {n}x{k}"
+            calls: list[Any] = [lambda w=w, x=x: F.linear(x, w, bias) for w in dense]  # noqa: B023
+            bench.time("few tokens bf16 cublas", case, "", calls, floor=2 * n * k / BANDWIDTH * 1e3)
+            run = linear.plan("a16", m)
+            calls = [
+                lambda p=p, s=s, x=x, run=run: run([x], p, s, smooth, down, up, bias, "int4", 64, "a16", ())  # noqa: B023
+                for p, s in data
+            ]
+            bench.time("few tokens", case, "", calls, floor=size / BANDWIDTH * 1e3, predicted=us / 1e3)
+
+
+def projections(bench: Bench) -> None:
+    for m, k, predicted in bench.cases(PROJECTIONS, 0, 1):
+        down = torch.randn(RANK, k, device="cuda", dtype=BF16)
+        data = [torch.randn(m, k, device="cuda", dtype=BF16) for _ in sets(2 * m * k)]
+        low = torch.empty(parts_of(k), m, RANK, device="cuda")
+        floor = (2 * k * (m + RANK) + low.nbytes) / BANDWIDTH * 1e3
+        calls = [lambda x=x: project(x, down, low) for x in data]  # noqa: B023
+        bench.time("projection", f"{m}x{k}", "", calls, floor=floor, predicted=predicted / 1e3)
+
+
+def all_heads(bench: Bench) -> None:
+    """Queries and keys normalized and rotated: 24 heads of 128."""
+    shape, weight = (1, 4608, 24, 128), torch.ones(128, device="cuda", dtype=BF16)
+    cos, sin = torch.rand(4608, 128, device="cuda"), torch.rand(4608, 128, device="cuda")
+    data = [[torch.randn(shape, device="cuda", dtype=BF16) for _ in range(2)] for _ in range(4)]
+    floor = (8 * data[0][0].numel() + cos.nbytes + sin.nbytes) / BANDWIDTH * 1e3
+    calls = [lambda q=q, k=k: rotary_heads([q], [k], [weight], [weight], 1e-6, cos, sin) for q, k in data]
+    bench.time("heads", "24x4608x128", "", calls, floor=floor, predicted=0.042)
+
+
 def attentions(bench: Bench) -> None:
     """Attention in 8 bits, rounding included, beside torch's in bf16; needs cuDNN's frontend."""
     for tokens, predicted in bench.cases(ATTENTIONS, 1):
@@ -362,22 +417,25 @@ def whole_layers(bench: Bench) -> None:
                 bench.time("layer", case, f"{weight} {path}", [call] * 3, times_a_step=times, **error)
 
 
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "few": few_tokens,
+    "projection": projections, "heads": all_heads, "attention": attentions, "layer": whole_layers,
+}  # fmt: skip
+"""What `--only` names; attention needs cuDNN's frontend."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", nargs="*", default=["prologue", "unpack", "gemm", "skinny", "layer"])
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--share", type=int, nargs=2, help="compile every n-th variant, beginning with the i-th")
     args = parser.parse_args()
     torch.manual_seed(0)
     # The error is held against a float32 reference, not tf32.
     torch.backends.cuda.matmul.allow_tf32 = False
     bench = Bench(tuple(args.share) if args.share else None)
-    parts = {
-        "gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "attention": attentions,
-        "layer": whole_layers,
-    }  # fmt: skip
     for name in args.only:
-        parts[name](bench)
+        PARTS[name](bench)
         torch.cuda.empty_cache()
     if args.share:
         return

@@ -22,6 +22,7 @@ LIBRARY = {
     "gemm fp8": "gemm fp8 cublas rowwise",
     "gemm int8": "gemm bf16 cublas",
     "skinny": "skinny bf16 cublas",
+    "few tokens": "few tokens bf16 cublas",
     "attention fp8": "attention bf16",
 }
 """What a kernel is compared with."""
