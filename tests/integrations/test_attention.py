@@ -114,6 +114,16 @@ def test_eight_bits_say_why_they_do_not_run_on_a_gpu(monkeypatch: pytest.MonkeyP
     assert attention.refusal(NAME, "cpu") == "8-bit attention needs compute capability 9.0 or more (Hopper), not 8.9"
 
 
+def test_what_diffusers_sets_for_all_models_is_told_of_each() -> None:
+    first, second = FAMILIES["flux"].build(), FAMILIES["flux"].build()
+    with attention_backend("native"):
+        first.set_attention_backend("_native_math")
+        assert attention.chosen(first) == attention.chosen(second) == "_native_math"
+        second.set_attention_backend("native")
+        assert (attention.chosen(first), attention.chosen(second)) == ("_native_math", "native")
+    assert attention.active() == "native"
+
+
 def test_other_models_keep_theirs_and_an_error_takes_nothing_along() -> None:
     before = _AttentionBackendRegistry.get_active_backend()[0]
     model = FAMILIES["flux"].build()

@@ -125,9 +125,21 @@ def using(model: nn.Module, name: str | None) -> Generator[None]:
 
 
 def chosen(model: nn.Module) -> str:
-    """The backend that a model's attention asks for: its name, or "torch" for a model that asks torch directly."""
-    found = {getattr(p._attention_backend, "value", p._attention_backend) for p in _processors(model)}
-    return "+".join(sorted(str(name or DEFAULT) for name in found)) or "torch"
+    """The backend that a model's attention asks for: its name, or "torch" for a model that asks torch directly.
+
+    Attention that asks for none takes the process' one, which diffusers sets for all when a model is given one.
+    """
+    found = {p._attention_backend or active() for p in _processors(model)}
+    return "+".join(sorted(str(getattr(name, "value", name)) for name in found)) or "torch"
+
+
+def active() -> str:
+    """The backend of the process, for attention that asks for none."""
+    from diffusers.models import attention_dispatch
+
+    registry: Any = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
+    found: Any = registry.get_active_backend()[0] if registry else DEFAULT
+    return str(getattr(found, "value", found))
 
 
 def _processors(model: nn.Module) -> Iterator[Any]:
