@@ -104,11 +104,13 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
             assert config.prologue_for(device, m) and config.prologue_for(device, m, 32)
             whole = config.whole_rows_for(device, m, k)
             assert (whole is None) == (capability != (9, 0) and m > 64) and (whole is None or whole.holds(k))
-            assert config.skinny_for(device, m, 64 if grouped else None)
+            assert config.skinny_for(device, m, k, 64 if grouped else None)
         assert config.grouped_gemm_for(device, m)
         for group, per_byte in itertools.product((None, 16, 32, 64, 128, 256), (2, 4)):
-            chosen = config.skinny_for(device, m, group, per_byte)
-            assert chosen.shared_memory(m, group, per_byte) <= device.shared_memory
+            for k in (1, 16, 64, 65, 300, 12288):
+                chosen = config.skinny_for(device, m, k, group, per_byte)
+                assert chosen.shared_memory(m, k, group, per_byte) <= device.shared_memory
+                assert chosen.parts(m, 0, k, group, per_byte, 132) >= 1
         for segments, integers in itertools.product((1, 2, 3), (False, True)):
             assert config.gemm_for(device, m, segments, integers, 32).problem(device.shared_memory, 32) is None
 

@@ -147,36 +147,41 @@ def test_gemm(
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(
-    ("weight", "group", "rows", "operand", "rank"),
+    ("weight", "group", "k", "rows", "operand", "rank"),
     [
-        ("int4", 64, 1, "bf16", 0),
-        ("ternary", None, 16, "bf16", 0),
-        ("ternary", None, 64, "bf16", 0),
-        ("ternary", 32, 1, "bf16", 0),
-        ("int4", None, 64, "bf16", 0),
-        ("nvfp4", 16, 1, "bf16", 0),
-        ("nvfp4", 16, 64, "bf16", 0),
-        ("nvfp4", 16, 7, "fp16", 0),
-        ("nvfp4", None, 1, "bf16", 0),
-        ("int4", 64, 16, "bf16", 32),
-        ("int4", 64, 64, "bf16", 32),
-        ("ternary", None, 64, "bf16", 32),
-        ("int4", 64, 1, INT8, 32),
-        ("int4", 64, 64, INT8, 32),
-        ("int4", 64, 64, FP8, 32),
-        ("ternary", None, 64, FP8, 0),
-        ("nvfp4", 16, 64, FP8, 0),
+        ("int4", 64, 3072, 1, "bf16", 0),
+        ("ternary", None, 3072, 16, "bf16", 0),
+        ("ternary", None, 3072, 64, "bf16", 0),
+        ("ternary", 32, 3072, 1, "bf16", 0),
+        ("int4", None, 3072, 64, "bf16", 0),
+        ("nvfp4", 16, 3072, 1, "bf16", 0),
+        ("nvfp4", 16, 3072, 64, "bf16", 0),
+        ("nvfp4", 16, 3072, 7, "fp16", 0),
+        ("nvfp4", None, 3072, 1, "bf16", 0),
+        ("int4", 64, 3072, 16, "bf16", 32),
+        ("int4", 64, 3072, 64, "bf16", 32),
+        ("ternary", None, 3072, 64, "bf16", 32),
+        ("int4", 64, 3072, 1, INT8, 32),
+        ("int4", 64, 3072, 64, INT8, 32),
+        ("int4", 64, 3072, 64, FP8, 32),
+        ("ternary", None, 3072, 64, FP8, 0),
+        ("nvfp4", 16, 3072, 64, FP8, 0),
+        # Segments of one group, and small groups of several codes a byte.
+        ("ternary", 64, 64, 64, "bf16", 0),
+        ("int4", 64, 40, 64, INT8, 0),
+        ("int4", 16, 16, 32, "bf16", 0),
+        ("ternary", 32, 3072, 64, "bf16", 0),
+        ("ternary", 16, 3072, 64, INT8, 32),
     ],
 )
 def test_skinny(
-    capability: int, weight: str, group: int | None, rows: int, operand: str, rank: int, tmp_path: Path
+    capability: int, weight: str, group: int | None, k: int, rows: int, operand: str, rank: int, tmp_path: Path
 ) -> None:
     if operand == FP8 and capability < 89:
         return
     per_byte = formats.get(weight).codes_per_byte
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
-    chosen = config.skinny_for(device, rows, group, per_byte)
-    groups = 0 if group is None else chosen.groups if config.is_small(group, per_byte) else 1
+    chosen = config.skinny_for(device, rows, k, group, per_byte)
     eight = operand in (INT8, FP8)
     compiled = build(
         skinny.skinny_kernel,
@@ -196,7 +201,7 @@ def test_skinny(
             "PER_BYTE": per_byte,
             "FLOATS": weight == "nvfp4",
             "LARGEST": formats.get(weight).largest,
-            "GROUPS": groups,
+            "GROUPS": chosen.groups_at_once(k, group, per_byte),
             "BITS": 8 if eight else 16,
             "FP8": operand == FP8,
             "OPERAND": tl.bfloat16 if operand == "bf16" else tl.float16,
@@ -205,10 +210,10 @@ def test_skinny(
             "BIAS": not rank,
             "BLOCK_M": 1 << (rows - 1).bit_length(),
             "BLOCK_N": chosen.block_n,
-            "BLOCK_B": chosen.packed(group, per_byte),
+            "BLOCK_B": chosen.packed(k, group, per_byte),
             "BLOCK_R": projection.BLOCK_R,
-            "BLOCK_K": skinny.BLOCK_K,
-            "PROJECTION_STAGES": skinny.STAGES,
+            "BLOCK_K": skinny.PROJECTION_K,
+            "STAGES": skinny.PROJECTION_STAGES,
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
@@ -216,7 +221,7 @@ def test_skinny(
     )
     kind = "bf16" if operand == "bf16" else "f16"
     # 64 tokens by four products want more registers than there are: slower than it might be.
-    most = 288 if rank else 256
+    most = 1024 if weight == "ternary" and group in (16, 32) else 288 if rank else 256
     stack = most if rows == 64 else STACK
     expect(compiled, capability, rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::f16", tmp_path, stack)
     # Subnormal numbers are codes of nvfp4.
@@ -261,19 +266,18 @@ def test_divide(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("tokens", [16, 1024])
 @pytest.mark.parametrize(
     ("operand", "factor", "kind"),
     [("bf16", "bf16", "bf16"), ("fp16", "fp16", "f16"), ("bf16", "fp16", "tf32"), ("bf16", "fp32", "tf32")],
 )
-def test_projection(capability: int, operand: str, factor: str, kind: str, tokens: int, tmp_path: Path) -> None:
+def test_projection(capability: int, operand: str, factor: str, kind: str, tmp_path: Path) -> None:
     compiled = build(
         projection.projection_kernel,
         capability,
         {"x": "*" + operand, "down": "*" + factor, "low": "*fp32"},
         {
             "PART": projection.part_of(3072),
-            "BLOCK_M": projection.tokens_at_once(tokens, 4 if factor == "fp32" else 2),
+            "BLOCK_M": projection.tokens_at_once(4 if factor == "fp32" else 2),
             "BLOCK_R": projection.BLOCK_R,
             "BLOCK_K": projection.BLOCK_K,
             "STAGES": projection.STAGES,

@@ -49,7 +49,7 @@ def quantize(
         quantize_whole_rows(x, reciprocals, codes, scales, whole, parts, low, smooth, launch)
         return
     if smooth is not None:
-        # Rows longer than registers hold are nobody's.
+        # Rows of more than 32,768 inputs. A tensor of this call: its launches are not repeated.
         reciprocals = smooth.float().reciprocal()
     tiles = config.prologue_for(here, m, 0 if down is None else rank, 2 if down is None else down.element_size())
     quantize_rows(x, reciprocals, down, codes, scales, None if down is None else low, tiles, accumulate, launch)

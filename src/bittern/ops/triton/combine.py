@@ -4,7 +4,7 @@ The maths, for P parts of K and the parts of the projection (`skinny`):
 
     y[m, n] = sum_p sums[p, m, n]  +  ((sum_q low[q, m, :]) · U^T)[m, n]  +  bias[n]          gelu(y) from one output on
 
-in float32, in this order, whoever comes first: runs are equal.
+in float32, in this order, whoever comes first: runs on a device are equal.
 
 Layout: a program owns 64 outputs of 16 tokens.
 

@@ -158,10 +158,10 @@ class SkinnyConfig:
 
     Attributes:
         block_n: Outputs.
-        block_b: Packed bytes of inputs, where rows have one scale; otherwise a tile is a group.
+        block_b: Packed bytes of inputs, where a segment's rows have one scale; otherwise a tile is a group.
         warps: Warps a program.
         stages: Tiles in flight.
-        groups: Of 16 inputs in a tile: a power of two.
+        groups: Of a tile where they are small, 16 inputs or ternary ones of 32: a power of two.
         programs: For each multiprocessor, up to which K is taken in parts.
     """
 
@@ -172,32 +172,44 @@ class SkinnyConfig:
     groups: int = 4
     programs: int = 4
 
-    def packed(self, group: int | None, per_byte: int) -> int:
+    def groups_at_once(self, k: int, group: int | None, per_byte: int) -> int:
+        """Groups of a tile, for K inputs in groups of so many; 0 where all share one scale."""
+        if group is None or k <= group:
+            return 0
+        return self.groups if _is_small(group, per_byte) else 1
+
+    def packed(self, k: int, group: int | None, per_byte: int) -> int:
         """Bytes of a row in a tile."""
-        if group is None:
-            return self.block_b
-        return group * (self.groups if is_small(group, per_byte) else 1) // per_byte
+        return self.groups_at_once(k, group, per_byte) * (group or 0) // per_byte or self.block_b
 
     def parts(self, m: int, n: int, k: int, group: int | None, per_byte: int, processors: int) -> int:
         """How many parts K is taken in by so many multiprocessors, each of a few tiles at the least."""
-        programs = -(-n // self.block_n) * -(-m // 64)
-        tiles = -(-k // (per_byte * self.packed(group, per_byte)))
+        programs = max(1, -(-n // self.block_n) * -(-m // few_at_once(m)))
+        tiles = -(-k // (per_byte * self.packed(k, group, per_byte)))
         return max(1, min(self.programs * processors // programs, tiles // _LEAST_TILES, _MOST_PARTS))
 
-    def shared_memory(self, m: int, group: int | None, per_byte: int) -> int:
-        """About how many bytes it takes: tiles of codes, and of inputs in 16 bits, on their way."""
-        packed = self.packed(group, per_byte)
-        tokens = min(64, 1 << (m - 1).bit_length())
-        return (self.stages - 1) * packed * (self.block_n + 2 * tokens * per_byte) + 2048
+    def shared_memory(self, m: int, k: int, group: int | None, per_byte: int) -> int:
+        """About how many bytes it takes: tiles of codes and inputs on their way, and one of inputs for matrix units."""
+        packed, inputs = self.packed(k, group, per_byte), 2 * few_at_once(m) * per_byte
+        return (self.stages - 1) * packed * (self.block_n + inputs) + packed * inputs + 2048
 
 
-_LEAST_TILES, _MOST_PARTS = 6, 16
-"""Of a part: enough to be in flight together. Of a segment: what adds them reads each."""
+_LEAST_TILES = 6
+"""Of a part of K: enough to be in flight together."""
+_MOST_PARTS = 16
+"""Of a segment: what adds them reads each."""
+
+
+def few_at_once(m: int) -> int:
+    """Tokens of a tile, for few tokens."""
+    return min(64, 1 << (max(1, m) - 1).bit_length())
+
+
 _LEAST_K = 16
 """Numbers that a product takes at the least."""
 
 
-def is_small(group: int, per_byte: int) -> bool:
+def _is_small(group: int, per_byte: int) -> bool:
     """Whether the codes of a group, split by their places in a byte, are too few for products of their own."""
     return group < _LEAST_K * per_byte
 
@@ -261,10 +273,12 @@ def grouped_gemm_for(device: Device, m: int) -> GroupedGemmConfig:
     return tuned.first(GroupedGemmConfig, "grouped_gemm", device.capability, m=m)
 
 
-def skinny_for(device: Device, m: int, group: int | None, per_byte: int = 2) -> SkinnyConfig:
-    """The configuration for M tokens and weights in groups of so many inputs, or in whole rows."""
-    chosen = tuned.first(SkinnyConfig, "skinny", device.capability, m=m, grouped=group is not None, group=group or 0)
-    while chosen.stages > 1 and chosen.shared_memory(m, group, per_byte) > device.shared_memory:
+def skinny_for(device: Device, m: int, k: int, group: int | None, per_byte: int = 2) -> SkinnyConfig:
+    """The configuration for M tokens of K inputs and weights in groups of so many, or in whole rows."""
+    grouped = group is not None and k > group
+    facts = {"grouped": grouped, "group": group if group is not None and grouped else 0}
+    chosen = tuned.first(SkinnyConfig, "skinny", device.capability, m=m, **facts)
+    while chosen.stages > 1 and chosen.shared_memory(m, k, group, per_byte) > device.shared_memory:
         chosen = replace(chosen, stages=chosen.stages - 1)
     return chosen
 

@@ -1,10 +1,11 @@
-"""A layer with few tokens, whose packed weights are read in the product itself: the same numbers as with many.
+"""A layer with few tokens, whose packed weights are read in the product itself.
 
-    a16   per segment with smoothing x / s, rounded to 16 bits;  then one pass over the packed weight
+    a16   per segment with smoothing x / s, rounded to bf16;  then one pass over the packed weight
     a8    per segment codes of x and their scales;  then one pass, which folds weights to 8 bits on the way
 
-A pass with a branch, or with more of K than its programs should walk one after the other, gives parts, which are
-combined.
+In 8 bits codes are those of many tokens, to the bit; sums are float32. A pass with a branch or a GELU, of several
+segments, or with more of K than a program should walk, gives parts, which are combined. How many there are follows
+from the device's multiprocessors, so that other devices round other sums.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ class FewTokens(LayerPlan):
         (m, n), device, group = call.out.shape, call.out.device, call.layout.group_size
         here, widths = config.device_of(device), [x.shape[1] for x in call.inputs]
         per_byte = formats.get(call.weight).codes_per_byte
-        tiles = config.skinny_for(here, m, group, per_byte)
+        tiles = [config.skinny_for(here, m, k, group, per_byte) for k in widths]
         rank = 0 if call.up is None else call.up.shape[1]
-        parts = [tiles.parts(m, n, k, group, per_byte, multiprocessors(device)) for k in widths]
+        processors = multiprocessors(device)
+        parts = [t.parts(m, n, k, group, per_byte, processors) for t, k in zip(tiles, widths, strict=True)]
         whole = sum(parts) == 1 and not rank and call.gelu_from is None
         lows = [parts_of(k) if rank else 0 for k in widths]
         bounds = scratch_bounds(call.layout)
@@ -66,7 +68,7 @@ class FewTokens(LayerPlan):
                 segment,
                 call.bias if whole else None,
                 targets[i],
-                tiles,
+                tiles[i],
                 x if rank else None,
                 call.down[i],
                 projections[i] if rank else None,

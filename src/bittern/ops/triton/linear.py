@@ -1,7 +1,7 @@
 """The layer put together from the kernels: what the registry runs for a path.
 
     a8    per segment: unpack -> 8-bit weight, 1 / s;  prologue -> codes, scales, low;  then one GEMM
-          up to 1,024 tokens with a branch: projection -> low in parts;  whole rows -> codes, scales, low
+          up to 1,024 tokens with a branch, on Hopper: projection -> low in parts;  whole rows -> codes, scales, low
     a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   a 16-bit weight, and the vendor's GEMM
 
@@ -38,7 +38,7 @@ FEW_TOKENS = 64
 """Up to here packed weights are read in the product itself, on all paths but a4."""
 
 IN_PARTS = 1024
-"""Up to here the 8-bit paths have the branch projected in parts of K, where rows are kept in registers."""
+"""Up to here the 8-bit paths have the branch projected in parts of K, where rows are kept in registers: on Hopper."""
 
 
 class EightBits(LayerPlan):

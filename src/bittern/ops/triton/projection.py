@@ -1,4 +1,4 @@
-"""Few tokens down-projected for the low-rank branch, in parts of K.
+"""Up to a thousand tokens down-projected for the low-rank branch, in parts of K.
 
 The maths, for M tokens of K inputs and rank R, in P parts of K:
 
@@ -31,15 +31,15 @@ from bittern.ops.triton.numerics import product
 
 BLOCK_R, BLOCK_K = 32, 128
 WARPS, STAGES = 4, 4
-LEAST_PART = 512
+_LEAST_PART = 512
 """Inputs: as many tiles as are in flight."""
 _MOST_PARTS = 16
 """Of a segment: what adds them reads each."""
 
 
 def part_of(k: int) -> int:
-    """Inputs of a part of a segment; a multiple of `LEAST_PART` or of a tile."""
-    return max(LEAST_PART, cdiv(k, _MOST_PARTS * BLOCK_K) * BLOCK_K)
+    """Inputs of a part of a segment; a multiple of `_LEAST_PART` or of a tile."""
+    return max(_LEAST_PART, cdiv(k, _MOST_PARTS * BLOCK_K) * BLOCK_K)
 
 
 def parts_of(k: int) -> int:
@@ -47,9 +47,9 @@ def parts_of(k: int) -> int:
     return cdiv(k, part_of(k))
 
 
-def tokens_at_once(m: int, factor_bytes: int) -> int:
-    """Tokens of a program, for M of them and numbers of D of so many bytes; more are spilled with float32."""
-    return 16 if m <= 64 or factor_bytes > 2 else 64
+def tokens_at_once(factor_bytes: int) -> int:
+    """Tokens of a program, for numbers of D of so many bytes; more are spilled with float32."""
+    return 16 if factor_bytes > 2 else 64
 
 
 def project(x: Tensor, down: Tensor, low: Tensor, launch: Launch = launch) -> None:
@@ -63,7 +63,7 @@ def project(x: Tensor, down: Tensor, low: Tensor, launch: Launch = launch) -> No
     """
     (m, k), rank = x.shape, down.shape[0]
     x = contiguous_rows(x)
-    block_m = tokens_at_once(m, down.element_size())
+    block_m = tokens_at_once(down.element_size())
     launch(
         projection_kernel,
         (parts_of(k), cdiv(m, block_m), cdiv(rank, BLOCK_R)),

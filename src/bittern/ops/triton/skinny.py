@@ -19,8 +19,8 @@ same launch project x for it, in parts of K as well. Weights are the left operan
 that nothing is interleaved; `numbers_of_16_bits` makes them.
 
 A product takes 16 numbers or more, and groups of 16 have 8 of even k, ternary ones of 32 as many at each place of a
-byte. There a tile spans several groups, so that rows are read 32 bytes at a time, and is multiplied once for each,
-with the inputs of the others 0: matrix units have time for it while bytes are waited for.
+byte. There a tile spans several groups, so that rows are read 16 to 64 bytes at a time, and is multiplied once for
+each, with the inputs of the others 0: matrix units have time for it while bytes are waited for.
 
 Floor: bytes alone, N·K·b/8 and the scales: 18432 x 3072 int4 g64 30.1 MB or 10.0 us at 3 TB/s, ternary with row
 scales 14.2 MB or 4.7 us, bf16 113 MB or 37.7 us. About 1.4 operations a weight on the general ALUs, 2.8 us.
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from bittern import formats
 from bittern.formats import Segment
-from bittern.ops.triton.config import SkinnyConfig, is_small
+from bittern.ops.triton.config import SkinnyConfig, few_at_once
 from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numbers_of_16_bits import crumbs, nibbles
 from bittern.ops.triton.numerics import (
@@ -53,8 +53,8 @@ from bittern.ops.triton.numerics import (
 )
 from bittern.ops.triton.projection import BLOCK_R, part_of, parts_of, project_part
 
-BLOCK_K, STAGES = 64, 3
-"""Of the projection."""
+PROJECTION_K, PROJECTION_STAGES = 64, 3
+"""Inputs of a tile of the projection, and tiles in flight: less than by itself, for the product needs shared memory."""
 SCALES = tl.constexpr(64)
 """Of a row, looked at together."""
 
@@ -95,10 +95,9 @@ def skinny_segment(
     x, raw = contiguous_rows(x), None if raw is None else contiguous_rows(raw)
     per_byte = fmt.codes_per_byte
     count = segment.groups.stop - segment.groups.start
-    # Groups of a tile; 0 for rows that have one scale.
-    groups = 0 if count == 1 else config.groups if is_small(segment.size, per_byte) else 1
-    block_b = groups * segment.size // per_byte if groups else config.block_b
-    block_m = min(64, 1 << (m - 1).bit_length())
+    group = None if count == 1 else segment.size
+    groups, block_b = config.groups_at_once(k, group, per_byte), config.packed(k, group, per_byte)
+    block_m = few_at_once(m)
     rank = 0 if down is None else down.shape[0]
     parts = out.shape[0] if out.ndim == 3 else 1
     blocks_n, blocks_m, width = cdiv(n, config.block_n), cdiv(m, block_m), cdiv(k, per_byte)
@@ -137,8 +136,8 @@ def skinny_segment(
         BLOCK_N=config.block_n,
         BLOCK_B=block_b,
         BLOCK_R=BLOCK_R,
-        BLOCK_K=BLOCK_K,
-        PROJECTION_STAGES=STAGES,
+        BLOCK_K=PROJECTION_K,
+        STAGES=PROJECTION_STAGES,
         num_warps=config.warps,
         num_stages=config.stages,
         # Codes are rounded after a product, as the reference rounds them.
@@ -235,7 +234,7 @@ def skinny_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PROJECTION_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """See the module; one program for each BLOCK_N outputs, BLOCK_M tokens and part, and some that project."""
     blocks_m = tl.cdiv(m, BLOCK_M)
@@ -251,7 +250,7 @@ def skinny_kernel(
         project_part(
             raw, down, low, m, k, rank, stride_raw, stride_down, program // (blocks_m * blocks_r),
             program % blocks_m * BLOCK_M, program // blocks_m % blocks_r * BLOCK_R, PART,
-            16 if BLOCK_M < 16 else BLOCK_M, BLOCK_R, BLOCK_K, PROJECTION_STAGES,
+            16 if BLOCK_M < 16 else BLOCK_M, BLOCK_R, BLOCK_K, STAGES,
         )  # fmt: skip
 
 
