@@ -109,7 +109,7 @@ def test_every_device_and_problem_has_a_configuration(capability: tuple[int, int
         for group, per_byte in itertools.product((None, 16, 32, 64, 128, 256), (2, 4)):
             for k in (1, 16, 64, 65, 300, 12288):
                 chosen = config.skinny_for(device, m, k, group, per_byte)
-                assert chosen.shared_memory(m, k, group, per_byte) <= device.shared_memory
+                assert chosen.shared_memory(m, k, group, per_byte, capability) <= device.shared_memory
                 assert chosen.parts(m, 0, k, group, per_byte, 132) >= 1
         for segments, integers in itertools.product((1, 2, 3), (False, True)):
             assert config.gemm_for(device, m, segments, integers, 32).problem(device.shared_memory, 32) is None

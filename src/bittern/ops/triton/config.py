@@ -188,10 +188,15 @@ class SkinnyConfig:
         tiles = -(-k // (per_byte * self.packed(k, group, per_byte)))
         return max(1, min(self.programs * processors // programs, tiles // _LEAST_TILES, _MOST_PARTS))
 
-    def shared_memory(self, m: int, k: int, group: int | None, per_byte: int) -> int:
-        """About how many bytes it takes: tiles of codes and inputs on their way, and one of inputs for matrix units."""
+    def shared_memory(self, m: int, k: int, group: int | None, per_byte: int, capability: tuple[int, int]) -> int:
+        """About how many bytes it takes: tiles of codes and inputs on their way, and perhaps one of inputs more.
+
+        From there matrix units of data centres' GPUs read their right operand, from Hopper on, and it changes hands
+        where all but one group's inputs are 0.
+        """
         packed, inputs = self.packed(k, group, per_byte), 2 * few_at_once(m) * per_byte
-        return (self.stages - 1) * packed * (self.block_n + inputs) + packed * inputs + 2048
+        further = capability[0] in (9, 10) or self.groups_at_once(k, group, per_byte) > 1
+        return (self.stages - 1) * packed * (self.block_n + inputs) + further * packed * inputs + 2048
 
 
 _LEAST_TILES = 6
@@ -278,7 +283,7 @@ def skinny_for(device: Device, m: int, k: int, group: int | None, per_byte: int 
     grouped = group is not None and k > group
     facts = {"grouped": grouped, "group": group if group is not None and grouped else 0}
     chosen = tuned.first(SkinnyConfig, "skinny", device.capability, m=m, **facts)
-    while chosen.stages > 1 and chosen.shared_memory(m, k, group, per_byte) > device.shared_memory:
+    while chosen.shared_memory(m, k, group, per_byte, device.capability) > device.shared_memory and chosen.stages > 1:
         chosen = replace(chosen, stages=chosen.stages - 1)
     return chosen
 
