@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import bittern
 from bittern import pipelines, recipes, tiny_flux, tiny_unet
-from bittern.precision import exact_products
+from bittern.precision import exact_products, multiplies
 from bittern.trajectories import State, record
 
 
@@ -27,6 +28,15 @@ def test_the_block_is_exact_and_what_was_before_is_restored() -> None:
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         raise ValueError("inside")
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def test_what_a_cpu_multiplies_is_what_its_library_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert multiplies("cpu", torch.float32) and multiplies("cuda", torch.bfloat16)
+    for has in (True, False):
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda has=has: has))
+        assert multiplies("cpu", torch.bfloat16) == has
+        # Where torch does not tell, a model is left as it is.
+        assert multiplies("cpu", torch.float16)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import bittern
-from bittern import folders, recipes
+from bittern import folders, pipelines, recipes
 from bittern.architectures import plan
 from bittern.errors import UserError
 from bittern.quantization import stream
@@ -268,6 +269,47 @@ def test_two_runs_do_not_meet(tmp_path: Path) -> None:
         Workspace(tmp_path / "work", {}).__enter__()
     with Workspace(tmp_path / "work", {}):
         pass
+
+
+def test_calibrating_where_16_bits_have_no_arithmetic_changes_no_dtype(
+    new_tiny_random_pipeline: NewPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done in float32; what is written is what was there, and a run that was begun in 16 bits is another."""
+    monkeypatch.setattr(pipelines, "multiplies", lambda _device, dtype: dtype == torch.float32)
+    drawn: list[torch.dtype] = []
+    load = pipelines.load_denoiser
+
+    def noted(*args: Any) -> torch.nn.Module:
+        drawn.append((model := load(*args)).dtype)
+        return model
+
+    monkeypatch.setattr(folders, "load_denoiser", noted)
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    new_tiny_random_pipeline().to(torch.bfloat16).save_pretrained(dense)
+    (tmp_path / "calibrated.yaml").write_text(CALIBRATED)
+    recipe = tmp_path / "calibrated.yaml"
+    with pytest.raises(KeyboardInterrupt):
+        folders.quantize_folder(dense, recipe, out, progress=interrupt_when_solving)
+    with monkeypatch.context() as elsewhere, pytest.raises(UserError, match="unfinished run with another computes in"):
+        elsewhere.setattr(pipelines, "multiplies", lambda *_: True)
+        folders.quantize_folder(dense, recipe, out)
+    folders.quantize_folder(dense, recipe, out)
+    assert set(drawn) == {torch.float32}
+    floats = {t.dtype for t in load_file(out / f"transformer/{STEM}.safetensors").values() if t.is_floating_point()}
+    assert floats == {torch.bfloat16}
+
+
+def test_what_is_loaded_lies_as_what_was_never_saved(tmp_path: Path) -> None:
+    """A BLAS may sum what is not aligned in another order."""
+    saved = {name: torch.arange(5.0) for name in "abcdef"}
+    with Workspace(tmp_path / "work", {}) as workspace:
+        workspace.save("block", saved, {"n": 1})
+        mapped = workspace.load("block", mapped=True)[0]
+        loaded, notes = workspace.load("block")
+    assert notes == {"n": 1}
+    assert any(tensor.data_ptr() % 64 for tensor in mapped.values())
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, saved[name]) and tensor.data_ptr() % 64 == 0
 
 
 def test_a_damaged_block_is_solved_again(model: Path, tmp_path: Path) -> None:

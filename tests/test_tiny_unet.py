@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
 from bittern import pipelines, tiny_unet
@@ -14,7 +15,7 @@ from bittern.evaluation.generate import generate
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
-    loaded = pipelines.load(tiny_unet.NAME)
+    loaded = pipelines.load(tiny_unet.NAME, dtype=torch.float32)
     assert isinstance(loaded, StableDiffusionPipeline)
     return loaded
 

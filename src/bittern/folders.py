@@ -26,6 +26,7 @@ from bittern.pipelines import (
     load_with,
     one_line,
     other_components,
+    quick_dtype,
     resolve,
     steps_made_for,
 )
@@ -134,18 +135,21 @@ def quantize_folder(
     def recorder(made: Plan) -> Recorder:
         allowed = limits or Limits.of(device)
         source = Stored(
-            lambda parts: load_with(model, parts), lambda: load_denoiser(model, place),
+            lambda parts: load_with(model, parts, dtype), lambda: load_denoiser(model, place, dtype),
             skeleton(place)[0], place.name,
             [other.name for other in others if other.name.startswith("text_encoder")], made,
             prompts=prompts or [], samples=recipe.samples, seed=seed, device=device, limits=allowed,
             beside=solving_bytes(made.jobs, recipe.rows) if recipe.predecessors == "few-bit" else 0, progress=progress,
         )  # fmt: skip
         return Recorder(
-            source, recipe, stored_dtype(place).itemsize, allowed, seed,
+            source, recipe, dtype.itemsize, allowed, seed,
             states=kept_samples(workspace), keep=lambda states: keep_samples(workspace, states), progress=progress,
         )  # fmt: skip
 
     manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts, wanted and wanted.size, others)
+    dtype = quick_dtype(model, device)
+    if recipe.calibrated:
+        manifest["computes in"] = str(dtype).removeprefix("torch.")
     with Workspace(work, manifest, restart=restart) as workspace:
         with _kept_if_worth_it(workspace, out), memory_told():
             if wanted is not None:

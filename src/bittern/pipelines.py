@@ -9,15 +9,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from bittern import tiny_flux
 from bittern.checkpoints import CheckpointConfig, is_few_bit
+from bittern.checkpoints.nunchaku import is_lite
 from bittern.errors import UserError, did_you_mean
 from bittern.integrations.lora_files import Lora, load_files
 from bittern.outputs import INDEX
+from bittern.precision import multiplies
+from bittern.quantization import inspect
 from bittern.quantization.on_meta import model_on_meta
 from bittern.quantization.preview import stored_dtype
 from bittern.quantization.report import COMPONENTS
@@ -34,6 +38,7 @@ __all__ = [
     "load",
     "load_lora",
     "load_loras",
+    "quick_dtype",
     "resolve",
     "resolve_lora",
 ]
@@ -251,6 +256,25 @@ def folder_dtype(folder: Path) -> torch.dtype:
     if is_few_bit(config):
         targets = CheckpointConfig.parse(config["quantization_config"], str(file)).targets
     return stored_dtype(folder, targets)
+
+
+def quick_dtype(model: str | Path, device: str | torch.device) -> torch.dtype:
+    """What a model that only draws had best compute in: what it is stored in, if the device has arithmetic for that.
+
+    On a CPU with none for 16 bits it is float32, where the whole model in it takes at most half of the memory. A
+    few-bit model counts as the one that it was made of, so that both are drawn with alike; one packed for Nunchaku
+    Lite, whose headers do not tell that, is left as it is.
+
+    Raises:
+        UserError: for an unknown model, a folder that is no pipeline or is damaged.
+    """
+    folder = resolve(model)
+    place = folder / denoiser_name(folder)
+    stored = folder_dtype(place)
+    if multiplies(device, stored) or is_lite(read_json(place / "config.json")):
+        return stored
+    room = psutil.virtual_memory().total // 2
+    return torch.float32 if torch.float32.itemsize * inspect(place).parameters <= room else stored
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from bittern.evaluation.suites import Score
 
 
 def _arguments(file: Path, *more: str) -> argparse.Namespace:
-    small = ["--images", "2", "--steps", "1", "--samples", "1", "--device", "cpu", "--commit", "abc"]
-    return how_low.arguments().parse_args([*small, "--json", str(file), *more])
+    small = ["--images", "2", "--steps", "1", "--samples", "1", "--device", "cpu", "--dtype", "float32"]
+    return how_low.arguments().parse_args([*small, "--commit", "abc", "--json", str(file), *more])
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_the_best_are_sought_at_four_and_a_half_bits_as_tables_print_them() -> N
 
 def test_a_calibrated_row_is_kept_and_not_drawn_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = argparse.Namespace(
-        model="tiny-flux", dtype=None, device="cpu", images=1, steps=1, samples=1, only="groups of 32",
+        model="tiny-flux", dtype=torch.float32, device="cpu", images=1, steps=1, samples=1, only="groups of 32",
         out=tmp_path / "r.json",
     )  # fmt: skip
     first = run(args)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from bittern import ops
 from bittern.errors import UserError
@@ -139,7 +140,8 @@ def test_a_pointwise_convolution_is_a_linear_over_channels_on_every_path(path: s
     x = randn(2, 40, 6, 5)
     assert torch.equal(layer(x), same(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
     assert layer.choice().path == path
-    assert torch.equal(layer(x[0]), layer(x)[0])
+    # A BLAS may sum another number of tokens in another order.
+    assert_close(layer(x[0]), layer(x)[0], rtol=0, atol=TOLERANCE[x.dtype] * layer(x).abs().max().item())
 
 
 def test_larger_kernels_have_16_bit_activations_whatever_is_forced() -> None:

@@ -44,7 +44,13 @@ def benchmark(
     attention: options.Attention = None,
     mini: Annotated[bool, typer.Option("--mini", help="The architecture at a toy's width, to try a command.")] = False,
     device: options.Device = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="What both sides compute in: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="What both sides compute in: bf16, fp16 or fp32; auto is bf16, if the device has arithmetic for it.",
+        ),
+    ] = "auto",
     json: options.Json = False,
 ) -> None:
     """Time one denoising step, in few bits and in 16: milliseconds, weights, memory, seconds until ready.
@@ -57,11 +63,14 @@ def benchmark(
 
         from bittern.evaluation.cost.benchmark import How
         from bittern.evaluation.cost.benchmark import benchmark as run
+        from bittern.precision import multiplies
 
+        where = options.resolve_device(device)
+        quick = torch.bfloat16 if multiplies(where, torch.bfloat16) else torch.float32
         how = How(
             size=size, batch=batch, steps=steps, runs=runs, compile=compile_blocks, graph=graph, profile=profile,
-            attention=attention, path=options.forced_path(path), device=options.resolve_device(device),
-            dtype=options.resolve_dtype(dtype) or torch.bfloat16,
+            attention=attention, path=options.forced_path(path), device=where,
+            dtype=options.resolve_dtype(dtype) or quick,
         )  # fmt: skip
         result = run(model, recipe, how, mini=mini, on_row=lambda row: out.step(_said(row)))
         command = options.command_line(

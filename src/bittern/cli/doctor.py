@@ -29,7 +29,10 @@ def doctor(json: Json = False) -> None:
         }
         found = [("python", payload["python"]), *((p, v or "not installed") for p, v in payload["versions"].items())]
         found.append(("registered with diffusers", "yes" if payload["registered_with_diffusers"] else "no"))
-        devices = [(d["device"], d["name"], f"{d['memory_gib']:.1f} GiB") for d in payload["devices"]]
+        devices = [
+            (d["device"], d["name"], f"{d['memory_gib']:.1f} GiB", "yes" if d["bf16"] else "slow: draws in fp32")
+            for d in payload["devices"]
+        ]
         paths = [
             (
                 p["device"],
@@ -48,7 +51,7 @@ def doctor(json: Json = False) -> None:
         out.result(
             payload,
             table(("package", "version"), found, left=2),
-            table(("device", "name", "memory"), devices, left=2),
+            table(("device", "name", "memory", "bf16"), devices, left=2),
             table(("device", "weights", "activations", "path", "backend", "runs", "reason"), paths, left=7),
             table(("device", "attention", "runs", "reason"), attention, left=4),
         )
@@ -72,12 +75,19 @@ def _devices() -> list[dict[str, Any]]:
     import torch
 
     from bittern.evaluation.drawing import device_name
+    from bittern.precision import multiplies
 
-    found = [{"device": "cpu", "name": device_name("cpu"), "memory_gib": psutil.virtual_memory().total / 2**30}]
-    for index in range(torch.cuda.device_count()):
-        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
-        found.append({"device": f"cuda:{index}", "name": device_name(f"cuda:{index}"), "memory_gib": memory})
-    return found
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    sizes = [torch.cuda.get_device_properties(name).total_memory for name in names[1:]]
+    return [
+        {
+            "device": name,
+            "name": device_name(name),
+            "memory_gib": size / 2**30,
+            "bf16": multiplies(name, torch.bfloat16),
+        }
+        for name, size in zip(names, [psutil.virtual_memory().total, *sizes], strict=True)
+    ]
 
 
 def _paths(device: str) -> list[dict[str, Any]]:

@@ -57,7 +57,12 @@ CudaGraphs = Annotated[
     bool, typer.Option("--cuda-graphs", help="Record a denoising step as a CUDA graph and replay it.")
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32; auto takes the model's own.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="bf16, fp16 or fp32; auto takes the model's own, if the device has arithmetic for it."
+    ),
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="How many prompts.", show_default=False)]
 PromptsFile = Annotated[
     Path | None,

@@ -345,7 +345,7 @@ def keep(trainer: Trainer, course: Course, workspace: Workspace) -> None:
 def checkpoint(workspace: Workspace) -> str | None:
     """The name of the latest checkpoint that all processes have; None where there is none."""
     names = (TRAINING,) if sharding.count() == 1 else (f"{TRAINING}-0", f"{TRAINING}-1")
-    own = {int(workspace.load(name)[1]["steps"]): name for name in names if workspace.has(name)}
+    own = {int(workspace.load(name, mapped=True)[1]["steps"]): name for name in names if workspace.has(name)}
     common = sharding.common(list(own))
     return own[max(common)] if common else None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import bittern
 from bittern import layers, pipelines, quantization
+from bittern.checkpoints.nunchaku import is_lite
 from bittern.errors import UserError
 from bittern.evaluation.generate import check_request, default_batch_size, generate
 from bittern.integrations import attention, cuda_graphs
@@ -40,7 +41,7 @@ class Settings:
         batch_size: pictures drawn together.
         path: arithmetic forced on every few-bit layer, such as "a4".
         device: where a model that is loaded by name runs.
-        dtype: what a model that is loaded by name computes in.
+        dtype: what a model that is loaded by name computes in; None for `pipelines.quick_dtype`.
         attention: one of diffusers' attention backends; None leaves every model its own.
         loras: for a model that is loaded by name.
         fuse: whether they are moved into the branches of its few-bit layers.
@@ -128,14 +129,14 @@ class Drawing:
 class Artist:
     """A model that is loaded and set up, and draws as often as it is asked."""
 
-    def __init__(self, pipe: DiffusionPipeline, settings: Settings, name: str) -> None:
+    def __init__(self, pipe: DiffusionPipeline, settings: Settings, name: str, inspection: quantization.Report) -> None:
         self.pipe = pipe
         self._settings = settings
         self.name = name
         call = pipelines.defaults(pipe)
         self.size = (call.width, call.height)
         self.batch_size = settings.batch_size or default_batch_size(pipe, call.height * call.width)
-        self._inspection = quantization.inspect(pipe)
+        self._inspection = inspection
 
     def release(self) -> None:
         """Let go of the model; the artist draws no more."""
@@ -220,7 +221,7 @@ def artist(
             attention.using(denoiser, settings.attention),
             cuda_graphs.using(denoiser, settings.cuda_graphs),
         ):
-            one = Artist(pipe, settings, name)
+            one = Artist(pipe, settings, name, _inspected(model, pipe))
             try:
                 yield one
             finally:
@@ -258,8 +259,20 @@ def draw(
         return one.draw(prompts, progress=progress)
 
 
+def _inspected(model: str | DiffusionPipeline, pipe: DiffusionPipeline) -> quantization.Report:
+    """What is drawn with: its files, if it computes in another dtype than theirs; else what it would be saved as."""
+    if isinstance(model, str):
+        folder = pipelines.resolve(model)
+        place = folder / pipelines.denoiser_name(folder)
+        cast = component(pipe).dtype != pipelines.folder_dtype(place)
+        if cast and not is_lite(pipelines.read_json(place / "config.json")):
+            return quantization.inspect(place)
+    return quantization.inspect(pipe)
+
+
 def _loaded(model: str, settings: Settings) -> DiffusionPipeline:
-    pipe = pipelines.load(model, dtype=settings.dtype, device=settings.device)
+    dtype = settings.dtype or pipelines.quick_dtype(model, settings.device)
+    pipe = pipelines.load(model, dtype=dtype, device=settings.device)
     if settings.loras:
         pipelines.load_loras(pipe, settings.loras)
     if settings.fuse:

@@ -116,7 +116,7 @@ def choose_recipe(
     if not workspace.has(CHOICE):
         errors = foreseen(fit, model, reader(model, folder), seed=seed, device=device, progress=progress)
         workspace.save(CHOICE, {}, {"recipe": fit.choose(errors).dump()})
-    return Recipe.model_validate(workspace.load(CHOICE)[1]["recipe"])
+    return Recipe.model_validate(workspace.load(CHOICE, mapped=True)[1]["recipe"])
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def quantize_streaming(
         progress("solved", done, len(blocks))
     # Only now: the few-bit model need not be in memory beside what is recorded.
     for name, jobs in blocks:
-        tensors, notes = workspace.load(name)
+        tensors, notes = workspace.load(name, mapped=True)
         errors.update(notes["errors"])
         stages.update(notes["stages"])
         for path, layer in _layers(model, config, jobs, tensors).items():

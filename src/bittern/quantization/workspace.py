@@ -66,7 +66,7 @@ class Workspace:
         if not self._file(name).is_file():
             return False
         try:
-            self.load(name)
+            self.load(name, mapped=True)
         except UserError:
             self._file(name).unlink()
             return False
@@ -102,8 +102,15 @@ class Workspace:
             fresh.unlink(missing_ok=True)
             raise
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load(self, name: str, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A finished block: its tensors on the CPU, and its notes.
+
+        Tensors of a file lie at any address, and a BLAS may sum what is not aligned in another order: a run that goes
+        on would not give the bytes of one that was never interrupted. So tensors have memory of their own.
+
+        Args:
+            name: Of the block.
+            mapped: Leaves tensors in the file, to be looked at or written again.
 
         Raises:
             UserError: if its file is damaged.
@@ -114,6 +121,8 @@ class Workspace:
         try:
             with safe_open(file, framework="pt") as handle:
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+                if not mapped:
+                    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
                 return tensors, json.loads((handle.metadata() or {})["notes"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UserError(f"{file} is damaged ({error}): begin anew with --restart") from None
