@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from covering import slow_beyond
+
 # A deadline measures the other processes of a busy machine, and the first call's caches.
 settings.register_profile("bittern", deadline=None)
 settings.load_profile("bittern")
@@ -180,8 +182,10 @@ def _build() -> FluxPipeline:
     return pipe
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a GPU, or a browser, where there is none."""
+    """Leaves out what needs a GPU, or a browser, where there is none; of tests with very many cases some are slow."""
+    slow_beyond(items)
     absent = [marker for marker, here in (("gpu", _gpu), ("browser", _browser)) if not _have(items, marker, here)]
     out = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
     if out:

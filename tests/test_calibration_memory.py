@@ -36,7 +36,7 @@ def recipe() -> Recipe:
     return recipes.load("svdquant").override(name="small", samples=4, rows=96, default=default | {"sensitivity": True})
 
 
-@pytest.fixture(params=["flux", "unet"])
+@pytest.fixture(params=["flux", pytest.param("unet", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tiny_random_folder: Path) -> Path:
     return tiny_random_folder if request.param == "flux" else request.getfixturevalue("unet_folder")
 

@@ -67,7 +67,7 @@ def _counting(model: Any, images: int) -> tuple[Counter[str], Callable[[], torch
     return graphs, step
 
 
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("images", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_three_profiles_are_three_graphs_a_kind_of_block(images: int) -> None:
     model = _model(RANKS)
     ranks = {layer.scheme.rank for path, layer in quant_layers(model).items() if "norm" not in path}
@@ -81,7 +81,7 @@ def test_three_profiles_are_three_graphs_a_kind_of_block(images: int) -> None:
     assert sum(graphs.values()) == 6
 
 
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_profile_is_one_graph(images: int) -> None:
     model = _model((16,))
     with torch.no_grad():

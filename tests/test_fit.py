@@ -135,6 +135,7 @@ def test_the_size_is_met_and_foretold_to_the_byte(
     assert all(row.rank == 0 and row.activations == 16 for row in report.rows if ".norm" in row.path)
 
 
+@pytest.mark.slow
 def test_more_bytes_leave_less_error(tiny: torch.nn.Module) -> None:
     """On tiny-flux, and less than one rank for all leaves: errors as foreseen."""
     recipe = recipes.load("svdquant-fast").override(default={"svd_iterations": 1, "scales": "absmax"})
@@ -205,7 +206,7 @@ def test_what_a_recipe_says_of_a_layer_stays(tiny: torch.nn.Module) -> None:
     assert predict_size(tiny, chosen) <= 10_500_000
 
 
-@pytest.mark.parametrize("name", ["sd15", "pixart"])
+@pytest.mark.parametrize("name", [pytest.param("sd15", marks=pytest.mark.slow), "pixart"])
 def test_other_families(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name].build()
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -60,31 +60,28 @@ def test_loads_in_the_dtype_of_the_transformer(
     assert pipelines.load(str(tmp_path), dtype=torch.float16).transformer.dtype == torch.float16
 
 
-@pytest.mark.parametrize(
-    ("multiplies", "gib", "wanted"),
-    [(True, 64, torch.bfloat16), (False, 64, torch.float32), (False, 2**-14, torch.bfloat16)],
-    ids=["16-bit arithmetic", "none", "none, and no room"],
-)
 def test_a_cpu_without_16_bit_arithmetic_draws_in_float32(
-    new_tiny_random_pipeline: Callable[[], FluxPipeline],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    multiplies: bool,
-    gib: float,
-    wanted: torch.dtype,
+    new_tiny_random_pipeline: Callable[[], FluxPipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new_tiny_random_pipeline().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    folders.quantize_folder(tmp_path / "dense", "svdquant-fast", tmp_path / "few")
-    monkeypatch.setattr(pipelines, "multiplies", lambda _device, dtype: multiplies or dtype == torch.float32)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=gib * 2**30, available=2**34))
-    # The few-bit model is a third as large, and is drawn like the other all the same.
-    for folder in ("dense", "few"):
-        assert pipelines.quick_dtype(tmp_path / folder, "cpu") == wanted
-        drawing = draw(str(tmp_path / folder), ["a"], Settings(steps=1))
-        assert drawing.dtype == {torch.bfloat16: "bf16", torch.float32: "fp32"}[wanted]
-        assert drawing.inspection.file_bytes == weight_file(tmp_path / folder).stat().st_size
-        asked = Settings(steps=1, dtype=torch.bfloat16)
-        assert draw(str(tmp_path / folder), ["a"], asked).dtype == "bf16"
+    dense, few = tmp_path / "dense", tmp_path / "few"
+    new_tiny_random_pipeline().to(torch.bfloat16).save_pretrained(dense)
+    folders.quantize_folder(dense, "svdquant-fast", few)
+    parameters = bittern.inspect(dense).parameters
+
+    def found(multiplies: bool, memory: int) -> set[torch.dtype]:
+        monkeypatch.setattr(pipelines, "multiplies", lambda _device, dtype: multiplies or dtype == torch.float32)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory, available=2**34))
+        return {pipelines.quick_dtype(folder, "cpu") for folder in (dense, few)}
+
+    assert found(multiplies=True, memory=2**36) == {torch.bfloat16}
+    # The few-bit model is a third as large, and is drawn with like the other all the same.
+    assert found(multiplies=False, memory=8 * parameters - 2) == {torch.bfloat16}
+    assert found(multiplies=False, memory=8 * parameters) == {torch.float32}
+    for folder in (dense, few):
+        drawing = draw(str(folder), ["a"], Settings(steps=1))
+        assert drawing.dtype == "fp32"
+        assert drawing.inspection.file_bytes == weight_file(folder).stat().st_size
+    assert draw(str(few), ["a"], Settings(steps=1, dtype=torch.bfloat16)).dtype == "bf16"
 
 
 def test_a_few_bit_folder_keeps_its_dtype(new_tiny_random_pipeline: Callable[[], FluxPipeline], tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def call(images: int) -> State:
     return State(0, 0, (), given)
 
 
+@pytest.mark.slow
 def test_a_block_of_flux_learns_within_24_gib() -> None:
     recipe = recipe_of(mode="blocks", batch=8)
     teacher, settings = flux(1, 1), recipe.distillation

@@ -177,6 +177,7 @@ def cached(model: nn.Module, family: Family, cache: str) -> tuple[list[Tensor], 
     return steps.run(model, family), steps.few_bit
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("cache", CACHES)
 def test_what_works_in_16_bits_works_in_few(name: str, full: nn.Module, few: nn.Module, cache: str) -> None:
     family = FAMILIES[name]

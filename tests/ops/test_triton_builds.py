@@ -34,6 +34,8 @@ from bittern.ops.triton import (
     whole_rows,
 )
 
+pytestmark = pytest.mark.covering
+
 FP8, INT8 = "fp8e4nv", "i8"
 GLUON = {FP8: gl.float8e4nv, "bf16": gl.bfloat16, "fp32": gl.float32}
 SCALES = {"int4": "*bf16", "nvfp4": "*fp32"}

@@ -37,6 +37,7 @@ def test_a_seed_gives_the_same_outlined_scenes() -> None:
     assert all(scenes.judge(torch.stack([found.filled for found in drawn]), prompts))
 
 
+@pytest.mark.slow
 def test_fitted_latents_are_decoded_to_the_drawing() -> None:
     vae = pipelines.load("tiny-flux", dtype=torch.float32).vae.eval().requires_grad_(False)
     images = some_scenes(2)[0][:, :, 32:96, 64:]
