@@ -48,7 +48,7 @@ class Bench(peers_quality.Bench):
         super().__init__(args)
         self.args = args
         self.world = scenes.held_out(args.images)
-        self.file_bytes = bytes_of_weights(source_of(args.model))
+        self.file_bytes = bytes_of_weights(pipelines.denoiser_folder(args.model))
 
     @cached_property
     def states(self) -> list[State]:
@@ -182,17 +182,11 @@ def distilled_folder(model: str, given: Path | None) -> Path | None:
     """
     if given is None:
         name = f"{model}-ternary"
-        return source_of(name) if name in pipelines.BUILT_IN else None
+        return pipelines.denoiser_folder(name) if name in pipelines.BUILT_IN else None
     place = given / pipelines.denoiser_name(given) if (given / INDEX).is_file() else given
     if not (place / "config.json").is_file():
         raise UserError(f"--distilled {given} holds no model: expected a pipeline's folder or its denoiser's")
     return place
-
-
-def source_of(model: str) -> Path:
-    """The folder of a pipeline's denoiser."""
-    folder = pipelines.resolve(model)
-    return folder / pipelines.denoiser_name(folder)
 
 
 def distilled(place: Path) -> Callable[[Bench], Row]:
@@ -200,7 +194,10 @@ def distilled(place: Path) -> Callable[[Bench], Row]:
 
     def build(bench: Bench) -> Row:
         # Everything that makes its shape must be the original's.
-        mine, theirs = (pipelines.read_json(folder / "config.json") for folder in (place, source_of(bench.args.model)))
+        mine, theirs = (
+            pipelines.read_json(folder / "config.json")
+            for folder in (place, pipelines.denoiser_folder(bench.args.model))
+        )
         kept = {key for key in theirs if not key.startswith("_")} | {"_class_name"}
         other = sorted(key for key in kept if mine.get(key) != theirs.get(key))
         if other:

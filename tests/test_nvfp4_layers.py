@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import bittern
+from bits import expect_bits
 from bittern import recipes, tiny_flux
 from bittern.conversion import export_checkpoint, import_checkpoint
 from bittern.errors import UserError
@@ -135,9 +136,7 @@ def test_svdquant_of_tiny_flux_goes_to_nunchaku_lite_and_back(tmp_path: Path, mo
     layout = KLayout((256, 1024), 16)
     products = [nvfp4.combine(t.pop(f"{path}.scales"), t.pop(f"{path}.row_scales"), layout) for t in (before, after)]
     assert torch.equal(*products)
-    for name, tensor in before.items():
-        assert after[name].dtype == tensor.dtype
-        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    expect_bits(after, before)
 
 
 @pytest.mark.parametrize(

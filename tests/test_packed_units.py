@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nunchaku_files as files
+from bits import expect_bits
 from bittern.checkpoints import TensorSpec
 from bittern.checkpoints.nunchaku import OLDER, Incoming, Unit, incoming, outgoing
 from bittern.checkpoints.nunchaku.units import GELU_SHIFT
@@ -67,13 +68,6 @@ def expect_meaning(unit: Unit, found: Incoming, ours: Mapping[str, Tensor], run:
     x = inputs(unit.k)
     parts = [layer(list(x.split(unit.segments, dim=-1))) for layer in layers_of(unit, found, ours)]
     agree(torch.cat(parts, dim=-1), run(x))
-
-
-def expect_bits(again: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-    assert again.keys() == before.keys()
-    for name, tensor in before.items():
-        assert (again[name].shape, again[name].dtype) == (tensor.shape, tensor.dtype), name
-        assert torch.equal(again[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def svdq(unit: Unit, rank: int, weight: str, newer: bool, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:

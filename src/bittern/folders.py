@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,7 +133,7 @@ def quantize_folder(
         _write(component(target), model, out, others, report, place, seed, force)
         return report
 
-    def recorder(made: Plan) -> Recorder:
+    def recorder(made: Plan, dtype: torch.dtype) -> Recorder:
         allowed = limits or Limits.of(device)
         source = Stored(
             lambda parts: load_with(model, parts, dtype), lambda: load_denoiser(model, place, dtype),
@@ -147,9 +148,11 @@ def quantize_folder(
         )  # fmt: skip
 
     manifest = run_manifest(place, recipe, seed, bittern.__version__, prompts, wanted and wanted.size, others)
-    dtype = quick_dtype(model, device)
+    recording = None
     if recipe.calibrated:
+        dtype = quick_dtype(source, device)
         manifest["computes in"] = str(dtype).removeprefix("torch.")
+        recording = partial(recorder, dtype=dtype)
     with Workspace(work, manifest, restart=restart) as workspace:
         with _kept_if_worth_it(workspace, out), memory_told():
             if wanted is not None:
@@ -158,7 +161,7 @@ def quantize_folder(
                     on_fit(recipe, predict_size(blank, recipe))
             quantize_streaming(
                 blank, place, recipe, workspace, seed=seed, device=device,
-                recorder=recorder if recipe.calibrated else None, progress=progress,
+                recorder=recording, progress=progress,
             )  # fmt: skip
             report = inspect(blank)
             _write(blank, model, out, others, report, place, seed, force)

@@ -194,6 +194,12 @@ def denoiser_name(folder: Path) -> str:
     return name
 
 
+def denoiser_folder(model: str | Path) -> Path:
+    """Where the component that denoises lies, of a model as `resolve` takes it."""
+    folder = resolve(model)
+    return folder / denoiser_name(folder)
+
+
 def steps_made_for(folder: Path, denoiser: nn.Module) -> int | None:
     """Denoising steps that a pipeline was made for, from its configs; None where they do not say.
 
@@ -268,8 +274,7 @@ def quick_dtype(model: str | Path, device: str | torch.device) -> torch.dtype:
     Raises:
         UserError: for an unknown model, a folder that is no pipeline or is damaged.
     """
-    folder = resolve(model)
-    place = folder / denoiser_name(folder)
+    place = denoiser_folder(model)
     stored = folder_dtype(place)
     if multiplies(device, stored) or is_lite(read_json(place / "config.json")):
         return stored

@@ -694,7 +694,9 @@ def test_gelu_in_the_epilogue(path: str, gelu_from: int) -> None:
 
 @pytest.mark.usefixtures("plans")
 def test_gelu_everywhere() -> None:
-    y = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30])])
+    # In the interpreter every tile takes its time.
+    points = 4001 if DEVICE == "cuda" else 1001
+    y = torch.cat([torch.linspace(-12, 12, points), torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30])])
     layer = random_layer(0, len(y), (64,))
     layer = dataclasses.replace(layer, bias=y, scales=layer.scales * 0)
     x = torch.zeros(1, 64, device=DEVICE)

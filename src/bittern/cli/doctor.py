@@ -18,20 +18,21 @@ def doctor(json: Json = False) -> None:
         hush()
         from bittern import ops
 
+        here = _devices()
         payload = {
             "python": platform.python_version(),
             "versions": {package: _version(package) for package in _PACKAGES},
-            "devices": _devices(),
+            "devices": here,
             "backends": list(ops.backends()),
             "registered_with_diffusers": _registered(),
-            "paths": [row for device in _devices() for row in _paths(device["device"])],
-            "attention": [row for device in _devices() for row in _attention(device["device"])],
+            "paths": [row for device in here for row in _paths(device["device"])],
+            "attention": [row for device in here for row in _attention(device["device"])],
         }
         found = [("python", payload["python"]), *((p, v or "not installed") for p, v in payload["versions"].items())]
         found.append(("registered with diffusers", "yes" if payload["registered_with_diffusers"] else "no"))
         devices = [
             (d["device"], d["name"], f"{d['memory_gib']:.1f} GiB", "yes" if d["bf16"] else "slow: draws in fp32")
-            for d in payload["devices"]
+            for d in here
         ]
         paths = [
             (

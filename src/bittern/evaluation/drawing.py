@@ -213,7 +213,12 @@ def artist(
         raise UserError(f"LoRA {str(settings.loras[0])!r}: {name} is loaded already; use bittern.load_loras on it")
     for lora in settings.loras:
         pipelines.resolve_lora(lora.file)  # before a model is loaded for it
-    pipe = _loaded(model, settings) if isinstance(model, str) else model
+    if isinstance(model, str):
+        folder = pipelines.resolve(model)
+        pipe = _loaded(model, folder, settings)
+        inspection = _inspected(folder, pipe)
+    else:
+        pipe, inspection = model, quantization.inspect(model)
     denoiser = component(pipe)
     try:
         with (
@@ -221,7 +226,7 @@ def artist(
             attention.using(denoiser, settings.attention),
             cuda_graphs.using(denoiser, settings.cuda_graphs),
         ):
-            one = Artist(pipe, settings, name, _inspected(model, pipe))
+            one = Artist(pipe, settings, name, inspection)
             try:
                 yield one
             finally:
@@ -259,19 +264,17 @@ def draw(
         return one.draw(prompts, progress=progress)
 
 
-def _inspected(model: str | DiffusionPipeline, pipe: DiffusionPipeline) -> quantization.Report:
+def _inspected(folder: Path, pipe: DiffusionPipeline) -> quantization.Report:
     """What is drawn with: its files, if it computes in another dtype than theirs; else what it would be saved as."""
-    if isinstance(model, str):
-        folder = pipelines.resolve(model)
-        place = folder / pipelines.denoiser_name(folder)
-        cast = component(pipe).dtype != pipelines.folder_dtype(place)
-        if cast and not is_lite(pipelines.read_json(place / "config.json")):
-            return quantization.inspect(place)
+    place = pipelines.denoiser_folder(folder)
+    cast = component(pipe).dtype != pipelines.folder_dtype(place)
+    if cast and not is_lite(pipelines.read_json(place / "config.json")):
+        return quantization.inspect(place)
     return quantization.inspect(pipe)
 
 
-def _loaded(model: str, settings: Settings) -> DiffusionPipeline:
-    dtype = settings.dtype or pipelines.quick_dtype(model, settings.device)
+def _loaded(model: str, folder: Path, settings: Settings) -> DiffusionPipeline:
+    dtype = settings.dtype or pipelines.quick_dtype(folder, settings.device)
     pipe = pipelines.load(model, dtype=dtype, device=settings.device)
     if settings.loras:
         pipelines.load_loras(pipe, settings.loras)
