@@ -34,7 +34,7 @@ from bittern.evaluation.cost.benchmark import place
 from bittern.pipelines import check_device
 
 BF16 = torch.bfloat16
-TOKENS = (1, 16, 64, 256, 512, 1024, 4096, 4608, 16896)
+TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096, 4608, 16896)
 # Outputs, inputs by segment.
 LAYERS: dict[str, tuple[int, tuple[int, ...]]] = {
     "out": (3072, (3072,)),

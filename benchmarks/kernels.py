@@ -9,7 +9,7 @@ more than 256 MB where the caches could flatter. Weights and inputs are random.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import triton
+from quality import keep
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,8 +26,10 @@ from bittern import formats
 from bittern.formats import KLayout
 from bittern.ops import reference
 from bittern.ops.attention import attention_8bit
+from bittern.ops.triton import config as configs
 from bittern.ops.triton import linear
 from bittern.ops.triton.config import (
+    FusedUnpackConfig,
     GemmConfig,
     PrologueConfig,
     SkinnyConfig,
@@ -34,6 +37,7 @@ from bittern.ops.triton.config import (
     UnpackConfig,
     WholeRowsConfig,
 )
+from bittern.ops.triton.few_tokens import FewTokens
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.heads import rotary_heads
 from bittern.ops.triton.projection import parts_of, project
@@ -137,6 +141,40 @@ FEW: list[tuple[int, int, tuple[float, ...]]] = [
     (3072, 12288, (22, 26, 39)),
     (18432, 3072, (26, 31, 53)),
 ]
+# N, K; predicted us of int4 g64 in fp8 with a branch, smoothing and bias, for 16, 64, 128 and 256 tokens.
+FUSED: list[tuple[int, int, tuple[float, ...]]] = [
+    (3072, 3072, (15, 16, 18, 22)),
+    (12288, 3072, (25, 31, 38, 51)),
+    (3072, 12288, (28, 34, 41, 53)),
+]
+_LEFT, _RIGHT = ({"weights_left": left, "descriptors": True} for left in (True, False))
+# By bits and most tokens; only of as many as a tile takes, and not of half as many.
+FUSED_CONFIGS: list[tuple[int, FusedUnpackConfig]] = [
+    (8, FusedUnpackConfig(16, 64, 256, 4, 3, **_LEFT)),
+    (8, FusedUnpackConfig(16, 64, 256, 4, 4, **_LEFT)),
+    (8, FusedUnpackConfig(16, 128, 256, 4, 3, **_LEFT)),
+    (8, FusedUnpackConfig(16, 128, 256, 8, 3, **_LEFT)),
+    (8, FusedUnpackConfig(64, 64, 256, 4, 3, **_LEFT)),
+    (8, FusedUnpackConfig(64, 64, 256, 4, 3, **_RIGHT)),
+    (8, FusedUnpackConfig(64, 64, 256, 4, 2, **_RIGHT)),
+    (8, FusedUnpackConfig(64, 64, 256, 4, 3, **_RIGHT, programs=3)),
+    (8, FusedUnpackConfig(64, 128, 256, 4, 3, **_RIGHT)),
+    (8, FusedUnpackConfig(128, 64, 256, 4, 3, **_LEFT)),
+    (8, FusedUnpackConfig(128, 64, 128, 4, 3, **_LEFT)),
+    (8, FusedUnpackConfig(128, 64, 128, 8, 3, **_RIGHT)),
+    (8, FusedUnpackConfig(128, 128, 128, 4, 3, **_RIGHT)),
+    (8, FusedUnpackConfig(256, 64, 128, 8, 3, **_RIGHT)),
+    (8, FusedUnpackConfig(256, 64, 128, 4, 3, **_LEFT)),
+    (8, FusedUnpackConfig(256, 64, 128, 8, 2, **_RIGHT)),
+    (16, FusedUnpackConfig(16, 64, 256, 4, 3, **_LEFT)),
+    (16, FusedUnpackConfig(16, 128, 128, 4, 4, **_LEFT)),
+    (16, FusedUnpackConfig(64, 128, 128, 4, 3, **_LEFT)),
+    (16, FusedUnpackConfig(64, 64, 128, 4, 3, **_LEFT)),
+    (16, FusedUnpackConfig(128, 64, 128, 4, 3, **_LEFT)),
+    (16, FusedUnpackConfig(128, 64, 64, 4, 3, **_LEFT)),
+    (16, FusedUnpackConfig(256, 64, 128, 4, 3, **_LEFT)),
+    (16, FusedUnpackConfig(256, 64, 64, 4, 3, **_LEFT)),
+]
 # M, K; predicted us.
 PROJECTIONS = [(512, 3072, 4), (512, 12288, 7), (1024, 3072, 4), (1024, 12288, 12)]
 SKINNY_CONFIGS = [
@@ -190,10 +228,11 @@ def random8(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 class Bench:
-    """Collects rows; in a warming run only compiles this process's share."""
+    """Collects rows, and keeps the record of a run as it grows; in a warming run only compiles this process's share."""
 
-    def __init__(self, share: tuple[int, int] | None) -> None:
-        self.share, self.count, self.rows = share, 0, []
+    def __init__(self, share: tuple[int, int] | None, record: dict[str, Any], file: Path | None) -> None:
+        self.share, self.record, self.file = share, record, file
+        self.count, self.rows = 0, record["rows"]
 
     def time(self, what: str, case: str, config: str, calls: list[Callable[[], Any]], **facts: Any) -> None:
         self.count += 1
@@ -208,6 +247,7 @@ class Bench:
         except Exception as error:
             row = {"kernel": what, "case": case, "config": config, "error": f"{type(error).__name__}: {error}"[:200]}
         self.rows.append(row)
+        keep(self.record, self.file)
 
     def cases(self, every: list[Any], *different: int) -> list[Any]:
         """All cases, or those that between them need every compilation."""
@@ -352,6 +392,50 @@ def few_tokens(bench: Bench) -> None:
             bench.time("few tokens", case, "", calls, floor=size / BANDWIDTH * 1e3, predicted=us / 1e3)
 
 
+def with_tiles(chosen: FusedUnpackConfig | None, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A layer's plan, whose weights are unpacked in the product with this configuration, or not so with None."""
+
+    def call(*args: Any) -> Tensor:
+        configs.fused_unpack_for = lambda *_: chosen
+        return run(*args)
+
+    return call
+
+
+def fused(bench: Bench) -> None:
+    """Whole layers whose weights are unpacked in the product, beside bf16 and what else would run."""
+    for n, k, predicted in bench.cases(FUSED, 0, 1, 2):
+        dense = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in sets(2 * n * k)]
+        bias = torch.randn(n, device="cuda", dtype=BF16)
+        branch = [
+            torch.rand(k, device="cuda").to(BF16) + 0.5,
+            torch.randn(RANK, k, device="cuda", dtype=BF16),
+            torch.randn(n, RANK, device="cuda", dtype=BF16),
+        ]
+        for weight, group, parts in (("int4", 64, branch), ("ternary", None, [None] * 3)):
+            packed, scale = weights(weight, group, n, (k,))
+            size = packed.numel() + 2 * scale.numel()
+            data = [(packed.clone(), scale.clone()) for _ in sets(size)]
+            for m, us in zip((16, 64, 128, 256), predicted, strict=True):
+                x, shape = torch.randn(m, k, device="cuda", dtype=BF16), f"M={m} {n}x{k}"
+                if weight == "int4":
+                    calls: list[Any] = [lambda w=w, x=x: F.linear(x, w, bias) for w in dense]  # noqa: B023
+                    bench.time("fused bf16 cublas", shape, "", calls, floor=2 * n * k / BANDWIDTH * 1e3)
+                beside = bench.best("fused bf16 cublas", shape)
+                for bits, path in ((8, "a8-fp8"), (16, "a16")):
+                    case = f"{weight} {path} {shape}"
+                    if beside:
+                        bench.rows.append({**beside, "case": case})
+                    floor = max(size / BANDWIDTH, 2 * m * n * k / RATES["fp8" if bits == 8 else "bf16"]) * 1e3
+                    facts = {"floor": floor} | ({"predicted": us / 1e3} if (weight, bits) == ("int4", 8) else {})
+                    fits = [c for b, c in FUSED_CONFIGS if b == bits and max(16, m // 2) <= c.block_m <= m]
+                    for chosen in (None, *fits):
+                        run = FewTokens() if chosen or m <= 64 else linear.plan(path, 512)
+                        call, rest = with_tiles(chosen, run), (*parts, bias, weight, group, path, ())
+                        calls = [functools.partial(call, [x], p, s, *rest) for p, s in data]
+                        bench.time("fused" if chosen else "not fused", case, str(chosen or ""), calls, **facts)
+
+
 def projections(bench: Bench) -> None:
     for m, k, predicted in bench.cases(PROJECTIONS, 0, 1):
         down = torch.randn(RANK, k, device="cuda", dtype=BF16)
@@ -418,7 +502,7 @@ def whole_layers(bench: Bench) -> None:
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
-    "gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "few": few_tokens,
+    "gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "few": few_tokens, "fused": fused,
     "projection": projections, "heads": all_heads, "attention": attentions, "layer": whole_layers,
 }  # fmt: skip
 """What `--only` names; attention needs cuDNN's frontend."""
@@ -433,7 +517,15 @@ def main() -> None:
     torch.manual_seed(0)
     # The error is held against a float32 reference, not tf32.
     torch.backends.cuda.matmul.allow_tf32 = False
-    bench = Bench(tuple(args.share) if args.share else None)
+    record: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "bandwidth_of_floors": BANDWIDTH,
+        "rows": [],
+    }
+    bench = Bench(tuple(args.share) if args.share else None, record, args.json)
     for name in args.only:
         PARTS[name](bench)
         torch.cuda.empty_cache()
@@ -453,16 +545,6 @@ def main() -> None:
             print(row)
         elif row["kernel"] == "layer":
             print(f"layer {row['case']:28} {row['config']:20} {row['ms']:8.4f} ms, error {row['error']:.2e}")
-    result = {
-        "command": " ".join(sys.argv),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "bandwidth_of_floors": BANDWIDTH,
-        "rows": bench.rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

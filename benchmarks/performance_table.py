@@ -23,6 +23,8 @@ LIBRARY = {
     "gemm int8": "gemm bf16 cublas",
     "skinny": "skinny bf16 cublas",
     "few tokens": "few tokens bf16 cublas",
+    "fused": "fused bf16 cublas",
+    "not fused": "fused bf16 cublas",
     "attention fp8": "attention bf16",
 }
 """What a kernel is compared with."""

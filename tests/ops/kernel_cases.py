@@ -68,21 +68,41 @@ BRANCH = 2.0**-8
 """The low-rank product takes bf16 operands."""
 SMOOTHED = 2.0**-8
 """a16 rounds a smoothed x to bf16."""
-HOPPER_FP8 = 2.0**-11
-"""Hopper's tensor cores keep about 14 bits of a sum of e4m3 products."""
+ROUNDED = 2.0**-8
+"""a16 rounds scaled weights to bf16 where it unpacks them in the product."""
+HOPPER_FP8 = 2.0**-10
+"""Hopper's tensor cores keep about 14 bits of a sum of e4m3 products, each time that they add 32 of them."""
 
 
-@pytest.fixture(params=["few", "many"])
+@pytest.fixture(params=["few", "fused", "many"])
 def plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Layers computed as with few tokens and as with many, whatever their number."""
+    """Layers computed as with few tokens, with some more and with many, whatever their number."""
     if request.param == "many":
-        monkeypatch.setattr(linear, "FEW_TOKENS", 0)
+        request.getfixturevalue("many")
+    else:
+        fuse(monkeypatch, fused() if request.param == "fused" else None)
     return request.param
 
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "FEW_TOKENS", 0)
+    fuse(monkeypatch, None)
+
+
+def fused(weights_left: bool = True, descriptors: bool = False, block_m: int = 16) -> config.FusedUnpackConfig:
+    """A configuration that is small, for the interpreter, and takes K in as many parts as it can."""
+    return config.FusedUnpackConfig(block_m, 64, 64, weights_left=weights_left, descriptors=descriptors, programs=99)
+
+
+def fuse(monkeypatch: pytest.MonkeyPatch, chosen: config.FusedUnpackConfig | None) -> None:
+    """Weights of few tokens unpacked by this configuration, whose tiles then hold a group; by none with None."""
+
+    def choose(device: Any, m: int, n: int, k: int, group: int | None, *_: Any) -> config.FusedUnpackConfig | None:
+        size = group if group is not None and k > group else 0
+        return chosen and dataclasses.replace(chosen, block_k=max(chosen.block_k, size))
+
+    monkeypatch.setattr(config, "fused_unpack_for", choose)
 
 
 def moved(layer: Layer) -> Layer:
@@ -100,10 +120,10 @@ def run(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ...] 
     return function([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, shift)
 
 
-def check(y: Tensor, inputs: list[Tensor], layer: Layer, path: str) -> None:
+def check(y: Tensor, inputs: list[Tensor], layer: Layer, path: str, more: float = 0.0) -> None:
     want, size = expect(inputs, layer, path)
     relative, absolute = ROUNDING[y.dtype]
-    allowed = EXACT
+    allowed = EXACT + more
     if layer.up is not None:
         allowed += BRANCH
     if path == "a16" and layer.smooth is not None:
@@ -354,6 +374,52 @@ def test_sixteen_bit_linear(case: Any, m: int, dtype: torch.dtype) -> None:
     layer = make(case)
     inputs = random_inputs(m, "gaussian", m, case[2], dtype)
     check(run(inputs, layer, "a16"), inputs, layer, "a16")
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *SMALL_GROUPS])
+@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize("weights_left", [True, False])
+@pytest.mark.parametrize(("m", "kind", "dtype"), [(7, "gaussian", BF16), (70, "outlier", BF16), (33, "denormal", FP16)])
+def test_weights_unpacked_in_the_product(
+    case: Any, path: str, weights_left: bool, m: int, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse(monkeypatch, fused(weights_left, HOPPER, 16 if weights_left else 64))
+    layer = make(case, zero_rows=kind == "outlier")
+    inputs = random_inputs(m, kind, m, case[2], dtype)
+    check(run(inputs, layer, path), inputs, layer, path, ROUNDED if path == "a16" else 0.0)
+
+
+@pytest.mark.parametrize(("path", "many"), [("a8-fp8", "EightBits"), ("a16", "many_tokens")])
+def test_between_few_and_many_tokens_measurements_decide(path: str, many: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def watched(name: str, make: Any) -> Any:
+        return lambda *args: taken.append(name) or make(*args)
+
+    monkeypatch.setattr(linear, many, watched(many, getattr(linear, many)))
+    monkeypatch.setattr(linear, "FewTokens", watched("FewTokens", linear.FewTokens))
+    layer = make(LAYERS[1])
+    inputs = random_inputs(1, "gaussian", 65, layer.layout.segments, BF16)
+    for chosen, last in ((None, many), (fused(), "FewTokens")):
+        fuse(monkeypatch, chosen)
+        check(run(inputs, layer, path), inputs, layer, path, ROUNDED)
+        assert taken[-1] == last
+    monkeypatch.setattr(linear, "MIDDLE_TOKENS", 64)
+    check(run(inputs, layer, path), inputs, layer, path, ROUNDED)
+    assert taken[-1] == many
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a16"])
+@pytest.mark.parametrize(("segments", "rank"), [((2400,), 16), ((1700, 800), 40), ((3072,), 0)])
+def test_parts_of_weights_unpacked_in_the_product(
+    path: str, segments: tuple[int, ...], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = fused(descriptors=HOPPER)
+    assert chosen.parts(9, N, segments[0], 132) > 1
+    fuse(monkeypatch, chosen)
+    layer = random_layer(3, N, segments, rank=rank, smooth=True)
+    inputs = random_inputs(4, "gaussian", 9, segments, BF16)
+    check(run(inputs, layer, path), inputs, layer, path, ROUNDED if path == "a16" else 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

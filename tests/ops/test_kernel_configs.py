@@ -58,6 +58,33 @@ def test_k_is_taken_in_parts_where_rows_are_few() -> None:
     assert tiles.parts(64, 64, 30720, 64, 2, 132) == 16
 
 
+def test_weights_are_unpacked_in_the_product_where_that_was_faster() -> None:
+    def found(n: int, k: int, group: int | None, operand_bytes: int, device: config.Device = HOPPER) -> list[int]:
+        per_byte, tokens = 4 if group is None else 2, (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 4608)
+        chosen = {m: config.fused_unpack_for(device, m, n, k, group, per_byte, operand_bytes) for m in tokens}
+        for tiles in chosen.values():
+            assert tiles is None or tiles.shared_memory(per_byte, operand_bytes) <= device.shared_memory
+            assert tiles is None or group is None or tiles.block_k % group == 0
+        return [m for m, tiles in chosen.items() if tiles is not None]
+
+    assert found(12288, 3072, 64, 1) == [1, 16, 17, 32, 33, 64, 65, 128]
+    assert found(3072, 12288, 64, 1) == [1, 16, 17, 32, 33, 64, 65, 128, 129, 256]
+    assert found(12288, 3072, None, 1) == [33, 64, 65, 128, 129, 256]
+    assert found(12288, 3072, 64, 2) == [65, 128, 129, 256]
+    assert found(3072, 3072, None, 2) == [33, 64, 65, 128]
+    # Wide groups want tiles that were not measured; small layers have too few tiles; so have other devices no rules.
+    assert found(12288, 12288, 256, 2) == [] and found(12288, 2048, 64, 1) == []
+    for capability in ((0, 0), (8, 0), (8, 9), (10, 0), (12, 0)):
+        assert found(12288, 3072, 64, 1, config.Device(capability, 232448)) == []
+    assert found(12288, 3072, 64, 1, config.Device((9, 0), 64 << 10)) == [1, 16]
+
+
+def test_tiles_that_are_too_few_for_a_device_take_k_in_parts() -> None:
+    tiles = config.FusedUnpackConfig(64, 64, programs=2)
+    assert [tiles.parts(64, n, 3072, 132) for n in (3072, 9216, 18432)] == [4, 1, 1]
+    assert [tiles.parts(m, 3072, 12288, 132) for m in (0, 1, 64, 65, 256)] == [16, 5, 5, 2, 1]
+
+
 def test_a_branch_with_a_lora_in_it_keeps_the_kernel_with_warps_that_load() -> None:
     for rank in (48, 64):
         for segments in (1, 2):
@@ -81,8 +108,9 @@ KERNELS: dict[str, Any] = {
     "grouped_gemm": config.GroupedGemmConfig,
     "skinny": config.SkinnyConfig,
     "specialized_gemm": config.SpecializedConfig,
+    "fused_unpack": config.FusedUnpackConfig,
 }
-FACTS = {"m", "k", "grouped", "group", "segments", "sums", "rank"}
+FACTS = {"m", "n", "k", "bits", "grouped", "group", "segments", "sums", "rank"}
 
 
 @pytest.mark.parametrize("family", ["default", *tuned.FAMILIES.values()])

@@ -22,6 +22,7 @@ from bittern.ops.triton import (
     config,
     dequantize,
     four_bits,
+    fused_unpack,
     gemm,
     grouped_gemm,
     heads,
@@ -228,6 +229,82 @@ def test_skinny(
     expect(compiled, capability, rf"mma\S*f32\.{kind}\.{kind}|tcgen05\.mma\S*kind::f16", tmp_path, stack)
     # Subnormal numbers are codes of nvfp4.
     assert ".ftz" not in "".join(re.findall(r"fma\.rn\S*x2", compiled.asm["ptx"]))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("operand", ["bf16", "fp16", INT8, FP8])
+@pytest.mark.parametrize(
+    ("weight", "group", "k", "rows", "rank"),
+    [
+        ("int4", 64, 3072, 16, 32),
+        ("int4", 64, 3072, 64, 32),
+        ("int4", 64, 12288, 256, 32),
+        ("int4", 64, 3100, 128, 32),
+        ("ternary", None, 3072, 128, 0),
+        ("ternary", None, 3072, 256, 32),
+        ("ternary", 128, 3072, 256, 0),
+        ("nvfp4", 16, 3072, 128, 32),
+        ("nvfp4", 16, 3100, 256, 32),
+    ],
+)
+def test_fused_unpack(
+    capability: int, weight: str, group: int | None, k: int, rows: int, operand: str, rank: int, tmp_path: Path
+) -> None:
+    if operand == FP8 and capability < 89:
+        return
+    per_byte, eight = formats.get(weight).codes_per_byte, operand in (INT8, FP8)
+    device = config.Device((capability // 10, capability % 10), SHARED[capability])
+    chosen = config.fused_unpack_for(device, rows, 12288, k, group, per_byte, 1 if eight else 2)
+    if chosen is None:
+        # Not measured there, but it can be tried.
+        chosen = config.FusedUnpackConfig(weights_left=rows < 128)
+    assert chosen.shared_memory(per_byte, 1 if eight else 2) <= SHARED[capability]
+    tile = f"[{chosen.block_m},{chosen.block_k}]"
+    compiled = build(
+        fused_unpack.fused_unpack_kernel,
+        capability,
+        {
+            "x": f"tensordesc<{operand}{tile}>" if chosen.descriptors else "*" + operand,
+            "row_scales": "*fp32",
+            "codes": "*u8",
+            "scales": SCALES.get(weight, "*bf16"),
+            "bias": "*bf16",
+            "out": "*fp32" if rank else "*bf16",
+            "raw": "*bf16",
+            "down": "*bf16",
+            "low": "*fp32",
+        },
+        {
+            "PER_BYTE": per_byte,
+            "FLOATS": weight == "nvfp4",
+            "LARGEST": formats.get(weight).largest,
+            "GROUP": group or 0,
+            "EIGHT": eight,
+            "OPERAND": {"bf16": tl.bfloat16, "fp16": tl.float16, INT8: tl.int8, FP8: tl.float8e4nv}[operand],
+            "EVEN": k % chosen.block_k == 0,
+            "DESCRIPTORS": chosen.descriptors,
+            "WEIGHTS_LEFT": chosen.weights_left,
+            "PART": projection.part_of(k) if rank else 0,
+            "BIAS": not rank,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_N": chosen.block_n,
+            "BLOCK_K": chosen.block_k,
+            "STAGES": chosen.stages,
+            "PROJECTED": 64,
+            "PROJECTION_K": skinny.PROJECTION_K,
+            "PROJECTION_STAGES": skinny.PROJECTION_STAGES,
+            "BLOCK_R": projection.BLOCK_R,
+        },
+        num_warps=chosen.warps,
+        enable_fp_fusion=False,
+    )
+    instruction = {
+        "bf16": r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16",
+        "fp16": r"mma\S*f32\.f16\.f16|tcgen05\.mma\S*kind::f16",
+        INT8: r"mma\S*s32\.s8\.s8",
+        FP8: r"mma\S*f32\.e4m3\.e4m3|tcgen05\.mma\S*kind::f8f6f4",
+    }[operand]
+    expect(compiled, capability, instruction, tmp_path)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])

@@ -199,8 +199,46 @@ class SkinnyConfig:
         return (self.stages - 1) * packed * (self.block_n + inputs) + further * packed * inputs + 2048
 
 
+@dataclass(frozen=True)
+class FusedUnpackConfig:
+    """Tiles of the GEMM that unpacks weights in its loop.
+
+    Attributes:
+        block_m: Tokens.
+        block_n: Outputs.
+        block_k: Inputs; a multiple of the group.
+        warps: Warps a program.
+        stages: Tiles in flight.
+        weights_left: Whether weights are the left operand, of which matrix units take 64 rows.
+        descriptors: Whether inputs are loaded by tensor descriptors.
+        programs: For each multiprocessor, up to which K is taken in parts.
+    """
+
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 128
+    warps: int = 4
+    stages: int = 3
+    weights_left: bool = True
+    descriptors: bool = False
+    programs: int = 2
+
+    def parts(self, m: int, n: int, k: int, processors: int) -> int:
+        """How many parts K is taken in by so many multiprocessors."""
+        programs = -(-n // self.block_n) * -(-m // self.block_m)
+        return max(1, min(self.programs * processors // max(1, programs), k // _LEAST_INPUTS, _MOST_PARTS))
+
+    def shared_memory(self, per_byte: int, operand_bytes: int) -> int:
+        """About how many bytes it takes: tiles of inputs and codes on their way, and one of unpacked weights."""
+        inputs = self.stages * self.block_m * self.block_k * operand_bytes
+        packed = (self.stages - 1) * self.block_n * self.block_k // per_byte
+        return inputs + packed + self.block_n * self.block_k * operand_bytes + 4096
+
+
+_LEAST_INPUTS = 768
+"""Of a part of K, in the GEMM that unpacks."""
 _LEAST_TILES = 6
-"""Of a part of K: enough to be in flight together."""
+"""Of a part of K, in the product with few tokens: enough to be in flight together."""
 _MOST_PARTS = 16
 """Of a segment: what adds them reads each."""
 
@@ -286,6 +324,29 @@ def skinny_for(device: Device, m: int, k: int, group: int | None, per_byte: int 
     while chosen.shared_memory(m, k, group, per_byte, device.capability) > device.shared_memory and chosen.stages > 1:
         chosen = replace(chosen, stages=chosen.stages - 1)
     return chosen
+
+
+def fused_unpack_for(
+    device: Device, m: int, n: int, k: int, group: int | None, per_byte: int, operand_bytes: int
+) -> FusedUnpackConfig | None:
+    """The configuration of the GEMM that unpacks in its loop; None where other kernels are better.
+
+    Args:
+        device: Where it runs.
+        m: Tokens.
+        n: Outputs.
+        k: Inputs.
+        group: Of weights that share a scale; None for whole rows.
+        per_byte: Weights.
+        operand_bytes: 1 for the 8-bit paths, 2 for 16 bits.
+    """
+    size = group if group is not None and k > group else 0
+    facts = {"m": m, "n": n, "k": k, "grouped": size > 0, "bits": 8 * operand_bytes}
+    for candidate in tuned.all_of(FusedUnpackConfig, "fused_unpack", device.capability, **facts):
+        fits = candidate.shared_memory(per_byte, operand_bytes) <= device.shared_memory
+        if fits and (size == 0 or candidate.block_k % size == 0):
+            return candidate
+    return None
 
 
 def gemm_for(device: Device, m: int, segments: int, integers: bool, rank: int) -> GemmConfig:

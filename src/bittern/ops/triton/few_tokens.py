@@ -3,12 +3,15 @@
     a16   per segment with smoothing x / s, rounded to bf16;  then one pass over the packed weight
     a8    per segment codes of x and their scales;  then one pass, which folds weights to 8 bits on the way
 
-In 8 bits codes are those of many tokens, to the bit; sums are float32. A pass with a branch or a GELU, of several
-segments, or with more of K than a program should walk, gives parts, which are combined. How many there are follows
-from the device's multiprocessors, so that other devices round other sums.
+The pass is `skinny`, or `fused_unpack` where that was measured to be faster. In 8 bits codes are those of many tokens,
+to the bit; sums are float32. A pass with a branch or a GELU, of several segments, or with more of K than a program
+should walk, gives parts, which are combined. How many there are follows from the device's multiprocessors, so that
+other devices round other sums.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -16,11 +19,21 @@ from bittern import formats
 from bittern.ops.triton import config
 from bittern.ops.triton.activations import CODES, quantize, scratch_bounds
 from bittern.ops.triton.combine import combine
+from bittern.ops.triton.config import Device, FusedUnpackConfig, SkinnyConfig
+from bittern.ops.triton.fused_unpack import fused_unpack_segment
 from bittern.ops.triton.launch import Recorder, multiprocessors
 from bittern.ops.triton.layer_plan import Call, LayerPlan
 from bittern.ops.triton.projection import parts_of
 from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.smoothing import divide
+
+
+def tiles_for(
+    device: Device, m: int, n: int, k: int, group: int | None, per_byte: int, eight: bool
+) -> SkinnyConfig | FusedUnpackConfig:
+    """What multiplies a segment, and how."""
+    fused = config.fused_unpack_for(device, m, n, k, group, per_byte, 1 if eight else 2)
+    return fused or config.skinny_for(device, m, k, group, per_byte)
 
 
 class FewTokens(LayerPlan):
@@ -30,14 +43,19 @@ class FewTokens(LayerPlan):
         (m, n), device, group = call.out.shape, call.out.device, call.layout.group_size
         here, widths = config.device_of(device), [x.shape[1] for x in call.inputs]
         per_byte = formats.get(call.weight).codes_per_byte
-        tiles = [config.skinny_for(here, m, k, group, per_byte) for k in widths]
+        eight = call.path in CODES
+        tiles = [tiles_for(here, m, n, k, group, per_byte, eight) for k in widths]
         rank = 0 if call.up is None else call.up.shape[1]
         processors = multiprocessors(device)
-        parts = [t.parts(m, n, k, group, per_byte, processors) for t, k in zip(tiles, widths, strict=True)]
+        parts = [
+            t.parts(m, n, k, processors)
+            if isinstance(t, FusedUnpackConfig)
+            else t.parts(m, n, k, group, per_byte, processors)
+            for t, k in zip(tiles, widths, strict=True)
+        ]
         whole = sum(parts) == 1 and not rank and call.gelu_from is None
         lows = [parts_of(k) if rank else 0 for k in widths]
         bounds = scratch_bounds(call.layout)
-        eight = call.path in CODES
         # A smoothed x is rounded to bf16, whatever it was.
         kind = CODES[call.path] if eight else torch.bfloat16
         wanted = eight or any(s is not None for s in call.smooth)
@@ -59,7 +77,8 @@ class FewTokens(LayerPlan):
                 quantize(x, None, None, operand, scales, None, 0, smooth=smooth, launch=recorder.launch)
             elif smooth is not None:
                 divide(x, smooth, operand, launch=recorder.launch)
-            skinny_segment(
+            multiply: Any = fused_unpack_segment if isinstance(tiles[i], FusedUnpackConfig) else skinny_segment
+            multiply(
                 operand,
                 scales,
                 call.codes,

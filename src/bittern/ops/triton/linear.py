@@ -5,7 +5,7 @@
     a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   a 16-bit weight, and the vendor's GEMM
 
-and on all paths but a4 with up to 64 tokens `few_tokens`.
+and on all paths but a4 `few_tokens` with up to 64 tokens, and with up to 256 where it was measured to be faster.
 
 The 8-bit operands live in torch's caching allocator for the length of a call, so that layers share the memory;
 the largest of FLUX needs 71 MB for activations and 66 MB for weights.
@@ -16,11 +16,12 @@ A layer's first call with a signature records its launches, and the next ones re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from bittern import formats
 from bittern.ops.triton import config
 from bittern.ops.triton.activations import CODES, quantize, scratch_bounds
 from bittern.ops.triton.few_tokens import FewTokens
@@ -36,6 +37,9 @@ from bittern.scheme import ACTIVATION_GROUP
 
 FEW_TOKENS = 64
 """Up to here packed weights are read in the product itself, on all paths but a4."""
+
+MIDDLE_TOKENS = 256
+"""Up to here they are where `fused_unpack` has a configuration for the device and the layer."""
 
 IN_PARTS = 1024
 """Up to here the 8-bit paths have the branch projected in parts of K, where rows are kept in registers: on Hopper."""
@@ -231,7 +235,31 @@ def plan(path: str, rows: int) -> Callable[..., Tensor]:
         return FourBits()
     if rows <= FEW_TOKENS:
         return FewTokens()
-    return many_tokens if path == "a16" else EightBits()
+    many = many_tokens if path == "a16" else EightBits()
+    return _Middle(many) if rows <= MIDDLE_TOKENS else many
+
+
+class _Middle:
+    """Few tokens or many: what is measured to be faster, once the layer and its device are known.
+
+    Args:
+        many: The plan for many.
+    """
+
+    def __init__(self, many: Callable[..., Tensor]) -> None:
+        self._many = many
+        self._chosen: Callable[..., Tensor] | None = None
+
+    def __call__(self, inputs: Sequence[Tensor], *args: Any) -> Tensor:
+        if self._chosen is None:
+            codes, weight, group, path = args[0], *args[6:9]
+            here, m = config.device_of(inputs[0].device), inputs[0].shape[:-1].numel()
+            per_byte, operand = formats.get(weight).codes_per_byte, 1 if path in CODES else 2
+            fused = (
+                config.fused_unpack_for(here, m, len(codes), x.shape[-1], group, per_byte, operand) for x in inputs
+            )
+            self._chosen = self._many if None in fused else FewTokens()
+        return self._chosen(inputs, *args)
 
 
 def quantize_activations(

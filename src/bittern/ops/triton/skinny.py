@@ -184,7 +184,7 @@ def _scale(scale_rows, group, count):
 
 
 @triton.jit
-def _row_scale(scale_rows, count, rows, LARGEST: tl.constexpr, FP8: tl.constexpr):
+def row_scale(scale_rows, count, rows, LARGEST: tl.constexpr, FP8: tl.constexpr):
     """C of rows of several groups, as `unpack` finds it."""
     peak = tl.zeros([rows.shape[0], SCALES], tl.float32)
     for first in range(0, count, SCALES):
@@ -278,7 +278,7 @@ def _multiply(
     folded = tl.full([BLOCK_N], 1.0, tl.float32)
     inverse = folded
     if FOLD == 8:
-        folded = _row_scale(scale_rows, count, rows, LARGEST, FP8)
+        folded = row_scale(scale_rows, count, rows, LARGEST, FP8)
         inverse = reciprocal(folded)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     first = part * part_width
