@@ -427,13 +427,16 @@ def fused(bench: Bench) -> None:
                     if beside:
                         bench.rows.append({**beside, "case": case})
                     floor = max(size / BANDWIDTH, 2 * m * n * k / RATES["fp8" if bits == 8 else "bf16"]) * 1e3
-                    facts = {"floor": floor} | ({"predicted": us / 1e3} if (weight, bits) == ("int4", 8) else {})
+                    guess = {"predicted": us / 1e3} if (weight, bits) == ("int4", 8) else {}
                     fits = [c for b, c in FUSED_CONFIGS if b == bits and max(16, m // 2) <= c.block_m <= m]
                     for chosen in (None, *fits):
                         run = FewTokens() if chosen or m <= 64 else linear.plan(path, 512)
                         call, rest = with_tiles(chosen, run), (*parts, bias, weight, group, path, ())
                         calls = [functools.partial(call, [x], p, s, *rest) for p, s in data]
-                        bench.time("fused" if chosen else "not fused", case, str(chosen or ""), calls, **facts)
+                        if chosen:
+                            bench.time("fused", case, str(chosen), calls, floor=floor, **guess)
+                        else:
+                            bench.time("not fused", case, "", calls, floor=floor)
 
 
 def projections(bench: Bench) -> None:

@@ -46,7 +46,7 @@ def kernels(result: dict[str, Any]) -> Iterator[str]:
             library = best.get((LIBRARY.get(kernel, ""), case))
             versus = f"{library['ms']:.4f} | {library['ms'] / row['ms']:.2f}" if library else "|"
             # The GEMM's predictions were made for fp8.
-            predicted = "" if kernel == "gemm int8" else f"{row['predicted']:.4f}"
+            predicted = f"{row['predicted']:.4f}" if "predicted" in row and kernel != "gemm int8" else ""
             yield (
                 f"| {kernel} | {case} | {row['ms']:.4f} | {predicted} | {row['floor']:.4f} "
                 f"| {row['floor'] / row['ms']:.2f} | {versus} |"
