@@ -396,8 +396,11 @@ def with_tiles(chosen: FusedUnpackConfig | None, run: Callable[..., Tensor]) -> 
     """A layer's plan, whose weights are unpacked in the product with this configuration, or not so with None."""
 
     def call(*args: Any) -> Tensor:
-        configs.fused_unpack_for = lambda *_: chosen
-        return run(*args)
+        usual, configs.fused_unpack_for = configs.fused_unpack_for, lambda *_: chosen
+        try:
+            return run(*args)
+        finally:
+            configs.fused_unpack_for = usual
 
     return call
 

@@ -14,7 +14,7 @@ from triton import knobs
 
 from bittern import ops
 from bittern.ops import dispatch
-from bittern.ops.triton import direct, launch, linear
+from bittern.ops.triton import config, direct, launch, linear
 
 fake_gpu.install()
 
@@ -112,6 +112,23 @@ def test_what_is_repeated_is_what_triton_would_launch(
         found.append(described(fake_gpu.launched, [*tensors, y]))
     assert len(fake_gpu.searches) == 2 * launches
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "segments", "rank", "m", "launches"),
+    [
+        ("a8-fp8", (256,), 16, 40, 3),
+        ("a8-int8", (256,), 0, 100, 2),
+        ("a16", (128, 256), 0, 70, 3),
+        ("a16", (256,), 16, 256, 3),
+    ],
+)
+def test_launches_of_weights_unpacked_in_the_product_are_repeated(
+    path: str, segments: tuple[int, ...], rank: int, m: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "fused_unpack_for", lambda *_: config.FusedUnpackConfig(descriptors=True))
+    test_what_is_repeated_is_what_triton_would_launch(path, segments, rank, m, launches)
+    assert "fused_unpack_kernel" in {name for name, *_ in fake_gpu.launched}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def exact_float32() -> None:
 @pytest.mark.parametrize("case", LARGE)
 def test_every_number_of_rows_against_the_reference(path: str, case: Any) -> None:
     layer = random_gpu_layer(case)
-    for m in (0, 1, 7, 16, 33, 512, 4608):
+    for m in (0, 1, 7, 16, 33, 65, 128, 200, 256, 512, 4608):
         inputs = random_gpu_inputs(m, case[1], "outliers")
         y = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
         again = ops.few_bit_linear(inputs, path=path, **layer.kwargs())

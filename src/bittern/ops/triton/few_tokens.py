@@ -11,15 +11,17 @@ other devices round other sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bittern import formats
 from bittern.ops.triton import config
 from bittern.ops.triton.activations import CODES, quantize, scratch_bounds
 from bittern.ops.triton.combine import combine
-from bittern.ops.triton.config import Device, FusedUnpackConfig, SkinnyConfig
+from bittern.ops.triton.config import FusedUnpackConfig
 from bittern.ops.triton.fused_unpack import fused_unpack_segment
 from bittern.ops.triton.launch import Recorder, multiprocessors
 from bittern.ops.triton.layer_plan import Call, LayerPlan
@@ -28,12 +30,13 @@ from bittern.ops.triton.skinny import skinny_segment
 from bittern.ops.triton.smoothing import divide
 
 
-def tiles_for(
-    device: Device, m: int, n: int, k: int, group: int | None, per_byte: int, eight: bool
-) -> SkinnyConfig | FusedUnpackConfig:
-    """What multiplies a segment, and how."""
-    fused = config.fused_unpack_for(device, m, n, k, group, per_byte, 1 if eight else 2)
-    return fused or config.skinny_for(device, m, k, group, per_byte)
+def fused_tiles(
+    inputs: Sequence[Tensor], codes: Tensor, weight: str, group: int | None, path: str
+) -> list[FusedUnpackConfig | None]:
+    """For each input how weights are unpacked in its product; None where they are not."""
+    device, m = config.device_of(codes.device), inputs[0].shape[:-1].numel()
+    about = group, formats.get(weight).codes_per_byte, 1 if path in CODES else 2
+    return [config.fused_unpack_for(device, m, len(codes), x.shape[-1], *about) for x in inputs]
 
 
 class FewTokens(LayerPlan):
@@ -44,7 +47,8 @@ class FewTokens(LayerPlan):
         here, widths = config.device_of(device), [x.shape[1] for x in call.inputs]
         per_byte = formats.get(call.weight).codes_per_byte
         eight = call.path in CODES
-        tiles = [tiles_for(here, m, n, k, group, per_byte, eight) for k in widths]
+        fused = fused_tiles(call.inputs, call.codes, call.weight, group, call.path)
+        tiles = [f or config.skinny_for(here, m, k, group, per_byte) for f, k in zip(fused, widths, strict=True)]
         rank = 0 if call.up is None else call.up.shape[1]
         processors = multiprocessors(device)
         parts = [

@@ -14,7 +14,7 @@ weight), is scaled, rounded and put into shared memory, from where matrix units 
 take turns at the two. Weights may be the left operand of the product, whose rows are 64 at the least, so that a tile
 may have 16 tokens.
 
-Floor: N·K·b/8 bytes and 2·M·N·K operations: 12288 x 3072 int4 with 128 tokens 19.9 MB or 6.6 us, and 9.7 GFLOP,
+Floor: N·K·b/8 bytes and 2·M·N·K operations: 12288 x 3072 int4 with 128 tokens 20.1 MB or 6.7 us, and 9.7 GFLOP,
 9.8 us in bf16 and 4.9 in 8 bits. Beside them 4.5 operations a weight in bf16 and 6.7 in 8 bits on the general ALUs:
 5.7 us and 8.5. Each tile reads all of its tokens' inputs from the L2 cache: 192 tiles with 256 tokens in 8 bits
 151 MB, some 27 us, which is why more tokens are better served by `unpack` and `gemm`.

@@ -5,7 +5,7 @@
     a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   a 16-bit weight, and the vendor's GEMM
 
-and on all paths but a4 `few_tokens` with up to 64 tokens, and with up to 256 where it was measured to be faster.
+and on all paths but a4 `few_tokens`: with up to 64 tokens, and from 65 to 256 where that was measured to be faster.
 
 The 8-bit operands live in torch's caching allocator for the length of a call, so that layers share the memory;
 the largest of FLUX needs 71 MB for activations and 66 MB for weights.
@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bittern import formats
 from bittern.ops.triton import config
 from bittern.ops.triton.activations import CODES, quantize, scratch_bounds
-from bittern.ops.triton.few_tokens import FewTokens
+from bittern.ops.triton.few_tokens import FewTokens, fused_tiles
 from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.grouped_gemm import grouped_gemm
@@ -250,16 +249,27 @@ class _Middle:
         self._many = many
         self._chosen: Callable[..., Tensor] | None = None
 
-    def __call__(self, inputs: Sequence[Tensor], *args: Any) -> Tensor:
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        codes: Tensor,
+        scales: Tensor,
+        smooth: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        bias: Tensor | None,
+        weight: str,
+        group_size: int | None,
+        path: str,
+        *rest: Any,
+    ) -> Tensor:
+        """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
         if self._chosen is None:
-            codes, weight, group, path = args[0], *args[6:9]
-            here, m = config.device_of(inputs[0].device), inputs[0].shape[:-1].numel()
-            per_byte, operand = formats.get(weight).codes_per_byte, 1 if path in CODES else 2
-            fused = (
-                config.fused_unpack_for(here, m, len(codes), x.shape[-1], group, per_byte, operand) for x in inputs
-            )
-            self._chosen = self._many if None in fused else FewTokens()
-        return self._chosen(inputs, *args)
+            # Few tokens round a smoothed x to bf16, and a branch in float16 may leave its range.
+            exact = path == "a16" and inputs[0].dtype == torch.float16
+            fused = not exact and None not in fused_tiles(inputs, codes, weight, group_size, path)
+            self._chosen = FewTokens() if fused else self._many
+        return self._chosen(inputs, codes, scales, smooth, down, up, bias, weight, group_size, path, *rest)
 
 
 def quantize_activations(
