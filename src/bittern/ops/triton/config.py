@@ -117,7 +117,7 @@ class SpecializedConfig:
     Attributes:
         block_n: Outputs.
         block_k: Inputs; divides `SCRATCH_MULTIPLE`.
-        group_m: As of `GemmConfig`.
+        group_m: As of `GemmConfig`; 12 by 11 tiles are the 132 multiprocessors of an H100 and an H200.
         stages: Tiles in flight.
         chunk: Outputs that leave together.
         buffers: For those that are on their way.
@@ -125,7 +125,7 @@ class SpecializedConfig:
 
     block_n: int = 256
     block_k: int = 128
-    group_m: int = 16
+    group_m: int = 12
     stages: int = 4
     chunk: int = 64
     buffers: int = 1
