@@ -748,6 +748,29 @@ def test_branches_of_many_loras(path: str, m: int, rank: int, gelu_from: int | N
     assert np.linalg.norm(error) <= 6e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
+@pytest.mark.parametrize("rank", [16, 40, 144])
+def test_a_branch_whose_middle_is_beyond_float16(path: str, rank: int, plans: str) -> None:
+    layer = random_layer(0, N, (70, 300), rank=rank, smooth=True, stored=FP16)
+    assert layer.down is not None and layer.up is not None
+    layer = dataclasses.replace(layer, down=layer.down * 2**12, up=layer.up * 2.0**-12)
+    inputs = random_inputs(3, "gaussian", 9, layer.layout.segments, FP16)
+    for x in inputs:
+        x *= torch.tensor([0.0, 1e-3, 1, 30, 60, 100, 200, 400, 500], dtype=FP16)[:, None]
+    low = sum(x.float() @ d.float().T for x, d in zip(inputs, layer.down.split(layer.layout.segments, 1), strict=True))
+    assert isinstance(low, Tensor) and low.abs().max() > 10 * torch.finfo(FP16).max
+    if path == "a4":
+        check_four_bits(inputs, layer, ())
+        return
+    y = run(inputs, layer, path)
+    if path == "a16" and plans == "many":
+        # The branch is part of the weight, which is rounded.
+        want, _ = expect(inputs, layer, path)
+        assert np.linalg.norm(y.cpu().double().numpy() - want) <= 5e-3 * np.linalg.norm(want)
+    else:
+        check(y, inputs, layer, path, FUSED[path] if plans == "fused" else 0.0)
+
+
 @pytest.mark.usefixtures("plans")
 @pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
 @pytest.mark.parametrize("gelu_from", [0, 17, N])

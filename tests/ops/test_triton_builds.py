@@ -38,7 +38,7 @@ from bittern.ops.triton import (
 pytestmark = pytest.mark.covering
 
 FP8, INT8 = "fp8e4nv", "i8"
-GLUON = {FP8: gl.float8e4nv, "bf16": gl.bfloat16, "fp32": gl.float32}
+GLUON = {FP8: gl.float8e4nv, "bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
 SCALES = {"int4": "*bf16", "nvfp4": "*fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # What a block may use of the shared memory, by compute capability.
@@ -99,7 +99,10 @@ def expect(compiled: Any, capability: int, instruction: str, folder: Path, stack
         (120, FP8, r"mma\.sync\.aligned\S*m16n8k32\S*f32\.e4m3\.e4m3"),
     ],
 )
-@pytest.mark.parametrize(("rank", "factor"), [(32, "bf16"), (config.LARGEST_RANK, "bf16"), (32, "fp32")])
+@pytest.mark.parametrize(
+    ("rank", "factor"),
+    [(32, "bf16"), *((config.LARGEST_RANK, factor) for factor in ("bf16", "fp16")), (32, "fp16"), (32, "fp32")],
+)
 def test_gemm(
     capability: int, kind: str, instruction: str, segments: int, rank: int, factor: str, tmp_path: Path
 ) -> None:
@@ -138,13 +141,13 @@ def test_gemm(
             "DESCRIPTORS": chosen.descriptors,
             "STORE_DESCRIPTORS": chosen.store_descriptors,
             "HALVES": chosen.halves,
-            "EARLY": chosen.early,
+            "EARLY": chosen.early and factor != "fp16",
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
     # The factors of a high rank, and more so those in float32, are spilled at the end, once for a tile.
-    stack = 1024 if factor == "fp32" else 256 if segments == 2 or rank > 32 else STACK
+    stack = 1024 if factor == "fp32" else 288 if segments == 2 or rank > 32 else STACK
     expect(compiled, capability, instruction, tmp_path, stack)
 
 
@@ -309,7 +312,7 @@ def test_fused_unpack(
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(
-    ("parts", "rank", "factor"), [(4, 32, "bf16"), (32, 128, "bf16"), (16, 128, "fp32"), (2, 0, "")]
+    ("parts", "rank", "factor"), [(4, 32, "bf16"), (32, 128, "bf16"), (32, 128, "fp16"), (16, 128, "fp32"), (2, 0, "")]
 )
 def test_combine(capability: int, parts: int, rank: int, factor: str, tmp_path: Path) -> None:
     compiled = build(
@@ -597,7 +600,8 @@ INT8_INSTRUCTION = r"mma\S*s32\.s8\.s8"
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize(("group", "segments", "tokens"), [(64, 1, 4096), (64, 2, 4096), (0, 2, 4096), (32, 1, 7)])
-def test_grouped_gemm(capability: int, group: int, segments: int, tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor", ["bf16", "fp16"])
+def test_grouped_gemm(capability: int, group: int, segments: int, tokens: int, factor: str, tmp_path: Path) -> None:
     device = config.Device((capability // 10, capability % 10), SHARED[capability])
     chosen = config.grouped_gemm_for(device, tokens)
     compiled = build(
@@ -610,7 +614,7 @@ def test_grouped_gemm(capability: int, group: int, segments: int, tokens: int, t
             "row_scales": "*fp32",
             "scales": "*bf16",
             "low": "*fp32",
-            "up": "*bf16",
+            "up": "*" + factor,
             "bias": "*bf16",
         },
         {
@@ -718,7 +722,8 @@ def test_attention(capability: int, size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("rank", [0, 32, 64])
 @pytest.mark.parametrize("width", [256, 128, 64])
-def test_specialized_gemm(segments: int, rank: int, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_specialized_gemm(segments: int, rank: int, width: int, dtype: str, tmp_path: Path) -> None:
     """Three groups of warps; only the one that loads gives registers up."""
     chosen = config.specialized_for(config.Device((9, 0), SHARED[90]), 512, segments, rank, width)
     assert chosen is not None
@@ -730,10 +735,10 @@ def test_specialized_gemm(segments: int, rank: int, width: int, tmp_path: Path) 
     arguments = {
         "a": tiles(FP8, 64, chosen.block_k),
         "b": tiles(FP8, chosen.block_n, chosen.block_k),
-        "out": tiles("bf16", 64, chosen.chunk),
+        "out": tiles(dtype, 64, chosen.chunk),
         "column_scales": tiles("fp32", segments, chosen.block_n),
-        "up": tiles("bf16", chosen.block_n, max(rank, 16)),
-        "bias": tiles("bf16", 1, chosen.block_n),
+        "up": tiles(dtype, chosen.block_n, max(rank, 16)),
+        "bias": tiles(dtype, 1, chosen.block_n),
         "row_scales": "*fp32",
         "low": "*fp32",
     }
@@ -765,6 +770,6 @@ def test_specialized_gemm(segments: int, rank: int, width: int, tmp_path: Path) 
         90,
         rf"wgmma\.mma_async\.sync\.aligned\.m64n{chosen.block_n}k32\.f32\.e4m3\.e4m3",
         tmp_path,
-        160 if rank == 64 else 128,
+        160 if rank == 64 or dtype == "fp16" else 128,
     )
     assert "setmaxnreg.dec.sync.aligned.u32 	40" in compiled.asm["ptx"]

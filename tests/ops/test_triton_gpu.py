@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -130,6 +131,23 @@ def test_gelu_at_full_size(path: str, gelu_from: int) -> None:
     with ops.use_backend("torch"):
         want = ops.few_bit_linear(inputs, path=path, gelu_from=gelu_from, **layer.kwargs())
     assert relative(y, want) <= 5e-3
+
+
+@pytest.mark.parametrize("path", [*PATHS, "a4", "a16"])
+@pytest.mark.parametrize("segments", [(3072,), (3072, 12288)])
+@pytest.mark.parametrize("n", [3072, 1001])
+def test_a_branch_whose_middle_is_beyond_float16_at_full_size(path: str, segments: tuple[int, ...], n: int) -> None:
+    """Tokens of all sizes side by side: what one is divided by is not another's."""
+    layer = moved(random_layer(0, n, segments, rank=32, smooth=True, stored=torch.float16))
+    layer = dataclasses.replace(layer, down=layer.down * 2**12, up=layer.up * 2.0**-12)
+    for m in (7, 64, 100, 600, 4608):
+        sizes = 2.0 ** torch.randint(-6, 9, (m, 1), generator=torch.Generator().manual_seed(m)).cuda()
+        inputs = [(x.float() * sizes).half() for x in random_gpu_inputs(m, segments)]
+        y = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
+        with ops.use_backend("torch"):
+            want = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
+        error = (y.double() - want.double()).norm(dim=-1) / want.double().norm(dim=-1)
+        assert error.max() <= 5e-3
 
 
 @pytest.mark.parametrize("segments", [(512,), (384, 640)])

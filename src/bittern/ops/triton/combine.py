@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bittern.ops.triton.config import padded_rank
 from bittern.ops.triton.launch import Launch, cdiv, launch
-from bittern.ops.triton.numerics import gelu, product, rounded
+from bittern.ops.triton.numerics import add_branch, gelu, in_range, rounded
 from bittern.ops.triton.projection import sum_of_parts
 
 BLOCK_M, BLOCK_N, WARPS = 16, 64, 4
@@ -102,7 +102,8 @@ def combine_kernel(
     if RANK > 0:
         ranks = tl.arange(0, RANK)
         u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
-        total = product(sum_of_parts(low, tokens, m, rank, LOW_PARTS, RANK).to(u.dtype), u.T, total)
+        projected, power = in_range(sum_of_parts(low, tokens, m, rank, LOW_PARTS, RANK), u.dtype)
+        total = add_branch(total, projected, power, u)
     if BIAS:
         total += tl.load(bias + wide).to(tl.float32)[None, :]
     if GELU:

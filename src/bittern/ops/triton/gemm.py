@@ -7,8 +7,9 @@ The maths, for M tokens, N outputs, segments of K, and rank R:
 with codes Qa [M, K] and Qw [N, K] in int8 (summed in int32, exactly) or e4m3 (in float32, on Hopper with the
 tensor cores' own fast accumulation), one scale a for each token and segment and one c for each output and
 segment. Each is applied once per element of a tile, and the result is rounded once. The low-rank product takes
-`low` rounded to U's dtype: half a unit of bf16 in a part of the sum. In fp8 a first segment's sums are brought to
-the scales of the second, which is then added to them: sums · (a1 / a2) · (c1 / c2).
+`low` rounded to U's dtype: half a unit of bf16 in a part of the sum; in float16 tokens that exceed its range are
+divided by a power of two, and so are their sums until the product is added. In fp8 a first segment's sums are brought
+to the scales of the second, which is then added to them: sums · (a1 / a2) · (c1 / c2).
 
 Layout: both operands are row-major, K contiguous; segments start at multiples of 128 and are filled with
 zeros, so that no tile needs a mask along K. One program per multiprocessor walks over output tiles, GROUP_M
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from bittern.ops.triton.config import GemmConfig, padded_rank
 from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, launch, multiprocessors
-from bittern.ops.triton.numerics import floored, gelu, product, rounded
+from bittern.ops.triton.numerics import add_branch, floored, gelu, in_range, rounded
 
 
 def gemm(
@@ -91,7 +92,8 @@ def gemm(
         DESCRIPTORS=config.descriptors,
         STORE_DESCRIPTORS=store_descriptors,
         HALVES=config.halves,
-        EARLY=config.early,
+        # What float16's powers are worked out from would take shared memory during the products.
+        EARLY=config.early and (up is None or up.dtype != torch.float16),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -123,11 +125,13 @@ def _add_products(
 
 @triton.jit
 def factors(low, up, a_rows, b_rows, rank, stride_up, RANK: tl.constexpr):
-    """The tile's rows of the low-rank branch, both in the dtype of U."""
+    """The tile's rows of the low-rank branch, both in the dtype of U; the former with their powers (`in_range`)."""
     ranks = tl.arange(0, RANK)
     known = (ranks < rank)[None, :]
     u = tl.load(up + b_rows[:, None] * stride_up + ranks[None, :], mask=known, other=0.0)
-    return tl.load(low + a_rows[:, None] * rank + ranks[None, :], mask=known, other=0.0).to(u.dtype), u
+    projected = tl.load(low + a_rows[:, None] * rank + ranks[None, :], mask=known, other=0.0)
+    projected, power = in_range(projected, u.dtype)
+    return projected, power, u
 
 
 @triton.jit
@@ -178,7 +182,7 @@ def gemm_kernel(
             # What the epilogue reads is asked for now and arrives during the products.
             row_scale, column_scale = tl.load(row_scales + a_rows), tl.load(column_scales + b_rows)
             if RANK > 0:
-                projected, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+                projected, power, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
             if BIAS:
                 shift = tl.load(bias + b_rows)
 
@@ -212,8 +216,8 @@ def gemm_kernel(
             y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
         if RANK > 0:
             if not EARLY:
-                projected, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
-            y = product(projected, u.T, y)
+                projected, power, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+            y = add_branch(y, projected, power, u)
         if BIAS:
             if not EARLY:
                 shift = tl.load(bias + b_rows)

@@ -30,7 +30,7 @@ from bittern.formats import KLayout
 from bittern.ops.triton.config import GroupedGemmConfig, padded_rank
 from bittern.ops.triton.gemm import DTYPES, factors
 from bittern.ops.triton.launch import Launch, cdiv, launch
-from bittern.ops.triton.numerics import gelu, product, rounded
+from bittern.ops.triton.numerics import add_branch, gelu, rounded
 from bittern.scheme import ACTIVATION_GROUP
 
 _GROUP = tl.constexpr(ACTIVATION_GROUP)
@@ -178,8 +178,8 @@ def grouped_gemm_kernel(
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if RANK > 0:
-        projected, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
-        y = product(projected, u.T, y)
+        projected, power, u = factors(low, up, a_rows, b_rows, rank, stride_up, RANK)
+        y = add_branch(y, projected, power, u)
     if BIAS:
         y += tl.load(bias + b_rows).to(tl.float32)[None, :]
     if GELU:

@@ -265,7 +265,7 @@ class _Middle:
     ) -> Tensor:
         """The layer's output. Arguments as in `bittern.ops.few_bit_linear`."""
         if self._chosen is None:
-            # Few tokens round a smoothed x to bf16, and a branch in float16 may leave its range.
+            # Few tokens round a smoothed x to bf16.
             exact = path == "a16" and inputs[0].dtype == torch.float16
             fused = not exact and None not in fused_tiles(inputs, codes, weight, group_size, path)
             self._chosen = FewTokens() if fused else self._many

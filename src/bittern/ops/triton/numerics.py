@@ -139,6 +139,41 @@ def product(a, b, accumulator):
 
 
 @triton.jit
+def in_range(low, DTYPE: tl.constexpr):
+    """Down-projected inputs [M, R] in the dtype of U, and the powers of two [M] that they were divided by.
+
+    Those are 1 but in float16, which ends at 65,504, where what follows a product with D may not.
+    """
+    power = tl.full([low.shape[0]], 1.0, tl.float32)
+    if DTYPE == tl.float16:
+        power = power_above(largest_of(tl.abs(low)))
+        low *= reciprocal_of_power(power)[:, None]
+    return low.to(DTYPE), power
+
+
+@triton.jit
+def power_above(peak):
+    """The least power of two, 1 or more, that brings magnitudes below 2^15; not finite where they are not."""
+    power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 6.103515625e-5
+    return tl.where(power < 1.0, 1.0, power)
+
+
+@triton.jit
+def reciprocal_of_power(power):
+    """1 over a power of two, exactly."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_branch(y, low, power, u):
+    """The sum y + power · low · U^T, with what `in_range` returns."""
+    if u.dtype == tl.float16:
+        return product(low, u.T, y * reciprocal_of_power(power)[:, None]) * power[:, None]
+    else:
+        return product(low, u.T, y)
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """float32 as a result's dtype, to nearest, ties to even; the interpreter's own cast to bf16 cuts off."""
     if INTERPRETED and DTYPE == tl.bfloat16:

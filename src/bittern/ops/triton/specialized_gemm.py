@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from bittern.ops.triton.config import SpecializedConfig, padded_rank
 from bittern.ops.triton.launch import Launch, Operand, Tiled, cdiv, launch, multiprocessors
-from bittern.ops.triton.numerics import floored, gelu
+from bittern.ops.triton.numerics import floored, gelu, largest_of, power_above, reciprocal_of_power
 
 HALF = gl.constexpr(64)
 """Tokens of a warp group."""
@@ -180,19 +180,19 @@ def _halved(x):
 
 @gluon.jit
 def _finish(
-    acc, row_scale, scale_tile, low, up_tile, bias_tile, out, out_tiles, row, column, gelu_from, FIRST: gl.constexpr,
-    GROUP: gl.constexpr, SEGMENTS: gl.constexpr, RANK: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
-    CHUNK: gl.constexpr, BUFFERS: gl.constexpr,
+    acc, row_scale, scale_tile, low, power, up_tile, bias_tile, out, out_tiles, row, column, gelu_from,
+    FIRST: gl.constexpr, GROUP: gl.constexpr, SEGMENTS: gl.constexpr, RANK: gl.constexpr, BIAS: gl.constexpr,
+    GELU: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """Scales a group's sums, adds branch and bias, and stores them, chunk by chunk."""
     if acc.shape[1] > CHUNK:
         left, right = _halved(acc)
         _finish(
-            left, row_scale, scale_tile, low, up_tile, bias_tile, out, out_tiles, row, column, gelu_from, FIRST, GROUP,
-            SEGMENTS, RANK, BIAS, GELU, CHUNK, BUFFERS,
+            left, row_scale, scale_tile, low, power, up_tile, bias_tile, out, out_tiles, row, column, gelu_from, FIRST,
+            GROUP, SEGMENTS, RANK, BIAS, GELU, CHUNK, BUFFERS,
         )  # fmt: skip
         _finish(
-            right, row_scale, scale_tile, low, up_tile, bias_tile, out, out_tiles, row, column, gelu_from,
+            right, row_scale, scale_tile, low, power, up_tile, bias_tile, out, out_tiles, row, column, gelu_from,
             FIRST + acc.shape[1] // 2, GROUP, SEGMENTS, RANK, BIAS, GELU, CHUNK, BUFFERS,
         )  # fmt: skip
     else:
@@ -204,7 +204,11 @@ def _finish(
             column_scale, _ = floored(last, column_scale)
         y = sums * row_scale[:, None] * column_scale
         if RANK > 0:
-            y = warpgroup_mma(low, up_tile.slice(FIRST, CHUNK, dim=0).permute((1, 0)), y)
+            branch = up_tile.slice(FIRST, CHUNK, dim=0).permute((1, 0))
+            if low.dtype == gl.float16:
+                y = warpgroup_mma(low, branch, y * reciprocal_of_power(power)[:, None]) * power[:, None]
+            else:
+                y = warpgroup_mma(low, branch, y)
         if BIAS:
             y += bias_tile.slice(FIRST, CHUNK, dim=1).load(layout).to(gl.float32)
         if GELU:
@@ -245,13 +249,19 @@ def _multiply(
             tokens = gl.minimum(row + gl.arange(0, HALF, gl.SliceLayout(1, left)), m - 1)
             ranks = gl.arange(0, RANK, gl.SliceLayout(0, left))
             projected = gl.load(low + tokens[:, None] * rank + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
-            projected = projected.to(UP_DTYPE)
+            if UP_DTYPE != gl.float16:
+                projected = projected.to(UP_DTYPE)
         acc = gl.zeros([HALF, BLOCK_N], gl.float32, layout)
         acc, stage, phase = _products(
             acc, a_tiles, b_tiles, full, empty, stage, phase, 0, first_segment, GROUP, BLOCK_K,
             STAGES, True,
         )  # fmt: skip
         mbarrier.wait(end_full, end_phase)
+        power = row_scale
+        if UP_DTYPE == gl.float16:
+            power = power_above(largest_of(gl.abs(projected)))
+            projected = (projected * reciprocal_of_power(power)[:, None]).to(UP_DTYPE)
+            power = gl.convert_layout(power, gl.SliceLayout(1, narrow))
         if SEGMENTS == 2:
             row_scale, row_ratio = floored(gl.load(row_scales + m + rows), row_scale)
             first, last = scale_tile.slice(0, 1, dim=0).load(layout), scale_tile.slice(1, 1, dim=0).load(layout)
@@ -262,8 +272,8 @@ def _multiply(
                 False,
             )  # fmt: skip
         _finish(
-            acc, row_scale, scale_tile, projected, up_tile, bias_tile, out, out_tiles, row, column, gelu_from, 0, GROUP,
-            SEGMENTS, RANK, BIAS, GELU, CHUNK, BUFFERS,
+            acc, row_scale, scale_tile, projected, power, up_tile, bias_tile, out, out_tiles, row, column, gelu_from, 0,
+            GROUP, SEGMENTS, RANK, BIAS, GELU, CHUNK, BUFFERS,
         )  # fmt: skip
         mbarrier.arrive(end_empty, count=1)
         end_phase ^= 1

@@ -86,7 +86,14 @@ def projected(inputs: Sequence[Tensor], down: Tensor) -> Tensor:
 
 
 def with_branch(y: Tensor, inputs: Sequence[Tensor], down: Tensor, up: Tensor) -> Tensor:
-    """Adds (x · D^T) · U^T to y in place, by the vendor's GEMM, in the dtype of x."""
+    """Adds (x · D^T) · U^T to y in place, by the vendor's GEMM, in the dtype of x; in float32 beside float16.
+
+    float16 ends at 65,504, where x · D^T may not.
+    """
+    if y.dtype == torch.float16:
+        flat = y.view(-1, y.shape[-1])
+        flat.copy_(flat.float().addmm_(projected(inputs, down), up.float().T))
+        return y
     low: Tensor | None = None
     start = 0
     for x in inputs:
