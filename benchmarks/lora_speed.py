@@ -28,7 +28,7 @@ from bittern import recipes
 from bittern.architectures import plan
 from bittern.errors import UserError
 from bittern.evaluation.cost import models, random_weights
-from bittern.evaluation.cost.benchmark import How, Row, compile_blocks, measure, place
+from bittern.evaluation.cost.benchmark import How, Row, add_kernels, compile_blocks, measure, place
 from bittern.evaluation.cost.inputs import inputs
 from bittern.evaluation.cost.timing import Ratio
 from bittern.pipelines import check_device
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> Row:
             rows[f"{name} [{row['mode']}]"] = row
             keep(record, args.json)
             print({key: value for key, value in row.items() if key != "kernels"}, file=sys.stderr, flush=True)
+    if how.profile:
+        add_kernels(rows.values(), {name: build for name, (build, _) in sides.items()}, called_with, how)
     record["another_strength"] = another_strength(fused(wearing(few(), targets, args.rank)), called_with, how)
     keep(record, args.json)
     return record

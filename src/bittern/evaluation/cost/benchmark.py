@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class How:
         runs: How many runs.
         compile: Whether repeated blocks are compiled as well.
         graph: Whether CUDA graphs are replayed as well.
-        profile: Whether to tell what a step's time goes to.
+        profile: Whether to tell what a step's time goes to, once everything is timed.
         attention: One of diffusers' attention backends, on both sides.
         path: Arithmetic forced on few-bit layers; None for the best here.
         device: Where everything runs.
@@ -186,11 +186,17 @@ def benchmark(
     elif recipe is not None:
         sides[recipe] = lambda: few_bit(what, recipe, how.device, how.dtype)
     found = Benchmark(model, recipe, size, how)
+
+    def make(built: nn.Module) -> Inputs:
+        return _inputs(built, what, size, how)
+
     for name, build in sides.items():
-        for row in measure(name, build, lambda built: _inputs(built, what, size, how), how):
+        for row in measure(name, build, make, how):
             found.rows.append(row)
             if on_row:
                 on_row(row)
+    if how.profile:
+        add_kernels(found.rows, sides, make, how)
     return found
 
 
@@ -291,8 +297,6 @@ def _ways(
     }
     if mode == "compiled":
         row |= {"graphs": compiled - known, "graphs_after_warm_up": _graphs() - compiled}
-    if how.profile:
-        row["kernels"] = profiled(step, how.device)
     yield row
     if how.graph:
         began = time.perf_counter()
@@ -301,10 +305,61 @@ def _ways(
         _wait(how.device)
         replayed = timed(graph.replay, how.device, steps=how.steps, runs=how.runs)
         seconds_to_ready = round(seconds + first + time.perf_counter() - began, 2)
-        row = {**row, "mode": f"{mode} graph", **replayed.to_dict(), "seconds_to_ready": seconds_to_ready}
-        if how.profile:
-            row["kernels"] = profiled(graph.replay, how.device)
-        yield row
+        yield {**row, "mode": f"{mode} graph", **replayed.to_dict(), "seconds_to_ready": seconds_to_ready}
+
+
+def add_kernels(
+    rows: Collection[Row],
+    sides: Mapping[str, Callable[[], nn.Module]],
+    make: Callable[[nn.Module], Inputs],
+    how: How,
+) -> None:
+    """Tells in each row what a step's time goes to.
+
+    Everything must have been timed: torch's profiler stays attached to a process, which slows what is launched later
+    (https://github.com/pytorch/pytorch/issues/144455).
+
+    Args:
+        rows: Of `measure`.
+        sides: What makes the models, by the names in the rows.
+        make: As for `measure`.
+        how: As for `measure`.
+    """
+    for name, build in sides.items():
+        mine = {row["mode"]: row for row in rows if row["model"] == name}
+        for mode, kernels in _kernels(build, make, how) if mine else ():
+            mine[mode]["kernels"] = kernels
+
+
+@torch.no_grad()
+def _kernels(
+    build: Callable[[], nn.Module], make: Callable[[nn.Module], Inputs], how: How
+) -> Generator[tuple[str, list[Row]]]:
+    """What a step's time goes to in each way of running a model."""
+    clean(how.device)
+    model = build()
+    if how.path is not None and layers.quant_layers(model):
+        layers.set_path(model, how.path)
+    x = make(model)
+
+    def step() -> Any:
+        return model(**x, return_dict=False)[0]
+
+    try:
+        with attention.using(model, how.attention):
+            for mode in ("eager", "compiled") if how.compile else ("eager",):
+                if mode == "compiled":
+                    compile_blocks(model, how.compiler, fullgraph=how.fullgraph)
+                for _ in range(WARM_UP):
+                    step()
+                yield mode, profiled(step, how.device)
+                if how.graph:
+                    graph, _ = graphs.record(step)
+                    graph.replay()
+                    yield f"{mode} graph", profiled(graph.replay, how.device)
+    finally:
+        del model, x
+        clean(how.device)
 
 
 def profiled(step: Callable[[], object], device: str) -> list[Row]:
