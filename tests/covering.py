@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 
 import pytest
 
 MARKER = "covering"
-TIMES = 2
-"""How often a value occurs, where it does so in as many cases."""
 
 
 def slow_beyond(items: Iterable[pytest.Item]) -> None:
@@ -26,10 +24,8 @@ def slow_beyond(items: Iterable[pytest.Item]) -> None:
     for several in cases.values():
         # One name for each `parametrize`: values that were written as one case stay one.
         values = {item: list(enumerate(item.callspec._idlist)) for item in several}
-        wanted = {value: min(TIMES, n) for value, n in Counter(v for each in values.values() for v in each).items()}
+        met: set[tuple[int, str]] = set()
         for item in random.Random(0).sample(several, len(several)):
-            if any(wanted[value] > 0 for value in values[item]):
-                for value in values[item]:
-                    wanted[value] -= 1
-            else:
+            if met.issuperset(values[item]):
                 item.add_marker(pytest.mark.slow)
+            met.update(values[item])

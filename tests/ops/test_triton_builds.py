@@ -331,7 +331,8 @@ def test_combine(capability: int, parts: int, rank: int, factor: str, tmp_path: 
         | ({} if rank else {"low": None, "up": None}),
         num_warps=combine.WARPS,
     )
-    instruction = rf"mma\S*f32\.{'tf32' if factor == 'fp32' else factor}" if rank else r"st\.global"
+    kind = {"bf16": "bf16", "fp16": "f16", "fp32": "tf32"}.get(factor)
+    instruction = rf"mma\S*f32\.{kind}|tcgen05\.mma\S*kind::{kind}" if rank else r"st\.global"
     expect(compiled, capability, instruction, tmp_path)
 
 
