@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bittern import formats, pipelines, quantization
+from bittern import formats, ops, pipelines, quantization
 from bittern.cli import main
 from bittern.evaluation.generate import generate, read_metadata, to_pil
+from bittern.scheme import Scheme
 
 Capture = pytest.CaptureFixture[str]
 
@@ -159,8 +160,14 @@ def test_doctor_gives_a_reason_for_every_path(capsys: Capture) -> None:
     assert any(row["runs"] for row in result["paths"])
     for weight in formats.FORMATS:
         assert {row["path"] for row in result["paths"] if row["weight"] == weight and row["runs"]}, weight
+    chosen = {
+        (row["weight"], row["activations"]): row for row in result["paths"] if row["chosen"] and row["device"] == "cpu"
+    }
+    for weight, bits in (("int4", 4), ("ternary", 8), ("int4", 16)):
+        choice, row = ops.choose_path(Scheme(weight=weight, activations=bits), "cpu"), chosen[weight, bits]
+        assert (row["path"], row["backend"], row["reason"]) == (choice.path, choice.backend, choice.reason)
     assert main.run(["doctor"]) == 0
-    assert "a8-int8" in capsys.readouterr().out
+    assert "chosen path" in capsys.readouterr().out
 
 
 def test_doctor_says_which_attention_runs_and_why_others_do_not(capsys: Capture) -> None:

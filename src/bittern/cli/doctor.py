@@ -34,6 +34,11 @@ def doctor(json: Json = False) -> None:
             (d["device"], d["name"], f"{d['memory_gib']:.1f} GiB", "yes" if d["bf16"] else "slow: draws in fp32")
             for d in here
         ]
+        chosen = [
+            (p["device"], p["weight"], p["activations"], p["path"], p["backend"], p["reason"])
+            for p in payload["paths"]
+            if p["chosen"]
+        ]
         paths = [
             (
                 p["device"],
@@ -53,6 +58,7 @@ def doctor(json: Json = False) -> None:
             payload,
             table(("package", "version"), found, left=2),
             table(("device", "name", "memory", "bf16"), devices, left=2),
+            table(("device", "weights", "activations", "chosen path", "backend", "reason"), chosen, left=6),
             table(("device", "weights", "activations", "path", "backend", "runs", "reason"), paths, left=7),
             table(("device", "attention", "runs", "reason"), attention, left=4),
         )
@@ -92,6 +98,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _paths(device: str) -> list[dict[str, Any]]:
+    """Every path and backend, best first for each scheme; the first that runs is chosen."""
     from bittern import ops
     from bittern.scheme import Scheme
 
@@ -102,19 +109,24 @@ def _paths(device: str) -> list[dict[str, Any]]:
         Scheme(weight="int4", activations=16),
         Scheme(weight="nvfp4", group_size=16, scale_dtype="e4m3", activations=16),
     )
-    return [
-        {
-            "device": device,
-            "weight": scheme.weight,
-            "activations": scheme.activations,
-            "path": verdict.path,
-            "backend": verdict.backend,
-            "runs": verdict.accepted,
-            "reason": verdict.reason,
-        }
-        for scheme in schemes
-        for verdict in ops.explain(scheme, device)
-    ]
+    rows: list[dict[str, Any]] = []
+    for scheme in schemes:
+        verdicts = ops.explain(scheme, device)
+        chosen = next((verdict for verdict in verdicts if verdict.accepted), None)
+        rows += [
+            {
+                "device": device,
+                "weight": scheme.weight,
+                "activations": scheme.activations,
+                "path": verdict.path,
+                "backend": verdict.backend,
+                "runs": verdict.accepted,
+                "chosen": verdict is chosen,
+                "reason": verdict.reason,
+            }
+            for verdict in verdicts
+        ]
+    return rows
 
 
 def _attention(device: str) -> list[dict[str, Any]]:
