@@ -24,6 +24,7 @@ from bittern.ops.triton import attention, config, dequantize, heads, layer_plan,
 from bittern.ops.triton.activations import CODES, scratch_bounds
 from bittern.ops.triton.combine import combine
 from bittern.ops.triton.dequantize import dequantize_segment
+from bittern.ops.triton.fold_branch import Weight, bounds_of, find_bounds
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.launch import multiprocessors
 from bittern.ops.triton.numerics import reciprocal_of_smooth
@@ -122,8 +123,8 @@ def run(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ...] 
     return function([x.to(DEVICE) for x in inputs], *moved(layer).args(), path, shift)
 
 
-def check(y: Tensor, inputs: list[Tensor], layer: Layer, path: str, more: float = 0.0) -> None:
-    want, size = expect(inputs, layer, path)
+def check(y: Tensor, inputs: list[Tensor], layer: Layer, path: str, more: float = 0.0, folded: bool = False) -> None:
+    want, size = expect(inputs, layer, path, folded=folded)
     relative, absolute = ROUNDING[y.dtype]
     allowed = EXACT + more
     if layer.up is not None:
@@ -491,6 +492,104 @@ def test_sixteen_bit_branches_of_many_parts(
     inputs = random_inputs(4, "outlier", m, segments, dtype)
     assert sum(map(parts_of, segments)) > 1
     check(run(inputs, layer, "a16"), inputs, layer, "a16")
+
+
+# What a folded branch allows: int4, groups of 64, 128 and whole rows.
+FOLDED: list[tuple[str, int | None, tuple[int, ...], int, bool]] = [
+    ("int4", 64, (128,), 16, True),
+    ("int4", 64, (64, 320), 40, True),
+    ("int4", 128, (192,), 3, False),
+    ("int4", None, (256,), 32, True),
+    ("int4", None, (448, 64), 64, False),
+]
+
+
+@pytest.fixture(params=["plain", "specialized"] if HOPPER else ["plain"])
+def folding(request: pytest.FixtureRequest, many: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every branch that can be folded is, by one kernel or the other."""
+    monkeypatch.setattr(reference, "FOLDED_FROM", 0)
+    monkeypatch.setattr(reference, "INPUTS_PER_RANK", 0)
+    if request.param == "plain":
+        monkeypatch.setattr(config, "has_gluon", lambda device: False)
+
+
+@pytest.mark.usefixtures("folding")
+@pytest.mark.parametrize("m", [1, 70])
+@pytest.mark.parametrize(("dtype", "kind"), INPUTS)
+@pytest.mark.parametrize("case", FOLDED)
+def test_folded_branches(case: Any, dtype: torch.dtype, kind: str, m: int) -> None:
+    for zero_rows in (False, True):
+        layer = make(case, zero_rows=zero_rows)
+        inputs = random_inputs(3, kind, m, case[2], dtype)
+        y = run(inputs, layer, "a8-fp8")
+        check(y, inputs, layer, "a8-fp8", folded=True)
+        assert torch.equal(run(inputs, layer, "a8-fp8"), y)
+
+
+@pytest.mark.usefixtures("folding")
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-20, 2.0**100])
+@pytest.mark.parametrize("dominant", ["scales", "up", "down"])
+def test_folded_branches_of_all_sizes(dominant: str, size: float) -> None:
+    layer = make(FOLDED[1])
+    own = getattr(layer, dominant)
+    inputs = random_inputs(3, "gaussian", 9, layer.layout.segments, BF16)
+    layer = dataclasses.replace(layer, **{dominant: own * size})
+    check(run(inputs, layer, "a8-fp8"), inputs, layer, "a8-fp8", folded=True)
+
+
+@pytest.mark.usefixtures("folding")
+@pytest.mark.parametrize("case", FOLDED)
+@pytest.mark.parametrize("odd", [1, 4, 16])
+def test_folded_branches_of_matrices_with_room_between_rows(case: Any, odd: int) -> None:
+    """Of rows that begin anywhere, and where the GPU wants words or more of them."""
+    layer = moved(make(case))
+    inputs = random_inputs(3, "gaussian", 9, case[2], BF16)
+    y = run(inputs, layer, "a8-fp8")
+
+    def apart(x: Tensor) -> Tensor:
+        wide = torch.full((len(x), x.shape[1] + 3 * odd), 77, dtype=x.dtype, device=x.device)
+        return wide[:, odd : odd + x.shape[1]].copy_(x)
+
+    other = dataclasses.replace(layer, **{name: apart(getattr(layer, name)) for name in MATRICES})
+    assert torch.equal(run(inputs, other, "a8-fp8"), y)
+
+
+@pytest.mark.parametrize("case", FOLDED)
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_bounds_of_folded_branches(case: Any, with_tokens: bool) -> None:
+    layer = moved(random_layer(0, 200, case[2], *case[:2], *case[3:]))
+    assert layer.down is not None and layer.up is not None
+    *_, segment = layer.layout
+    columns, n = segment.logical, 200
+    smooth = None if layer.smooth is None else layer.smooth[columns].contiguous()
+    found = torch.full((bounds_of(n),), float("nan"), device=DEVICE)
+    weight = Weight(
+        layer.codes,
+        layer.scales[:, segment.groups],
+        segment.size,
+        smooth,
+        layer.down[:, columns],
+        layer.up,
+        found,
+        found,
+    )
+    x = random_inputs(3, "gaussian", 5, (columns.stop - columns.start,), BF16)[0].to(DEVICE)
+    codes, scales = torch.empty(5, 512, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(5, device=DEVICE)
+    if with_tokens:
+        tile = config.WholeRowsConfig(2, 256, 4)
+        quantize_whole_rows(x, None, codes, scales, tile, weight=weight)
+        want = reference.quantize_activations(x.cpu(), None, None, "fp8", 0.0)
+        assert torch.equal(codes[:, : x.shape[1]].cpu().float(), want[0].float())
+        assert torch.equal(scales.cpu(), want[1][:, 0])
+    else:
+        find_bounds(weight)
+    down, up = layer.down[:, columns].float().cpu(), layer.up.float().cpu()
+    most = torch.ones(len(down[0])) if smooth is None else smooth.float().reciprocal().cpu()
+    largest = torch.stack([part.max() for part in most.split(segment.size)])
+    peak = (layer.scales[:, segment.groups].float().cpu().abs() * largest).amax(1) * 8
+    assert torch.equal(found[:n].cpu(), peak)
+    assert torch.allclose(found[n : 2 * n].cpu(), up.abs().sum(1), rtol=1e-6)
+    assert found[2 * n :].max().cpu() == down.abs().max()
 
 
 MATRICES = ("codes", "scales", "down", "up")

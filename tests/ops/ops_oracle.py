@@ -115,8 +115,10 @@ def gelu(y: Any, size: Any, gelu_from: int) -> tuple[Any, Any]:
     return y, size
 
 
-def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ...] = ()) -> tuple[Any, Any]:
-    """The outputs in float64, and the sum of magnitudes that went into each."""
+def expect(
+    inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ...] = (), folded: bool = False
+) -> tuple[Any, Any]:
+    """The outputs in float64, and the sum of magnitudes that went into each; on a8-fp8 also with a folded branch."""
     codes = formats.get(layer.weight).unpack(layer.codes, layer.layout.padded_k).numpy().astype(F32)
     total: Any = 0.0
     size: Any = 0.0
@@ -126,7 +128,7 @@ def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ..
     for x, segment, h in zip(inputs, layer.layout, offsets, strict=True):
         raw = x.reshape(-1, x.shape[-1]).float().numpy()
         s = np.ones(raw.shape[1], F32) if layer.smooth is None else f32(layer.smooth[segment.logical])
-        u = (raw + F32(h)) * (F32(1) / s)
+        u = raw if folded else (raw + F32(h)) * (F32(1) / s)
         scales = f32(layer.scales[:, segment.groups])
         what = codes[:, segment.padded].reshape(*scales.shape, segment.size) * scales[..., None]
         what = what.reshape(len(what), -1)[:, : raw.shape[1]]
@@ -142,7 +144,9 @@ def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ..
             if limit == 448:
                 a = foretold(u, a)
             qa = eight_bits(u * (F32(1) / a), path)
-            if scales.shape[1] == 1:
+            if folded:
+                c, qw = with_branch(what, scales, s, segment, layer)
+            elif scales.shape[1] == 1:
                 c, qw = scales, codes[:, segment.padded][:, : raw.shape[1]]
             else:
                 fmt = formats.get(layer.weight)
@@ -152,14 +156,25 @@ def expect(inputs: list[Tensor], layer: Layer, path: str, shift: tuple[float, ..
             part = dot(qa, qw) * a.astype(np.float64) * c.T.astype(np.float64)
             magnitude = dot(abs(qa), abs(qw)) * a.astype(np.float64) * abs(c.T.astype(np.float64))
         total, size = total + part, size + magnitude
-        if layer.down is not None:
+        if layer.down is not None and not folded:
             d = f32(layer.down[:, segment.logical])
             low, low_size = low + dot(raw, d), low_size + dot(abs(raw), abs(d))
-    if layer.up is not None:
+    if layer.up is not None and not folded:
         total, size = total + dot(low, f32(layer.up)), size + dot(low_size, abs(f32(layer.up)))
     if layer.bias is not None:
         total, size = total + layer.bias.double().numpy(), size + abs(layer.bias.double().numpy())
     return total, size
+
+
+def with_branch(what: Any, scales: Any, s: Any, segment: Any, layer: Layer) -> tuple[Any, Any]:
+    """c, and the e4m3 codes of a segment's weight with its branch."""
+    assert layer.down is not None and layer.up is not None
+    d, u = f32(layer.down[:, segment.logical]), f32(layer.up)
+    largest = [abs(F32(1) / s[i : i + segment.size]).max() for i in range(0, len(s), segment.size)]
+    bound = 8 * abs(scales * np.array(largest)).max(-1) + abs(u).sum(-1) * abs(d).max()
+    c = np.maximum(2.0 ** np.floor(np.log2(np.maximum(bound, 1e-300))) / 128, 2.0**-64).astype(F32)[:, None]
+    whole = what.astype(np.float64) / s + dot(u, d.T)
+    return c, eight_bits((whole / c).astype(F32), "a8-fp8")
 
 
 def assert_close(got: Tensor, want: Any, size: Any, what: str = "") -> None:

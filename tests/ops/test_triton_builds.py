@@ -21,6 +21,7 @@ from bittern.ops.triton import (
     combine,
     config,
     dequantize,
+    fold_branch,
     four_bits,
     fused_unpack,
     gemm,
@@ -30,7 +31,9 @@ from bittern.ops.triton import (
     prologue,
     skinny,
     smoothing,
+    specialized_fold,
     specialized_gemm,
+    tuned,
     unpack,
     whole_rows,
 )
@@ -68,19 +71,19 @@ def build(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def stack_bytes(compiled: Any, folder: Path) -> int:
-    """Local memory of a thread: where registers are spilled to."""
+def usage(compiled: Any, folder: Path, of: str) -> int:
+    """What a thread uses: "STACK", the bytes that registers are spilled to, or "REG", registers."""
     file = folder / "kernel.cubin"
     file.write_bytes(compiled.asm["cubin"])
     done = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True)
-    (size,) = re.findall(r"STACK:(\d+)", done.stdout)
-    return int(size)
+    (count,) = re.findall(rf"{of}:(\d+)", done.stdout)
+    return int(count)
 
 
 def expect(compiled: Any, capability: int, instruction: str, folder: Path, stack: int = STACK) -> None:
     assert re.search(instruction, compiled.asm["ptx"]), instruction
     assert compiled.metadata.shared <= SHARED[capability]
-    assert stack_bytes(compiled, folder) <= stack
+    assert usage(compiled, folder, "STACK") <= stack
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -469,6 +472,81 @@ def test_prologue(capability: int, kind: str, tmp_path: Path) -> None:
     expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
 
 
+WEIGHT = {"weight_scales": "*bf16", "smooth": "*bf16", "down": "*bf16", "up": "*bf16", "bounds": "*fp32"}
+
+
+@pytest.mark.parametrize("k", [3072, 12288])
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+def test_whole_rows_beside_the_bounds_of_a_weight(capability: int, k: int, tmp_path: Path) -> None:
+    chosen = next(iter(tuned.all_of(config.WholeRowsConfig, "whole_rows", (9, 0), m=4096, k=k, rank=0)))
+    compiled = build(
+        whole_rows.whole_rows_kernel,
+        capability,
+        {"x": "*bf16", "codes": "*" + FP8, "scales": "*fp32", **WEIGHT},
+        {
+            **dict.fromkeys(("factors", "parts", "low")),
+            "SMOOTH": False,
+            "INVERT": False,
+            "FP8": True,
+            "EVEN": True,
+            "TILES": k // chosen.block_k,
+            "PARTS": 0,
+            "RANK": 32,
+            "IN_DOWN": fold_branch.IN_DOWN,
+            "GROUP": 64,
+            "SMOOTH_WEIGHT": True,
+            "BLOCK_M": chosen.block_m,
+            "BLOCK_K": chosen.block_k,
+        },
+        num_warps=chosen.warps,
+        enable_fp_fusion=False,
+    )
+    expect(compiled, capability, r"ld\.global\S*\.v4\.b32", tmp_path)
+
+
+@pytest.mark.parametrize("group", [64, 3072])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+def test_fold_branch(capability: int, rank: int, group: int, tmp_path: Path) -> None:
+    tensors = {**WEIGHT, "codes": "*u8", "scales": "*bf16", "column_scales": "*fp32", "out": "*" + FP8}
+    constants = {"GROUP": group, "SMOOTH": True, "RANK": rank, "IN_DOWN": fold_branch.IN_DOWN}
+    compiled = build(
+        fold_branch.fold_kernel, capability, tensors, {**constants, "BLOCK_N": 64, "BLOCK_K": 128}, num_warps=4
+    )
+    expect(compiled, capability, r"mma\S*f32\.bf16\.bf16|tcgen05\.mma\S*kind::f16", tmp_path)
+    compiled = build(fold_branch.bounds_kernel, capability, tensors, constants, num_warps=4)
+    expect(compiled, capability, r"ld\.global\S*\.v4\.b32", tmp_path)
+
+
+@pytest.mark.parametrize("group", [64, 3072])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("capability", [90, 100, 120])
+def test_specialized_fold(capability: int, whole: bool, rank: int, group: int, tmp_path: Path) -> None:
+    """Codes in words of 8 bytes, results in 16, and no more registers than four programs a multiprocessor have."""
+    compiled = build(
+        specialized_fold.specialized_fold_kernel,
+        capability,
+        {**WEIGHT, "words": "*i32", "scales": "*bf16", "column_scales": "*fp32", "out": "*" + FP8},
+        {
+            "GROUP": group,
+            "SMOOTH": True,
+            "RANK": rank,
+            "WHOLE": whole,
+            "IN_DOWN": fold_branch.IN_DOWN,
+            "ROWS": specialized_fold.ROWS,
+            "WARPS": specialized_fold.WARPS,
+        },
+        GluonASTSource,
+        num_warps=specialized_fold.WARPS,
+    )
+    expect(compiled, capability, r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32", tmp_path)
+    ptx = compiled.asm["ptx"]
+    assert re.search(r"ld\.global\S*\.v2\.b32", ptx) and re.search(r"st\.global\S*\.v4\.b32", ptx)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    assert capability != 90 or rank > 32 or usage(compiled, tmp_path, "REG") <= 128
+
+
 @pytest.mark.parametrize(("k", "invert"), [(3072, False), (12288, False), (12288, True)])
 @pytest.mark.parametrize("kind", [INT8, FP8])
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
@@ -489,6 +567,7 @@ def test_whole_rows(capability: int, kind: str, k: int, invert: bool, tmp_path: 
             "low": "*fp32",
         },
         {
+            **dict.fromkeys(WEIGHT),
             "SMOOTH": True,
             "INVERT": invert,
             "FP8": kind == FP8,
@@ -496,6 +575,9 @@ def test_whole_rows(capability: int, kind: str, k: int, invert: bool, tmp_path: 
             "TILES": k // chosen.block_k,
             "PARTS": 0 if invert else projection.parts_of(k),
             "RANK": 0 if invert else 32,
+            "IN_DOWN": 0,
+            "GROUP": 0,
+            "SMOOTH_WEIGHT": False,
             "BLOCK_M": chosen.block_m,
             "BLOCK_K": chosen.block_k,
         },

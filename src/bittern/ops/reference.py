@@ -28,6 +28,10 @@ Rules that make the numbers definite
   codes are codes · (scale · (1 / c)), rounded to integers or to e4m3. Where a row has a single scale the codes
   themselves fit into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
   A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
+- a8-fp8 folds the branch, too, where many tokens share it (`folds_branch`): (What / s + U · D) / c becomes e4m3 as a
+  whole, and inputs are rounded as they are. E4m3 has the same relative error whatever s multiplies, so that neither
+  s nor the branch is left for the tokens. c is a power of two with room for the largest sum that could be: of
+  |scale| times the largest |code| and 1 / s of a group, and of a row's |U| times the largest |D|.
 - a4 has one activation scale per token and 64 inputs: amax / 8.25, with the sign that takes the largest to -8, and
   codes -8..7; or max / 15 with codes 0..15 where the segment has a shift h > 0. Groups start at each segment, whose
   last group is filled with zeros. What is not folded.
@@ -71,6 +75,18 @@ FORETELLERS = 256
 
 HEADROOM = 16
 """How much larger than those the others may be."""
+
+FOLDED_FROM = 1024
+"""Tokens that share a branch which is folded into the weight."""
+
+INPUTS_PER_RANK = 64
+"""At least so many has a branch that is folded: of one with fewer, 16 bits are worth more than an e4m3 keeps."""
+
+MOST_FOLDED = 64
+"""The most rank of a branch that is folded."""
+
+_LEAST_FOLDED = 2.0**-64
+"""The least c of a weight with its branch, which leaves U / c finite."""
 
 # Up to 2^24 every integer is a float32: sums of 127 * 127 over this many inputs are exact in any order.
 _EXACT_K = 1024
@@ -126,27 +142,32 @@ def few_bit_linear(
     """The layer of the module's docstring. Arguments as in `bittern.ops.few_bit_linear`."""
     layout = layout_of(tuple(x.shape[-1] for x in inputs), group_size)
     arithmetic = PATHS[path]
+    folded = folds_branch(inputs[0].shape[:-1].numel(), down, up, weight, layout, path)
     # Only 4-bit codes are worth an unsigned grid: 8 bits have room for the sign.
     offsets = tuple(shift) if path == "a4" and any(shift) else (0.0,) * len(inputs)
     low: Tensor | None = None
     operands: list[_Operand] = []
     for x, segment, offset in zip(inputs, layout, offsets, strict=True):
         raw = x.reshape(-1, x.shape[-1]).float()
-        if down is not None:
+        if down is not None and not folded:
             part = raw @ down[:, segment.logical].float().T
             low = part if low is None else low.add_(part)
-        smoothed = _smoothed(raw, smooth, segment, offset)
+        smoothed = raw if folded else _smoothed(raw, smooth, segment, offset)
         operands.append(_activations(smoothed, arithmetic.activations, offset))
 
     outputs: list[Tensor] = []
     for rows, block in _blocks(codes, scales, layout, formats.get(weight)):
         total: Tensor | None = None
         for operand, segment, offset in zip(operands, layout, offsets, strict=True):
-            folded = fold(block, segment, arithmetic.weights, formats.get(weight).largest)
-            part = _product(operand, folded, exact=arithmetic.weights == "int8")
+            if folded:
+                assert down is not None and up is not None
+                right = fold_with_branch(block, segment, smooth, down, up[rows], formats.get(weight).largest)
+            else:
+                right = fold(block, segment, arithmetic.weights, formats.get(weight).largest)
+            part = _product(operand, right, exact=arithmetic.weights == "int8")
             if offset:
-                ones = folded.values.new_ones(folded.values.shape[1])
-                part.sub_(offset * (folded.values @ _smoothed(ones, smooth, segment)))
+                ones = right.values.new_ones(right.values.shape[1])
+                part.sub_(offset * (right.values @ _smoothed(ones, smooth, segment)))
             total = part if total is None else total.add_(part)
         assert total is not None
         if low is not None and up is not None:
@@ -342,6 +363,46 @@ def fold_scales(
         return groups, None
     scale = (_amax(groups) * largest * RECIPROCALS[format]).clamp_min_(TINY)
     return scale, groups * scale.reciprocal()
+
+
+def folds_branch(m: int, down: Tensor | None, up: Tensor | None, weight: str, layout: KLayout, path: str) -> bool:
+    """Whether a8-fp8 folds the branch into the weight: of many tokens, in bf16, with many inputs for each rank."""
+    return (
+        path == "a8-fp8"
+        and m >= FOLDED_FROM
+        and down is not None
+        and up is not None
+        and down.dtype == up.dtype == torch.bfloat16
+        and weight == "int4"
+        and 0 < len(down) <= MOST_FOLDED
+        and len(down) * INPUTS_PER_RANK <= layout.k
+        and not any(length % ACTIVATION_GROUP for length in (*layout.segments, layout.group_size or 0))
+    )
+
+
+def fold_with_branch(
+    block: tuple[Tensor, Tensor],
+    segment: Segment,
+    smooth: Float[Tensor, " k"] | None,
+    down: Float[Tensor, "r k"],
+    up: Float[Tensor, "rows r"],
+    largest: int,
+) -> _Operand:
+    """What / s + U · D of one block and segment in e4m3; takes the place of the codes. Arguments as of `fold`."""
+    weights = _unfolded(block, segment)
+    scales, part = block[1][:, segment.groups], down[:, segment.logical].float()
+    bound = up.float().abs().sum(1, keepdim=True) * part.abs().max()
+    reciprocals = part.new_ones(part.shape[1]) if smooth is None else smooth[segment.logical].float().reciprocal()
+    filled = torch.nn.functional.pad(reciprocals.abs(), (0, scales.shape[1] * segment.size - len(reciprocals)))
+    bound += _amax(scales * filled.view(-1, segment.size).amax(1)) * largest
+    scale = _power_of_two_below(bound).mul_(2.0**-7).clamp_min_(_LEAST_FOLDED)
+    weights.mul_(reciprocals).addmm_(up.float(), part)
+    return _Operand(_rounded(weights.mul_(scale.reciprocal()), "fp8"), scale)
+
+
+def _power_of_two_below(values: Tensor) -> Tensor:
+    """Of numbers that are not negative the largest power of two that is not larger; not finite where they are not."""
+    return (values.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _unfolded(block: tuple[Tensor, Tensor], segment: Segment) -> Tensor:

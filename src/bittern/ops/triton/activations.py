@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bittern.formats import KLayout
 from bittern.ops.triton import config
+from bittern.ops.triton.fold_branch import Weight, find_bounds
 from bittern.ops.triton.launch import Launch, launch
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.whole_rows import quantize_whole_rows
@@ -36,18 +37,22 @@ def quantize(
     parts: Tensor | None = None,
     accumulate: bool = False,
     smooth: Tensor | None = None,
+    weight: Weight | None = None,
     launch: Launch = launch,
 ) -> None:
     """Fills codes, scales and, with `down` or its parts, low by the kernel that suits.
 
-    The rank is the layer's. Of the smoothing either the reciprocals are given or, with few tokens, itself.
+    The rank is the layer's. Of the smoothing either the reciprocals are given or, with few tokens, itself. Of a weight
+    whose branch is to be folded the bounds are filled, too.
     """
     here, (m, k) = config.device_of(x.device), x.shape
     whole = None if down is not None else config.whole_rows_for(here, m, k, rank)
     if whole is not None:
         low = None if parts is None else low
-        quantize_whole_rows(x, reciprocals, codes, scales, whole, parts, low, smooth, launch)
+        quantize_whole_rows(x, reciprocals, codes, scales, whole, parts, low, smooth, weight, launch)
         return
+    if weight is not None:
+        find_bounds(weight, launch)
     if smooth is not None:
         # Rows of more than 32,768 inputs. A tensor of this call: its launches are not repeated.
         reciprocals = smooth.float().reciprocal()

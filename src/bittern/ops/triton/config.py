@@ -371,9 +371,14 @@ _GLUON = ("3.6.",)
 """Versions of Triton whose Gluon the kernel was run with: it is an experiment of theirs, and may change."""
 
 
+def has_gluon(device: Device) -> bool:
+    """Whether kernels in Gluon run: from Hopper on, with the versions of Triton that they were run with."""
+    return device.capability >= (9, 0) and triton.__version__.startswith(_GLUON)
+
+
 def specialized_for(device: Device, m: int, segments: int, rank: int, block_n: int = 256) -> SpecializedConfig | None:
     """The configuration of the GEMM with warps that load, in fp8, for tiles of a width; None if there is none."""
-    if triton.__version__.startswith(_GLUON):
+    if has_gluon(device):
         for candidate in tuned.all_of(SpecializedConfig, "specialized_gemm", device.capability, m=m, segments=segments):
             fits = candidate.problem(device.shared_memory, rank, segments) is None
             if candidate.block_n == block_n and fits:

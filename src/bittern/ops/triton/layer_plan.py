@@ -73,7 +73,8 @@ class LayerPlan:
             # Calls of one signature have strides in common: all of them want copies, which are recorded, or none does.
             self._turns = any(a is not b for a, b in zip(given, (codes, scales, smooth, down, up, bias), strict=True))
         out = first.new_empty((*first.shape[:-1], codes.shape[0]))
-        tensors = (*inputs, codes, scales, smooth, down, up, bias, self._low(inputs, down), out)
+        low = self._low(inputs, down, up, weight, group_size, path)
+        tensors = (*inputs, codes, scales, smooth, down, up, bias, low, out)
         if self.launches is not None:
             with on_device_of(first):
                 if self.launches.repeat(tensors, first.device):
@@ -105,6 +106,14 @@ class LayerPlan:
         """Whether the branch is computed beside the kernels."""
         return is_apart(down)
 
-    def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
+    def _low(
+        self,
+        inputs: Sequence[Tensor],
+        down: Tensor | None,
+        up: Tensor | None,
+        weight: str,
+        group_size: int | None,
+        path: str,
+    ) -> Tensor | None:
         """The down-projected inputs [M, R] in float32, where no kernel projects them."""
         return None

@@ -1,7 +1,8 @@
 """The layer put together from the kernels: what the registry runs for a path.
 
     a8    per segment: unpack -> 8-bit weight, 1 / s;  prologue -> codes, scales, low;  then one GEMM
-          up to 1,024 tokens with a branch, on Hopper: projection -> low in parts;  whole rows -> codes, scales, low
+          with a branch up to 1,024 tokens, on Hopper: projection -> low in parts;  whole rows -> codes, scales, low
+          with a branch that is folded (many tokens, e4m3): whole rows -> codes, scales, bounds;  fold -> 8-bit weight
     a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   a 16-bit weight, and the vendor's GEMM
 
@@ -21,9 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bittern.formats import Segment
+from bittern.ops import reference
 from bittern.ops.triton import config
 from bittern.ops.triton.activations import CODES, quantize, scratch_bounds
 from bittern.ops.triton.few_tokens import FewTokens, fused_tiles
+from bittern.ops.triton.fold_branch import Weight, bounds_of, fold_branch
 from bittern.ops.triton.four_bits import correct_bias, quantize_groups
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.grouped_gemm import grouped_gemm
@@ -49,16 +53,27 @@ class EightBits(LayerPlan):
 
     def __init__(self) -> None:
         super().__init__()
-        self._projector: Literal["prologue", "parts", "vendor"] | None = None
+        self._projector: Literal["prologue", "parts", "vendor", "folded"] | None = None
 
-    def _low(self, inputs: Sequence[Tensor], down: Tensor | None) -> Tensor | None:
+    def _low(
+        self,
+        inputs: Sequence[Tensor],
+        down: Tensor | None,
+        up: Tensor | None,
+        weight: str,
+        group_size: int | None,
+        path: str,
+    ) -> Tensor | None:
         if down is None:
             return None
         if self._projector is None:
             first = inputs[0]
             rows, here = first.shape[:-1].numel(), config.device_of(first.device)
             whole = [config.whole_rows_for(here, rows, x.shape[-1], len(down)) for x in inputs]
-            if rows <= IN_PARTS and None not in whole:
+            layout = reference.layout_of(tuple(x.shape[-1] for x in inputs), group_size)
+            if reference.folds_branch(rows, down, up, weight, layout, path):
+                self._projector = "folded"
+            elif rows <= IN_PARTS and None not in whole:
                 self._projector = "parts"
             elif config.whole_rows_for(here, rows, max(x.shape[-1] for x in inputs), len(down)) is None:
                 self._projector = "prologue"
@@ -74,10 +89,12 @@ class EightBits(LayerPlan):
         here = config.device_of(device)
         bounds = scratch_bounds(call.layout)
         width, count = bounds[-1][1], len(bounds)
-        rank = 0 if call.up is None else call.up.shape[1]
+        folded = call.up is not None and self._projector == "folded"
+        up = None if folded else call.up
+        rank = 0 if up is None else up.shape[1]
         in_parts = self._projector == "parts"
         counts = [parts_of(x.shape[1]) if in_parts else 0 for x in call.inputs]
-        a, b, row_scales, column_scales, low, parts, reciprocals = recorder.scratch(
+        a, b, row_scales, column_scales, low, parts, reciprocals, found = recorder.scratch(
             device,
             ((m, width), CODES[call.path]),
             ((n, width), CODES[call.path]),
@@ -86,12 +103,23 @@ class EightBits(LayerPlan):
             ((m, rank if call.low is None else 0), torch.float32),
             ((sum(counts), m, rank), torch.float32),
             ((width,), torch.float32),
+            ((count, bounds_of(n) if folded else 0), torch.float32),
         )
         low = low if call.low is None else call.low
         for x, down, part in zip(call.inputs, call.down, recorder.slices(parts, counts), strict=True):
             if in_parts and down is not None:
                 project(x, down, part, launch=recorder.launch)
         for i, (x, segment, (start, stop)) in enumerate(zip(call.inputs, call.layout, bounds, strict=True)):
+            if folded:
+                _fold(
+                    recorder,
+                    x,
+                    _weight(recorder, call, i, segment, column_scales, found),
+                    recorder.part(a, a[:, start:stop]),
+                    recorder.part(row_scales, row_scales[i]),
+                    recorder.part(b, b[:, start:stop]),
+                )
+                continue
             smooth = call.smooth[i]
             inverse = None if smooth is None else recorder.part(reciprocals, reciprocals[start : start + len(smooth)])
             unpack_segment(
@@ -120,12 +148,12 @@ class EightBits(LayerPlan):
             )
         first = bounds[0][1]
         columns = None
-        if call.path == "a8-fp8" and reachable(call.out, call.up, call.bias):
+        if call.path == "a8-fp8" and reachable(call.out, up, call.bias):
             columns = config.specialized_parts(here, m, n, call.layout.k, count, rank, multiprocessors(device))
         if columns is None:
             tiles = config.gemm_for(here, m, count, call.path == "a8-int8", rank)
             gemm(
-                a, b, row_scales, column_scales, low if rank else None, call.up, call.bias, call.out, first,
+                a, b, row_scales, column_scales, low if rank else None, up, call.bias, call.out, first,
                 call.gelu_from, tiles, launch=recorder.launch,
             )  # fmt: skip
             return
@@ -139,7 +167,7 @@ class EightBits(LayerPlan):
                 row_scales,
                 recorder.part(column_scales, column_scales[:, start:stop]),
                 low if rank else None,
-                None if call.up is None else recorder.part(call.up, call.up[start:stop]),
+                None if up is None else recorder.part(up, up[start:stop]),
                 None if call.bias is None else recorder.part(call.bias, call.bias[start:stop].view(1, -1)),
                 recorder.part(call.out, call.out[:, start:stop]),
                 first,
@@ -147,6 +175,36 @@ class EightBits(LayerPlan):
                 chosen,
                 launch=recorder.launch,
             )
+
+
+def _weight(recorder: Recorder, call: Call, i: int, segment: Segment, column_scales: Tensor, bounds: Tensor) -> Weight:
+    """The weight of segment `i` with its branch."""
+    down, up = call.down[i], call.up
+    assert down is not None and up is not None
+    places = slice(segment.padded.start // 2, segment.padded.stop // 2)
+    return Weight(
+        recorder.part(call.codes, call.codes[:, places]),
+        recorder.part(call.scales, call.scales[:, segment.groups]),
+        segment.size,
+        call.smooth[i],
+        down,
+        up,
+        recorder.part(column_scales, column_scales[i]),
+        recorder.part(bounds, bounds[i]),
+    )
+
+
+def _fold(recorder: Recorder, x: Tensor, weight: Weight, codes: Tensor, row_scales: Tensor, out: Tensor) -> None:
+    """Both 8-bit operands of a segment, with the branch in the weight."""
+    quantize(x, None, None, codes, row_scales, None, 0, weight=weight, launch=recorder.launch)
+    if config.has_gluon(config.device_of(out.device)):
+        from bittern.ops.triton.specialized_fold import specialized_fold, words_of
+
+        words = words_of(weight.codes, out)
+        if words is not None:
+            specialized_fold(weight, recorder.part(weight.codes, words), out, launch=recorder.launch)
+            return
+    fold_branch(weight, out, launch=recorder.launch)
 
 
 def reachable(out: Tensor, up: Tensor | None, bias: Tensor | None) -> bool:

@@ -11,6 +11,9 @@ on its way before the first is needed, and none is read again. In int8 the prolo
 inputs leave the caches before it comes back. With a branch every program reads D as well, which few tokens a program do
 not pay for.
 
+Where the weight's branch is to be folded (`fold_branch`), the first programs work out the bounds that this takes: they
+wait for memory, as the others do, and a launch of their own would be 3 us or more that nothing hides.
+
 Floor: M·K·3 bytes of device memory with bf16 inputs: 4608 x 12288 170 MB or 57 us at 3 TB/s.
 """
 
@@ -26,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bittern.ops.triton.config import WholeRowsConfig, padded_rank
+from bittern.ops.triton.fold_branch import IN_DOWN, Weight, bounds_of_part
 from bittern.ops.triton.launch import Launch, cdiv, contiguous_rows, launch
 from bittern.ops.triton.numerics import (
     FORETELLERS,
@@ -51,6 +55,7 @@ def quantize_whole_rows(
     parts: Tensor | None = None,
     low: Tensor | None = None,
     smooth: Tensor | None = None,
+    weight: Weight | None = None,
     launch: Launch = launch,
 ) -> None:
     """Fills codes and scales from x, and `low` from its parts.
@@ -64,23 +69,34 @@ def quantize_whole_rows(
         parts: Down-projected inputs in parts, float32 [P, M, R], contiguous (`projection`).
         low: float32 [M, R], contiguous; takes the sum of the parts.
         smooth: The smoothing [K] itself, in the place of `reciprocals`: every program works them out.
+        weight: What the codes will be multiplied with, if its branch is to be folded: its bounds are filled.
         launch: What launches.
     """
     (m, k), width = x.shape, codes.shape[1]
     count, _, rank = (0, m, 0) if parts is None else parts.shape
     x = contiguous_rows(x)
+    finders, ranks, strides = 0, padded_rank(rank), (0, 0, 0, 0)
+    tensors: tuple[Tensor | None, ...] = (None,) * 5
+    if weight is not None:
+        finders, rank = weight.finders, len(weight.down)
+        ranks = padded_rank(rank)
+        tensors = weight.scales, weight.smooth, weight.down, weight.up, weight.bounds
+        strides = len(weight.up), weight.scales.stride(0), weight.down.stride(0), weight.up.stride(0)
     launch(
         whole_rows_kernel,
-        (cdiv(m, config.block_m),),
-        (x, reciprocals if smooth is None else smooth, codes, scales, parts, low),
-        (m, k, width, x.stride(0), codes.stride(0), rank),
+        (finders + cdiv(m, config.block_m),),
+        (x, reciprocals if smooth is None else smooth, codes, scales, parts, low, *tensors),
+        (m, k, width, x.stride(0), codes.stride(0), rank, finders, *strides),
         SMOOTH=reciprocals is not None or smooth is not None,
         INVERT=smooth is not None,
         FP8=codes.dtype == torch.float8_e4m3fn,
         EVEN=k % config.block_k == 0 and width == k,
         TILES=cdiv(width, config.block_k),
         PARTS=count,
-        RANK=padded_rank(rank),
+        RANK=ranks,
+        IN_DOWN=0 if weight is None else IN_DOWN,
+        GROUP=0 if weight is None else weight.group,
+        SMOOTH_WEIGHT=weight is not None and weight.smooth is not None,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         num_warps=config.warps,
@@ -100,31 +116,13 @@ def _smoothed(raw, factors, start, k, SMOOTH: tl.constexpr, INVERT: tl.constexpr
 
 
 @triton.jit
-def whole_rows_kernel(
-    x,
-    factors,
-    codes,
-    scales,
-    parts,
-    low,
-    m,
-    k,
-    width,
-    stride_x,
-    stride_codes,
-    rank,
-    SMOOTH: tl.constexpr,
-    INVERT: tl.constexpr,
-    FP8: tl.constexpr,
-    EVEN: tl.constexpr,
-    TILES: tl.constexpr,
-    PARTS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """See the module; one program for each BLOCK_M tokens."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+def _quantize(
+    x, factors, codes, scales, parts, low, m, k, width, stride_x, stride_codes, rank, block,
+    SMOOTH: tl.constexpr, INVERT: tl.constexpr, FP8: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr,
+    PARTS: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What a program with tokens of its own does; see the module."""
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (rows < m)[:, None]
     # M · K can pass 2^31; rows beyond the last repeat it and are not stored.
     wide = tl.minimum(rows, m - 1).to(tl.int64)
@@ -160,3 +158,28 @@ def whole_rows_kernel(
         numbers = _smoothed(kept[tile], factors, tile * BLOCK_K, k, SMOOTH, INVERT, BLOCK_K)
         mask = inside if EVEN else inside & (columns < width)[None, :]
         tl.store(codes_rows + columns[None, :], eight_bits(numbers * inverse, FP8), mask=mask)
+
+
+@triton.jit
+def whole_rows_kernel(
+    x, factors, codes, scales, parts, low, weight_scales, smooth, down, up, bounds,
+    m, k, width, stride_x, stride_codes, rank, finders, n, stride_scales, stride_down, stride_up,
+    SMOOTH: tl.constexpr, INVERT: tl.constexpr, FP8: tl.constexpr, EVEN: tl.constexpr, TILES: tl.constexpr,
+    PARTS: tl.constexpr, RANK: tl.constexpr, IN_DOWN: tl.constexpr, GROUP: tl.constexpr,
+    SMOOTH_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """See the module; first the programs that find bounds of a weight, then one for each BLOCK_M tokens."""
+    program = tl.program_id(0)
+    finds = False
+    if IN_DOWN > 0:
+        finds = program < finders
+        if finds:
+            bounds_of_part(
+                weight_scales, smooth, down, up, bounds, n, k, rank, stride_scales, stride_down, stride_up, program,
+                GROUP, SMOOTH_WEIGHT, RANK, IN_DOWN,
+            )  # fmt: skip
+    if not finds:
+        _quantize(
+            x, factors, codes, scales, parts, low, m, k, width, stride_x, stride_codes, rank, program - finders,
+            SMOOTH, INVERT, FP8, EVEN, TILES, PARTS, RANK, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
