@@ -38,11 +38,13 @@ from bittern.ops.triton.config import (
     WholeRowsConfig,
 )
 from bittern.ops.triton.few_tokens import FewTokens
+from bittern.ops.triton.fold_branch import Weight, bounds_of, find_bounds, fold_branch
 from bittern.ops.triton.gemm import gemm
 from bittern.ops.triton.heads import rotary_heads
 from bittern.ops.triton.projection import parts_of, project
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.skinny import skinny_segment
+from bittern.ops.triton.specialized_fold import specialized_fold, words_of
 from bittern.ops.triton.specialized_gemm import specialized_gemm
 from bittern.ops.triton.unpack import unpack_segment
 from bittern.ops.triton.whole_rows import quantize_whole_rows
@@ -116,6 +118,7 @@ UNPACKS: list[tuple[str, int | None, int, int, float]] = [
     ("ternary", None, 3072, 3072, 7),
     ("ternary", None, 21504, 3072, 38),
 ]
+FOLDS: list[tuple[int, int, float]] = [(3072, 3072, 9.5), (12288, 3072, 30), (21504, 3072, 52), (3072, 12288, 30)]
 UNPACK_CONFIGS = [
     UnpackConfig(*c)
     for c in [(4, 1024, 4, 1), (4, 1024, 4, 3), (8, 1024, 4, 1), (2, 1024, 2, 1), (2, 1024, 2, 3), (8, 1024, 8, 3),
@@ -347,6 +350,34 @@ def unpacks(bench: Bench) -> None:
             bench.time("unpack", case, str(config), calls, floor=size / BANDWIDTH * 1e3, predicted=predicted / 1e3)
 
 
+def folds(bench: Bench) -> None:
+    """Weights unpacked with their branch, and the bounds that this takes, here in a launch of their own."""
+    for n, k, predicted in bench.cases(FOLDS, 0):
+        case = f"int4 g64 rank {RANK} {n}x{k}"
+        factors = 2 * RANK * (n + k)
+        size = n * k // 2 + 2 * n * k // 64 + factors + n * k
+        data: list[tuple[Weight, Tensor, Tensor]] = []
+        for _ in sets(size):
+            packed, scale = weights("int4", 64, n, (k,))
+            smooth = (torch.rand(k, device="cuda") + 0.5).to(BF16)
+            down, up = (torch.randn(shape, device="cuda", dtype=BF16) * 0.05 for shape in ((RANK, k), (n, RANK)))
+            column_scales, bounds = torch.empty(n, device="cuda"), torch.empty(bounds_of(n), device="cuda")
+            weight = Weight(packed, scale, 64, smooth, down, up, column_scales, bounds)
+            find_bounds(weight)
+            out = torch.empty(n, k, device="cuda", dtype=FP8)
+            words = words_of(packed, out)
+            assert words is not None
+            data.append((weight, words, out))
+        kinds: dict[str, list[Callable[[], Any]]] = {
+            "specialized": [lambda w=w, c=c, o=o: specialized_fold(w, c, o) for w, c, o in data],
+            "plain": [lambda w=w, o=o: fold_branch(w, o) for w, _, o in data],
+        }
+        for config, calls in kinds.items():
+            bench.time("fold", case, config, calls, floor=size / BANDWIDTH * 1e3, predicted=predicted / 1e3)
+        floor = (2 * n * k // 64 + factors) / BANDWIDTH * 1e3
+        bench.time("bounds", case, "", [lambda w=w: find_bounds(w) for w, *_ in data], floor=floor)
+
+
 def skinnies(bench: Bench) -> None:
     for weight, group, m, n, k, predicted in bench.cases(SKINNIES, 0, 1, 2, 5, 6):
         case = f"{weight} g{group} M={m} {n}x{k}"
@@ -509,8 +540,8 @@ def whole_layers(bench: Bench) -> None:
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
-    "gemm": gemms, "prologue": prologues, "unpack": unpacks, "skinny": skinnies, "few": few_tokens, "fused": fused,
-    "projection": projections, "heads": all_heads, "attention": attentions, "layer": whole_layers,
+    "gemm": gemms, "prologue": prologues, "unpack": unpacks, "fold": folds, "skinny": skinnies, "few": few_tokens,
+    "fused": fused, "projection": projections, "heads": all_heads, "attention": attentions, "layer": whole_layers,
 }  # fmt: skip
 """What `--only` names; attention needs cuDNN's frontend."""
 
