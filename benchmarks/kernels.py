@@ -361,7 +361,7 @@ def folds(bench: Bench) -> None:
             packed, scale = weights("int4", 64, n, (k,))
             smooth = (torch.rand(k, device="cuda") + 0.5).to(BF16)
             down, up = (torch.randn(shape, device="cuda", dtype=BF16) * 0.05 for shape in ((RANK, k), (n, RANK)))
-            column_scales, bounds = torch.empty(n, device="cuda"), torch.empty(bounds_of(n), device="cuda")
+            column_scales, bounds = torch.empty(n, device="cuda"), torch.empty(bounds_of(n, RANK), device="cuda")
             weight = Weight(packed, scale, 64, smooth, down, up, column_scales, bounds)
             find_bounds(weight)
             out = torch.empty(n, k, device="cuda", dtype=FP8)
@@ -374,7 +374,7 @@ def folds(bench: Bench) -> None:
         }
         for config, calls in kinds.items():
             bench.time("fold", case, config, calls, floor=size / BANDWIDTH * 1e3, predicted=predicted / 1e3)
-        floor = (2 * n * k // 64 + factors) / BANDWIDTH * 1e3
+        floor = 2 * (n * k // 64 + RANK * k) / BANDWIDTH * 1e3
         bench.time("bounds", case, "", [lambda w=w: find_bounds(w) for w, *_ in data], floor=floor)
 
 

@@ -24,7 +24,7 @@ from bittern.ops.triton import attention, config, dequantize, heads, layer_plan,
 from bittern.ops.triton.activations import CODES, scratch_bounds
 from bittern.ops.triton.combine import combine
 from bittern.ops.triton.dequantize import dequantize_segment
-from bittern.ops.triton.fold_branch import Weight, bounds_of, find_bounds
+from bittern.ops.triton.fold_branch import IN_DOWN, Weight, bounds_of, find_bounds
 from bittern.ops.triton.four_bits import quantize_groups
 from bittern.ops.triton.launch import multiprocessors
 from bittern.ops.triton.numerics import reciprocal_of_smooth
@@ -530,7 +530,7 @@ def test_folded_branches(case: Any, dtype: torch.dtype, kind: str, m: int) -> No
 @pytest.mark.parametrize("size", [2.0**-100, 2.0**-20, 2.0**100])
 @pytest.mark.parametrize("dominant", ["scales", "up", "down"])
 def test_folded_branches_of_all_sizes(dominant: str, size: float) -> None:
-    layer = make(FOLDED[1])
+    layer = make(FOLDED[1], n=150)
     own = getattr(layer, dominant)
     inputs = random_inputs(3, "gaussian", 9, layer.layout.segments, BF16)
     layer = dataclasses.replace(layer, **{dominant: own * size})
@@ -541,17 +541,19 @@ def test_folded_branches_of_all_sizes(dominant: str, size: float) -> None:
 @pytest.mark.parametrize("case", FOLDED)
 @pytest.mark.parametrize("odd", [1, 4, 16])
 def test_folded_branches_of_matrices_with_room_between_rows(case: Any, odd: int) -> None:
-    """Of rows that begin anywhere, and where the GPU wants words or more of them."""
+    """Of rows that begin anywhere; where they do not begin at words of codes, the plain kernel computes them."""
     layer = moved(make(case))
     inputs = random_inputs(3, "gaussian", 9, case[2], BF16)
-    y = run(inputs, layer, "a8-fp8")
 
     def apart(x: Tensor) -> Tensor:
         wide = torch.full((len(x), x.shape[1] + 3 * odd), 77, dtype=x.dtype, device=x.device)
         return wide[:, odd : odd + x.shape[1]].copy_(x)
 
     other = dataclasses.replace(layer, **{name: apart(getattr(layer, name)) for name in MATRICES})
-    assert torch.equal(run(inputs, other, "a8-fp8"), y)
+    y = run(inputs, other, "a8-fp8")
+    check(y, inputs, layer, "a8-fp8", folded=True)
+    # The two kernels round sums at other places, and a weight in 20,000 becomes its neighbour.
+    assert odd == 1 or torch.equal(run(inputs, layer, "a8-fp8"), y)
 
 
 @pytest.mark.parametrize("case", FOLDED)
@@ -562,7 +564,7 @@ def test_bounds_of_folded_branches(case: Any, with_tokens: bool) -> None:
     *_, segment = layer.layout
     columns, n = segment.logical, 200
     smooth = None if layer.smooth is None else layer.smooth[columns].contiguous()
-    found = torch.full((bounds_of(n),), float("nan"), device=DEVICE)
+    found = torch.full((bounds_of(n, case[3]),), float("nan"), device=DEVICE)
     weight = Weight(
         layer.codes,
         layer.scales[:, segment.groups],
@@ -583,13 +585,15 @@ def test_bounds_of_folded_branches(case: Any, with_tokens: bool) -> None:
         assert torch.equal(scales.cpu(), want[1][:, 0])
     else:
         find_bounds(weight)
-    down, up = layer.down[:, columns].float().cpu(), layer.up.float().cpu()
+    down = layer.down[:, columns].float().cpu()
     most = torch.ones(len(down[0])) if smooth is None else smooth.float().reciprocal().cpu()
     largest = torch.stack([part.max() for part in most.split(segment.size)])
     peak = (layer.scales[:, segment.groups].float().cpu().abs() * largest).amax(1) * 8
     assert torch.equal(found[:n].cpu(), peak)
-    assert torch.allclose(found[n : 2 * n].cpu(), up.abs().sum(1), rtol=1e-6)
-    assert found[2 * n :].max().cpu() == down.abs().max()
+    of_down, of_up = found[n:].cpu().view(-1, config.padded_rank(case[3])).split([IN_DOWN, 4])
+    assert torch.equal(of_down.amax(0)[: len(down)], down.abs().amax(1)) and not of_down[:, len(down) :].any()
+    together = torch.stack([rows.abs().amax(0) for rows in layer.up.float().cpu().split(64)])
+    assert torch.equal(of_up[:, : len(down)], together) and not of_up[:, len(down) :].any()
 
 
 MATRICES = ("codes", "scales", "down", "up")

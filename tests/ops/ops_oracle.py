@@ -171,7 +171,8 @@ def with_branch(what: Any, scales: Any, s: Any, segment: Any, layer: Layer) -> t
     assert layer.down is not None and layer.up is not None
     d, u = f32(layer.down[:, segment.logical]), f32(layer.up)
     largest = [abs(F32(1) / s[i : i + segment.size]).max() for i in range(0, len(s), segment.size)]
-    bound = 8 * abs(scales * np.array(largest)).max(-1) + abs(u).sum(-1) * abs(d).max()
+    together = np.array([abs(u[i - i % 64 : i - i % 64 + 64]).max(0) for i in range(len(u))])
+    bound = 8 * abs(scales * np.array(largest)).max(-1) + together @ abs(d).max(-1)
     c = np.maximum(2.0 ** np.floor(np.log2(np.maximum(bound, 1e-300))) / 128, 2.0**-64).astype(F32)[:, None]
     whole = what.astype(np.float64) / s + dot(u, d.T)
     return c, eight_bits((whole / c).astype(F32), "a8-fp8")

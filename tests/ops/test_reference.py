@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -376,6 +377,20 @@ def test_error_of_a_folded_branch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0.03 < ((y - want).norm() / want.norm()).item() <= 0.04
 
 
+def test_a_folded_branch_does_not_mind_which_factor_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    any_branch(monkeypatch)
+    layer = random_layer(0, 150, (128,), rank=16)
+    assert layer.down is not None and layer.up is not None
+    inputs = random_inputs(1, "gaussian", 7, (128,), torch.float32)
+    y = ops.few_bit_linear(inputs, path="a8-fp8", **layer.kwargs())
+    by_rank = 2.0 ** torch.arange(-24, 24, 3)
+    for sizes in (by_rank, torch.full_like(by_rank, 2.0**20)):
+        other = dataclasses.replace(
+            layer, down=(layer.down * sizes[:, None]).bfloat16(), up=(layer.up / sizes).bfloat16()
+        )
+        assert torch.equal(ops.few_bit_linear(inputs, path="a8-fp8", **other.kwargs()), y)
+
+
 @pytest.mark.parametrize("dominant", ["scales", "branch", "one input", "nothing"])
 @pytest.mark.parametrize("size", [2.0**-100, 1.0, 2.0**100])
 def test_no_folded_weight_passes_its_bound(dominant: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +405,7 @@ def test_no_folded_weight_passes_its_bound(dominant: str, size: float, monkeypat
         smooth[7] = 1 / size
         down[:, 9] *= size
     codes = formats.get("int4").unpack(layer.codes, 256).float()
-    found = reference.fold_with_branch((codes, scales.float()), segment, smooth, down, up, 8)
+    found = reference.fold_with_branch((codes, scales.float()), slice(0, 33), segment, smooth, down, up, 8)
     assert found.scale is not None and found.values.isfinite().all() and found.scale.isfinite().all()
     assert found.values.abs().max() <= 256
     if dominant == "nothing":

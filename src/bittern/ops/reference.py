@@ -31,7 +31,8 @@ Rules that make the numbers definite
 - a8-fp8 folds the branch, too, where many tokens share it (`folds_branch`): (What / s + U · D) / c becomes e4m3 as a
   whole, and inputs are rounded as they are. E4m3 has the same relative error whatever s multiplies, so that neither
   s nor the branch is left for the tokens. c is a power of two with room for the largest sum that could be: of
-  |scale| times the largest |code| and 1 / s of a group, and of a row's |U| times the largest |D|.
+  |scale| times the largest |code| and 1 / s of a group, and over ranks of the largest |U| of 64 rows times the largest
+  |D|.
 - a4 has one activation scale per token and 64 inputs: amax / 8.25, with the sign that takes the largest to -8, and
   codes -8..7; or max / 15 with codes 0..15 where the segment has a shift h > 0. Groups start at each segment, whose
   last group is filled with zeros. What is not folded.
@@ -84,6 +85,9 @@ INPUTS_PER_RANK = 64
 
 MOST_FOLDED = 64
 """The most rank of a branch that is folded."""
+
+FOLDED_TOGETHER = 64
+"""Rows whose scales in a folded weight leave room for the same branch."""
 
 _LEAST_FOLDED = 2.0**-64
 """The least c of a weight with its branch, which leaves U / c finite."""
@@ -161,7 +165,7 @@ def few_bit_linear(
         for operand, segment, offset in zip(operands, layout, offsets, strict=True):
             if folded:
                 assert down is not None and up is not None
-                right = fold_with_branch(block, segment, smooth, down, up[rows], formats.get(weight).largest)
+                right = fold_with_branch(block, rows, segment, smooth, down, up, formats.get(weight).largest)
             else:
                 right = fold(block, segment, arithmetic.weights, formats.get(weight).largest)
             part = _product(operand, right, exact=arithmetic.weights == "int8")
@@ -382,16 +386,22 @@ def folds_branch(m: int, down: Tensor | None, up: Tensor | None, weight: str, la
 
 def fold_with_branch(
     block: tuple[Tensor, Tensor],
+    rows: slice,
     segment: Segment,
     smooth: Float[Tensor, " k"] | None,
     down: Float[Tensor, "r k"],
-    up: Float[Tensor, "rows r"],
+    up: Float[Tensor, "n r"],
     largest: int,
 ) -> _Operand:
-    """What / s + U · D of one block and segment in e4m3; takes the place of the codes. Arguments as of `fold`."""
+    """What / s + U · D of one block of rows and a segment in e4m3; takes the place of the codes.
+
+    Arguments as of `fold`; U is the whole layer's.
+    """
     weights = _unfolded(block, segment)
     scales, part = block[1][:, segment.groups], down[:, segment.logical].float()
-    bound = up.float().abs().sum(1, keepdim=True) * part.abs().max()
+    most = torch.stack([some.float().abs().amax(0) for some in up.split(FOLDED_TOGETHER)])
+    bound = (most @ part.abs().amax(1)).repeat_interleave(FOLDED_TOGETHER)[rows, None]
+    up = up[rows]
     reciprocals = part.new_ones(part.shape[1]) if smooth is None else smooth[segment.logical].float().reciprocal()
     filled = torch.nn.functional.pad(reciprocals.abs(), (0, scales.shape[1] * segment.size - len(reciprocals)))
     bound += _amax(scales * filled.view(-1, segment.size).amax(1)) * largest

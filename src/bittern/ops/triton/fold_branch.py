@@ -3,13 +3,14 @@
 The maths, for one row and K-segment (the reference's `fold_with_branch`):
 
     peak = largest · max_g |scale_g| · max over g of |1 / s_k|
-    bound = peak + sum_r |U_r| · max |D|
+    bound = peak + sum_r (max over 64 rows of |U_r|) · max_k |D_rk|
     c = the power of two with 128 c <= bound < 256 c
     q_k = round(codes_k · (1 / s_k) · (scale_group / c) + sum_r (U_r / c) · D_rk)
 
 c is a power of two, so that U / c is still a bf16 number. What it takes has to be there before the first weight is
-written: peaks, sums of |U| and maxima of D are worked out by programs of their own in the launch that makes codes of
-the tokens (`whole_rows`), where they wait for memory beside others; elsewhere they are a launch, 3 us or more.
+written: peaks and maxima of U and D are worked out by programs of their own in the launch that makes codes of the
+tokens (`whole_rows`), where they wait for memory beside others; elsewhere they are a launch, 3 us or more. Maxima are
+those of each rank, since the size of U · D may lie in either factor, and otherwise so in a LoRA beside others.
 
 Layout: as of `unpack`, int4 in groups of any multiple of 64 inputs or whole rows; D [R, K] and U [N, R] in bf16.
 `specialized_fold` does the same where the GPU and Triton are those that it was written for.
@@ -50,9 +51,9 @@ PART = tl.constexpr(64)
 """Inputs that share a scale at the least."""
 IN_DOWN = 32
 """Programs that look for the largest number of D."""
-PER_FINDER = tl.constexpr(64)
+PER_FINDER = tl.constexpr(reference.FOLDED_TOGETHER)
 """Rows of every other program."""
-_BLOCK_N, _BLOCK_K = 64, 128
+_BLOCK_N, _BLOCK_K = PER_FINDER.value, 128
 
 
 class Weight(NamedTuple):
@@ -66,7 +67,8 @@ class Weight(NamedTuple):
         down: First factor [R, K] in bf16.
         up: Second factor [N, R] in bf16.
         column_scales: float32 [N]; takes c.
-        bounds: float32 [2 N + IN_DOWN], contiguous; takes peaks, sums of |U|, and maxima of parts of D.
+        bounds: float32 (`bounds_of`), contiguous; takes peaks [N], and maxima by rank: of parts of D
+            [IN_DOWN, padded R], and of 64 rows of U each [N / 64, padded R].
     """
 
     codes: Tensor
@@ -84,9 +86,9 @@ class Weight(NamedTuple):
         return IN_DOWN + cdiv(len(self.up), PER_FINDER.value)
 
 
-def bounds_of(n: int) -> int:
-    """Numbers in the bounds of N rows."""
-    return 2 * n + IN_DOWN
+def bounds_of(n: int, rank: int) -> int:
+    """Numbers in the bounds of N rows and a branch."""
+    return n + (IN_DOWN + cdiv(n, PER_FINDER.value)) * padded_rank(rank)
 
 
 def find_bounds(weight: Weight, launch: Launch = launch) -> None:
@@ -143,7 +145,7 @@ def fold_branch(weight: Weight, out: Tensor, launch: Launch = launch) -> None:
 
 @triton.jit
 def _most_of_down(down, found, finder, k, rank, stride_down, RANK: tl.constexpr, IN_DOWN: tl.constexpr):
-    """One program's part of the largest magnitude of D."""
+    """One program's part of the largest magnitudes of D by rank."""
     WIDTH: tl.constexpr = 4096 // RANK
     ranks = tl.arange(0, RANK)
     rows = down + ranks[:, None].to(tl.int64) * stride_down
@@ -152,7 +154,7 @@ def _most_of_down(down, found, finder, k, rank, stride_down, RANK: tl.constexpr,
         columns = start + tl.arange(0, WIDTH)
         d = tl.load(rows + columns[None, :], mask=(ranks < rank)[:, None] & (columns < k)[None, :], other=0.0)
         peak = larger_magnitude(peak, d.to(tl.float32))
-    tl.store(found + finder, largest_of(largest_of(peak), 0))
+    tl.store(found + finder * RANK + ranks, largest_of(peak))
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def bounds_of_part(
     """What one of the programs that find bounds does; see the module."""
     PARTS: tl.constexpr = 32
     if finder < IN_DOWN:
-        _most_of_down(down, bounds + 2 * n, finder, k, rank, stride_down, RANK, IN_DOWN)
+        _most_of_down(down, bounds + n, finder, k, rank, stride_down, RANK, IN_DOWN)
     else:
         rows = (finder - IN_DOWN) * PER_FINDER + tl.arange(0, PER_FINDER)
         inside = (rows < n)[:, None]
@@ -181,8 +183,8 @@ def bounds_of_part(
             peak = larger_magnitude(peak, scale)
         tl.store(bounds + rows, largest_of(peak) * LARGEST, mask=rows < n)
         ranks = tl.arange(0, RANK)
-        u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=inside & (ranks < rank)[None, :], other=0.0)
-        tl.store(bounds + n + rows, tl.sum(tl.abs(u.to(tl.float32)), axis=1), mask=rows < n)
+        u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
+        tl.store(bounds + n + finder * RANK + ranks, largest_of(tl.abs(u.to(tl.float32)), 0))
 
 
 @triton.jit
@@ -214,8 +216,12 @@ def fold_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * BLOCK_K
     wide, columns = tl.minimum(rows, n - 1).to(tl.int64), start + tl.arange(0, BLOCK_K)
-    most = largest_of(tl.load(bounds + 2 * n + tl.arange(0, IN_DOWN)), 0)
-    c = scale_within(tl.load(bounds + wide) + tl.load(bounds + n + wide) * most)
+    ranks = tl.arange(0, RANK)
+    known = (ranks < rank)[None, :]
+    parts_of_down = tl.arange(0, IN_DOWN)[:, None] * RANK + ranks[None, :]
+    most = largest_of(tl.load(bounds + n + parts_of_down), 0)
+    together = tl.load(bounds + n + (IN_DOWN + tl.program_id(0)) * RANK + ranks)
+    c = scale_within(tl.load(bounds + wide) + tl.sum(together * most, axis=0))
     if start == 0:
         tl.store(column_scales + rows, c, mask=rows < n)
     inverse = reciprocal_of_power(c)[:, None]
@@ -233,8 +239,6 @@ def fold_kernel(
         values *= reciprocal_of_smooth(s)[None, :]
     values = values.reshape(BLOCK_N, BLOCK_K // PART, PART) * factor[:, :, None]
 
-    ranks = tl.arange(0, RANK)
-    known = (ranks < rank)[None, :]
     u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=known, other=0.0)
     u = (u.to(tl.float32) * inverse).to(u.dtype)
     d = tl.load(

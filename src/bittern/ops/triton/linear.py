@@ -103,7 +103,7 @@ class EightBits(LayerPlan):
             ((m, rank if call.low is None else 0), torch.float32),
             ((sum(counts), m, rank), torch.float32),
             ((width,), torch.float32),
-            ((count, bounds_of(n) if folded else 0), torch.float32),
+            ((count, bounds_of(n, call.up.shape[1]) if folded and call.up is not None else 0), torch.float32),
         )
         low = low if call.low is None else call.low
         for x, down, part in zip(call.inputs, call.down, recorder.slices(parts, counts), strict=True):

@@ -35,7 +35,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from bittern.ops.triton.config import padded_rank
-from bittern.ops.triton.fold_branch import IN_DOWN, Weight, scale_within
+from bittern.ops.triton.fold_branch import IN_DOWN, PER_FINDER, Weight, scale_within
 from bittern.ops.triton.launch import Launch, cdiv, launch, multiprocessors
 from bittern.ops.triton.numerics import largest_of, reciprocal_of_power
 
@@ -129,17 +129,19 @@ def _codes(
 
 @gluon.jit
 def _factors(
-    up, bounds, first, stride_up, n, rank, WHOLE: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr
+    up, bounds, maxima, first, stride_up, n, rank, every, WHOLE: gl.constexpr, ROWS: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Rows of U, and their bounds."""
+    """Rows of U, peaks, and the largest numbers of U among the rows beside them."""
     rows = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), n - 1)
     ranks = gl.arange(0, LAYOUT.shape[1], gl.SliceLayout(0, LAYOUT))
     places = up + (rows * stride_up)[:, None] + ranks[None, :]
-    peak, total = gl.load(bounds + rows), gl.load(bounds + n + rows)
+    peak = gl.load(bounds + rows)
+    together = gl.load(maxima + gl.minimum(first, n - 1) // PER_FINDER * LAYOUT.shape[1] + every)
     if WHOLE:
-        return gl.load(places), peak, total
+        return gl.load(places), peak, together
     else:
-        return gl.load(places, mask=(ranks < rank)[None, :], other=0.0), peak, total
+        return gl.load(places, mask=(ranks < rank)[None, :], other=0.0), peak, together
 
 
 @gluon.jit
@@ -171,18 +173,25 @@ def _store(out, tile, first, slab, stride_out, n, width, WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def _write_scales(bounds, column_scales, n, IN_DOWN: gl.constexpr, WARPS: gl.constexpr):
-    """Stores this program's part of c; returns the largest magnitude of D."""
+def _most_of_down(bounds, RANK: gl.constexpr, IN_DOWN: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The largest magnitude of D by rank."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [WARPS, 1], [1, 0])
+    parts = gl.arange(0, IN_DOWN, gl.SliceLayout(1, layout)) * RANK
+    ranks = gl.arange(0, RANK, gl.SliceLayout(0, layout))
+    most = largest_of(gl.load(bounds + parts[:, None] + ranks[None, :]), 0)
+    return gl.convert_layout(most, LAYOUT)
+
+
+@gluon.jit
+def _write_scales(bounds, maxima, most, column_scales, n, ranks, RANK: gl.constexpr, WARPS: gl.constexpr):
+    """Stores this program's part of c."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    most = largest_of(gl.load(bounds + 2 * n + gl.arange(0, IN_DOWN, layout)), 0)
     program = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
-    for first in range(program * 32 * WARPS, n, gl.num_programs(0) * gl.num_programs(1) * 32 * WARPS):
-        rows = first + gl.arange(0, 32 * WARPS, layout)
-        inside = rows < n
-        peak = gl.load(bounds + rows, mask=inside, other=0.0)
-        total = gl.load(bounds + n + rows, mask=inside, other=0.0)
-        gl.store(column_scales + rows, scale_within(peak + total * most), mask=inside)
-    return most
+    for block in range(program, gl.cdiv(n, PER_FINDER), gl.num_programs(0) * gl.num_programs(1)):
+        rows = block * PER_FINDER + gl.arange(0, PER_FINDER, layout)
+        branch = gl.sum(gl.load(maxima + block * RANK + ranks) * most, 0)
+        peak = gl.load(bounds + rows, mask=rows < n, other=0.0)
+        gl.store(column_scales + rows, scale_within(peak + branch), mask=rows < n)
 
 
 @gluon.jit
@@ -231,20 +240,29 @@ def specialized_fold_kernel(
     )
     zeros = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
 
-    most = _write_scales(bounds, column_scales, n, IN_DOWN, WARPS)
+    # All ranks in every warp.
+    by_rank: gl.constexpr = gl.BlockedLayout([(RANK + 31) // 32], [32], [WARPS], [0])
+    every = gl.arange(0, RANK, by_rank)
+    maxima = bounds + n + IN_DOWN * RANK
+    most = _most_of_down(bounds + n, RANK, IN_DOWN, WARPS, by_rank)
+    _write_scales(bounds, maxima, most, column_scales, n, every, RANK, WARPS)
     step = ROWS * gl.num_programs(1)
     start = ROWS * gl.program_id(1)
     next_words, next_scale = _codes(
         words, scales, start, stride_words, stride_scales, n, word, group, known, WHOLE, ROWS, layout
     )
-    next_u, next_peak, next_total = _factors(up, bounds, start, stride_up, n, rank, WHOLE, ROWS, up_layout)
+    next_u, next_peak, next_together = _factors(
+        up, bounds, maxima, start, stride_up, n, rank, every, WHOLE, ROWS, up_layout
+    )
     for first in range(start, n, step):
         packed, scale, u = next_words, next_scale, next_u
-        c = scale_within(next_peak + next_total * most)
+        c = scale_within(next_peak + gl.sum(next_together * most, 0))
         next_words, next_scale = _codes(
             words, scales, first + step, stride_words, stride_scales, n, word, group, known, WHOLE, ROWS, layout
         )
-        next_u, next_peak, next_total = _factors(up, bounds, first + step, stride_up, n, rank, WHOLE, ROWS, up_layout)
+        next_u, next_peak, next_together = _factors(
+            up, bounds, maxima, first + step, stride_up, n, rank, every, WHOLE, ROWS, up_layout
+        )
         inverse = reciprocal_of_power(c)
         shared = inverse.to(gl.bfloat16)[:, None] + gl.zeros_like(u)
         u = gl.inline_asm_elementwise(
