@@ -399,12 +399,13 @@ def fold_with_branch(
     """
     weights = _unfolded(block, segment)
     scales, part = block[1][:, segment.groups], down[:, segment.logical].float()
-    most = torch.stack([some.float().abs().amax(0) for some in up.split(FOLDED_TOGETHER)])
+    magnitudes = torch.nn.functional.pad(up.float().abs(), (0, 0, 0, -len(up) % FOLDED_TOGETHER))
+    most = magnitudes.view(-1, FOLDED_TOGETHER, up.shape[1]).amax(1)
     bound = (most @ part.abs().amax(1)).repeat_interleave(FOLDED_TOGETHER)[rows, None]
     up = up[rows]
     reciprocals = part.new_ones(part.shape[1]) if smooth is None else smooth[segment.logical].float().reciprocal()
-    filled = torch.nn.functional.pad(reciprocals.abs(), (0, scales.shape[1] * segment.size - len(reciprocals)))
-    bound += _amax(scales * filled.view(-1, segment.size).amax(1)) * largest
+    by_group = torch.nn.functional.pad(reciprocals.abs(), (0, scales.shape[1] * segment.size - len(reciprocals)))
+    bound += _amax(scales * by_group.view(-1, segment.size).amax(1)) * largest
     scale = _power_of_two_below(bound).mul_(2.0**-7).clamp_min_(_LEAST_FOLDED)
     weights.mul_(reciprocals).addmm_(up.float(), part)
     return _Operand(_rounded(weights.mul_(scale.reciprocal()), "fp8"), scale)
