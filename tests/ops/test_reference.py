@@ -317,6 +317,12 @@ FOLDING = [
 ]
 
 
+@pytest.fixture
+def from_1024(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches of many tokens are folded."""
+    monkeypatch.setattr(reference, "FOLDED_FROM", 1024)
+
+
 def any_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches are folded whatever the number of tokens and their rank."""
     monkeypatch.setattr(reference, "FOLDED_FROM", 0)
@@ -338,7 +344,13 @@ def test_a_folded_branch_agrees_with_the_formula_in_float64(
         assert_close(y, *expect(inputs, layer, "a8-fp8", folded=True))
 
 
-def test_which_branches_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_branch_is_folded_by_default() -> None:
+    layer = random_layer(0, 4, (4096,), rank=16)
+    assert not reference.folds_branch(4096, layer.down, layer.up, "int4", layer.layout, "a8-fp8")
+
+
+@pytest.mark.usefixtures("from_1024")
+def test_which_branches_are_folded() -> None:
     layer = random_layer(0, 4, (4096,), rank=64)
 
     def folds(m: int = 1024, weight: str = "int4", path: str = "a8-fp8", **changed: Any) -> bool:
@@ -356,6 +368,7 @@ def test_which_branches_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not folds(layout=KLayout((4000, 96), 64)) and not folds(layout=KLayout((4096,), 32))
 
 
+@pytest.mark.usefixtures("from_1024")
 @pytest.mark.parametrize("m", [1023, 1024])
 def test_tokens_decide_what_becomes_of_a_branch(m: int) -> None:
     layer = random_layer(0, 20, (1024,), rank=16, smooth=True)
@@ -366,7 +379,8 @@ def test_tokens_decide_what_becomes_of_a_branch(m: int) -> None:
     assert error[0] < 1e-4 and error[1] > 1e-2
 
 
-def test_error_of_a_folded_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("from_1024")
+def test_error_of_a_folded_branch() -> None:
     """Beside the layer in float32: 3.7 %, of inputs and of weights 2.65 each, whatever smoothing and outliers do."""
     layer = random_layer(0, 96, (3072,), rank=32, smooth=True)
     (x,) = random_inputs(1, "gaussian", 1024, (3072,), torch.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bittern import ops
 from bittern.errors import UserError
+from bittern.ops import reference
 from bittern.ops.triton import config, linear
 from bittern.ops.triton.config import GemmConfig
 
@@ -66,6 +67,24 @@ def test_every_number_of_rows_against_the_reference(path: str, case: Any) -> Non
             want = ops.few_bit_linear(inputs, path=path, **layer.kwargs())
         assert y.shape == want.shape and torch.equal(y, again)
         assert m == 0 or relative(y, want) <= 5e-3
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "outliers"])
+@pytest.mark.parametrize(
+    "case", [*(case for case in LARGE if case[2] == "int4" and case[4] == 32), (1001, (2432,), "int4", None, 24)]
+)
+def test_folded_branches_at_full_size(case: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the reference, and against the layer in float32, whose outliers have the error of e4m3 here."""
+    monkeypatch.setattr(reference, "FOLDED_FROM", 1024)
+    layer = random_gpu_layer(case)
+    for m in (1024, 1100, 4608):
+        inputs = random_gpu_inputs(m, case[1], kind)
+        plan = linear.plan("a8-fp8", m)
+        y = plan(inputs, *layer.args(), "a8-fp8", ())
+        assert torch.equal(plan(inputs, *layer.args(), "a8-fp8", ()), y)
+        want = reference.few_bit_linear(inputs, *layer.args(), "a8-fp8", ())
+        exact = reference.few_bit_linear([x.float() for x in inputs], *layer.args(), "a16", ())
+        assert relative(y, want) <= 5e-3 and 0.03 < relative(y, exact) <= 0.04
 
 
 @pytest.mark.parametrize(("path", "limit"), [("a8-int8", 1.5e-2), ("a8-fp8", 4.0e-2)])

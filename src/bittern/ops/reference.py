@@ -28,11 +28,10 @@ Rules that make the numbers definite
   codes are codes · (scale · (1 / c)), rounded to integers or to e4m3. Where a row has a single scale the codes
   themselves fit into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
   A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
-- a8-fp8 folds the branch, too, where many tokens share it (`folds_branch`): (What / s + U · D) / c becomes e4m3 as a
-  whole, and inputs are rounded as they are. E4m3 has the same relative error whatever s multiplies, so that neither
-  s nor the branch is left for the tokens. c is a power of two with room for the largest sum that could be: of
-  |scale| times the largest |code| and 1 / s of a group, and over ranks of the largest |U| of 64 rows times the largest
-  |D|.
+- a8-fp8 can fold the branch, too, where many tokens share it (`folds_branch`; by default it does not):
+  (What / s + U · D) / c becomes e4m3 as a whole, and inputs are rounded as they are, so that neither s nor the branch
+  is left for the tokens. c is a power of two with room for the largest sum that could be: of |scale| times the largest
+  |code| and 1 / s of a group, and over ranks of the largest |U| of 64 rows times the largest |D|.
 - a4 has one activation scale per token and 64 inputs: amax / 8.25, with the sign that takes the largest to -8, and
   codes -8..7; or max / 15 with codes 0..15 where the segment has a shift h > 0. Groups start at each segment, whose
   last group is filled with zeros. What is not folded.
@@ -77,8 +76,13 @@ FORETELLERS = 256
 HEADROOM = 16
 """How much larger than those the others may be."""
 
-FOLDED_FROM = 1024
-"""Tokens that share a branch which is folded into the weight."""
+FOLDED_FROM: int | None = None
+"""Tokens that share a branch which is folded into the weight; None for no folding.
+
+On an H100 it is faster from 1,024 tokens on. What is in the way: an input whose smoothing is thousands of times smaller
+than the others' takes their room in e4m3 (c follows 1 / s, whatever its codes are), and one whose activations are
+hundreds of times larger than the others' loses what the branch carried in 16 bits.
+"""
 
 INPUTS_PER_RANK = 64
 """At least so many has a branch that is folded: of one with fewer, 16 bits are worth more than an e4m3 keeps."""
@@ -373,6 +377,7 @@ def folds_branch(m: int, down: Tensor | None, up: Tensor | None, weight: str, la
     """Whether a8-fp8 folds the branch into the weight: of many tokens, in bf16, with many inputs for each rank."""
     return (
         path == "a8-fp8"
+        and FOLDED_FROM is not None
         and m >= FOLDED_FROM
         and down is not None
         and up is not None
