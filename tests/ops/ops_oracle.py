@@ -128,7 +128,7 @@ def expect(
     for x, segment, h in zip(inputs, layer.layout, offsets, strict=True):
         raw = x.reshape(-1, x.shape[-1]).float().numpy()
         s = np.ones(raw.shape[1], F32) if layer.smooth is None else f32(layer.smooth[segment.logical])
-        u = raw if folded else (raw + F32(h)) * (F32(1) / s)
+        u = (raw + F32(h)) * (F32(1) / s)
         scales = f32(layer.scales[:, segment.groups])
         what = codes[:, segment.padded].reshape(*scales.shape, segment.size) * scales[..., None]
         what = what.reshape(len(what), -1)[:, : raw.shape[1]]
@@ -169,12 +169,11 @@ def expect(
 def with_branch(what: Any, scales: Any, s: Any, segment: Any, layer: Layer) -> tuple[Any, Any]:
     """c, and the e4m3 codes of a segment's weight with its branch."""
     assert layer.down is not None and layer.up is not None
-    d, u = f32(layer.down[:, segment.logical]), f32(layer.up)
-    largest = [abs(F32(1) / s[i : i + segment.size]).max() for i in range(0, len(s), segment.size)]
+    d, u = f32((layer.down[:, segment.logical].float() * torch.from_numpy(s)).bfloat16()), f32(layer.up)
     together = np.array([abs(u[i - i % 64 : i - i % 64 + 64]).max(0) for i in range(len(u))])
-    bound = 8 * abs(scales * np.array(largest)).max(-1) + together @ abs(d).max(-1)
+    bound = 8 * abs(scales).max(-1) + together @ abs(d).max(-1)
     c = np.maximum(2.0 ** np.floor(np.log2(np.maximum(bound, 1e-300))) / 128, 2.0**-64).astype(F32)[:, None]
-    whole = what.astype(np.float64) / s + dot(u, d.T)
+    whole = what.astype(np.float64) + dot(u, d.T)
     return c, eight_bits((whole / c).astype(F32), "a8-fp8")
 
 

@@ -29,9 +29,9 @@ Rules that make the numbers definite
   themselves fit into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
   A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
 - a8-fp8 can fold the branch, too, where many tokens share it (`folds_branch`; by default it does not):
-  (What / s + U · D) / c becomes e4m3 as a whole, and inputs are rounded as they are, so that neither s nor the branch
-  is left for the tokens. c is a power of two with room for the largest sum that could be: of |scale| times the largest
-  |code| and 1 / s of a group, and over ranks of the largest |U| of 64 rows times the largest |D|.
+  (What + U · (D · s)) / c becomes e4m3 as a whole, D · s rounded to bf16, so that tokens need no branch. c is a power
+  of two with room for the largest sum that could be: of |scale| times the largest |code|, and over ranks of the
+  largest |U| of 64 rows times the largest |D · s|.
 - a4 has one activation scale per token and 64 inputs: amax / 8.25, with the sign that takes the largest to -8, and
   codes -8..7; or max / 15 with codes 0..15 where the segment has a shift h > 0. Groups start at each segment, whose
   last group is filled with zeros. What is not folded.
@@ -79,9 +79,8 @@ HEADROOM = 16
 FOLDED_FROM: int | None = None
 """Tokens that share a branch which is folded into the weight; None for no folding.
 
-On an H100 it is faster from 1,024 tokens on. What is in the way: an input whose smoothing is thousands of times smaller
-than the others' takes their room in e4m3 (c follows 1 / s, whatever its codes are), and one whose activations are
-hundreds of times larger than the others' loses what the branch carried in 16 bits.
+On an H100 it is faster from 1,024 tokens on. What is in the way: an input whose activations are hundreds of times
+larger than the others' loses what the branch carried in 16 bits.
 """
 
 INPUTS_PER_RANK = 64
@@ -160,7 +159,7 @@ def few_bit_linear(
         if down is not None and not folded:
             part = raw @ down[:, segment.logical].float().T
             low = part if low is None else low.add_(part)
-        smoothed = raw if folded else _smoothed(raw, smooth, segment, offset)
+        smoothed = _smoothed(raw, smooth, segment, offset)
         operands.append(_activations(smoothed, arithmetic.activations, offset))
 
     outputs: list[Tensor] = []
@@ -398,21 +397,20 @@ def fold_with_branch(
     up: Float[Tensor, "n r"],
     largest: int,
 ) -> _Operand:
-    """What / s + U · D of one block of rows and a segment in e4m3; takes the place of the codes.
+    """What + U · (D · s) of one block of rows and a segment in e4m3; takes the place of the codes.
 
     Arguments as of `fold`; U is the whole layer's.
     """
     weights = _unfolded(block, segment)
     scales, part = block[1][:, segment.groups], down[:, segment.logical].float()
+    if smooth is not None:
+        part = (part * smooth[segment.logical].float()).bfloat16().float()
     magnitudes = torch.nn.functional.pad(up.float().abs(), (0, 0, 0, -len(up) % FOLDED_TOGETHER))
     most = magnitudes.view(-1, FOLDED_TOGETHER, up.shape[1]).amax(1)
-    bound = (most @ part.abs().amax(1)).repeat_interleave(FOLDED_TOGETHER)[rows, None]
+    bound = (most @ part.abs().amax(1)).repeat_interleave(FOLDED_TOGETHER)[rows, None] + _amax(scales) * largest
     up = up[rows]
-    reciprocals = part.new_ones(part.shape[1]) if smooth is None else smooth[segment.logical].float().reciprocal()
-    by_group = torch.nn.functional.pad(reciprocals.abs(), (0, scales.shape[1] * segment.size - len(reciprocals)))
-    bound += _amax(scales * by_group.view(-1, segment.size).amax(1)) * largest
     scale = _power_of_two_below(bound).mul_(2.0**-7).clamp_min_(_LEAST_FOLDED)
-    weights.mul_(reciprocals).addmm_(up.float(), part)
+    weights.addmm_(up.float(), part)
     return _Operand(_rounded(weights.mul_(scale.reciprocal()), "fp8"), scale)
 
 

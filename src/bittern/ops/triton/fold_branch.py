@@ -2,15 +2,15 @@
 
 The maths, for one row and K-segment (the reference's `fold_with_branch`):
 
-    peak = largest · max_g |scale_g| · max over g of |1 / s_k|
-    bound = peak + sum_r (max over 64 rows of |U_r|) · max_k |D_rk|
+    bound = largest · max_g |scale_g| + sum_r (max over 64 rows of |U_r|) · max_k |D_rk · s_k|
     c = the power of two with 128 c <= bound < 256 c
-    q_k = round(codes_k · (1 / s_k) · (scale_group / c) + sum_r (U_r / c) · D_rk)
+    q_k = round(codes_k · (scale_group / c) + sum_r (U_r / c) · (D_rk · s_k))
 
 c is a power of two, so that U / c is still a bf16 number. What it takes has to be there before the first weight is
 written: peaks and maxima of U and D are worked out by programs of their own in the launch that makes codes of the
 tokens (`whole_rows`), where they wait for memory beside others; elsewhere they are a launch, 3 us or more. Maxima are
-those of each rank, since the size of U · D may lie in either factor, and otherwise so in a LoRA beside others.
+those of each rank, since the size of U · D may lie in either factor, and otherwise so in a LoRA beside others. D · s is
+rounded to bf16, D's dtype, for the matrix units.
 
 Layout: as of `unpack`, int4 in groups of any multiple of 64 inputs or whole rows; D [R, K] and U [N, R] in bf16.
 `specialized_fold` does the same where the GPU and Triton are those that it was written for.
@@ -40,7 +40,7 @@ from bittern.ops.triton.numerics import (
     largest_of,
     product,
     reciprocal_of_power,
-    reciprocal_of_smooth,
+    rounded,
 )
 from bittern.ops.triton.unpack import numbers
 
@@ -144,8 +144,20 @@ def fold_branch(weight: Weight, out: Tensor, launch: Launch = launch) -> None:
 
 
 @triton.jit
-def _most_of_down(down, found, finder, k, rank, stride_down, RANK: tl.constexpr, IN_DOWN: tl.constexpr):
-    """One program's part of the largest magnitudes of D by rank."""
+def smoothed_down(d, smooth, columns, k, SMOOTH: tl.constexpr):
+    """A tile of D · s."""
+    if SMOOTH:
+        s = tl.load(smooth + columns, mask=columns < k, other=1.0).to(tl.float32)
+        return rounded(d.to(tl.float32) * s[None, :], d.dtype)
+    else:
+        return d
+
+
+@triton.jit
+def _most_of_down(
+    down, smooth, found, finder, k, rank, stride_down, SMOOTH: tl.constexpr, RANK: tl.constexpr, IN_DOWN: tl.constexpr
+):  # fmt: skip
+    """One program's part of the largest magnitudes of D · s by rank."""
     WIDTH: tl.constexpr = 4096 // RANK
     ranks = tl.arange(0, RANK)
     rows = down + ranks[:, None].to(tl.int64) * stride_down
@@ -153,7 +165,7 @@ def _most_of_down(down, found, finder, k, rank, stride_down, RANK: tl.constexpr,
     for start in tl.range(finder * WIDTH, k, IN_DOWN * WIDTH):
         columns = start + tl.arange(0, WIDTH)
         d = tl.load(rows + columns[None, :], mask=(ranks < rank)[:, None] & (columns < k)[None, :], other=0.0)
-        peak = larger_magnitude(peak, d.to(tl.float32))
+        peak = larger_magnitude(peak, smoothed_down(d, smooth, columns, k, SMOOTH).to(tl.float32))
     tl.store(found + finder * RANK + ranks, largest_of(peak))
 
 
@@ -165,7 +177,7 @@ def bounds_of_part(
     """What one of the programs that find bounds does; see the module."""
     PARTS: tl.constexpr = 32
     if finder < IN_DOWN:
-        _most_of_down(down, bounds + n, finder, k, rank, stride_down, RANK, IN_DOWN)
+        _most_of_down(down, smooth, bounds + n, finder, k, rank, stride_down, SMOOTH, RANK, IN_DOWN)
     else:
         rows = (finder - IN_DOWN) * PER_FINDER + tl.arange(0, PER_FINDER)
         inside = (rows < n)[:, None]
@@ -176,10 +188,6 @@ def bounds_of_part(
             parts = start + tl.arange(0, PARTS) * PART
             places = scales + wide[:, None] * stride_scales + (parts // GROUP)[None, :]
             scale = tl.load(places, mask=inside & (parts < k)[None, :], other=0.0).to(tl.float32)
-            if SMOOTH:
-                columns = parts[:, None] + tl.arange(0, PART)[None, :]
-                s = tl.load(smooth + columns, mask=columns < k, other=1.0)
-                scale *= largest_of(tl.abs(reciprocal_of_smooth(s)))[None, :]
             peak = larger_magnitude(peak, scale)
         tl.store(bounds + rows, largest_of(peak) * LARGEST, mask=rows < n)
         ranks = tl.arange(0, RANK)
@@ -234,9 +242,6 @@ def fold_kernel(
     )
     factor = scale.to(tl.float32) * inverse
     values = numbers(packed, 2, False)
-    if SMOOTH:
-        s = tl.load(smooth + columns, mask=columns < k, other=1.0)
-        values *= reciprocal_of_smooth(s)[None, :]
     values = values.reshape(BLOCK_N, BLOCK_K // PART, PART) * factor[:, :, None]
 
     u = tl.load(up + wide[:, None] * stride_up + ranks[None, :], mask=known, other=0.0)
@@ -246,6 +251,7 @@ def fold_kernel(
         mask=(ranks < rank)[:, None] & (columns < k)[None, :],
         other=0.0,
     )
+    d = smoothed_down(d, smooth, columns, k, SMOOTH)
     weights = product(u, d, values.reshape(BLOCK_N, BLOCK_K))
     mask = (rows < n)[:, None] & (columns < width)[None, :]
     tl.store(out + wide[:, None] * stride_out + columns[None, :], eight_bits(weights, True), mask=mask)

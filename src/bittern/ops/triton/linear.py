@@ -196,7 +196,7 @@ def _weight(recorder: Recorder, call: Call, i: int, segment: Segment, column_sca
 
 def _fold(recorder: Recorder, x: Tensor, weight: Weight, codes: Tensor, row_scales: Tensor, out: Tensor) -> None:
     """Both 8-bit operands of a segment, with the branch in the weight."""
-    quantize(x, None, None, codes, row_scales, None, 0, weight=weight, launch=recorder.launch)
+    quantize(x, None, None, codes, row_scales, None, 0, smooth=weight.smooth, weight=weight, launch=recorder.launch)
     if config.has_gluon(config.device_of(out.device)):
         from bittern.ops.triton.specialized_fold import specialized_fold, words_of
 

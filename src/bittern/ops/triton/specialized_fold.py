@@ -3,19 +3,19 @@
 The maths is `fold_branch`'s. There, sums of U · D leave the matrix units in one arrangement of registers and codes
 come from memory in another, and bringing them together takes longer than all the rest. Here it is arranged beforehand:
 
-    D        is an operand of products of 16 rows by 8 inputs, whose sums give a thread two neighbours of every 8. The
+    D · s    is an operand of products of 16 rows by 8 inputs, whose sums give a thread two neighbours of every 8. The
              inputs of a slab are dealt to the operand's columns so that 16 neighbours of 64 are one thread's.
     U        has its ranks dealt likewise, so that a thread's are neighbours, too
     codes    so are 8 bytes of a row for each thread, and a sector of memory for four; codes become e4m3 numbers where
              the sums already are, and leave as 16 bytes
 
-A program owns a slab of 64 inputs a warp: it keeps D and 1 / s in registers and walks rows, 16 at a time; what comes
+A program owns a slab of 64 inputs a warp: it keeps D · s in registers and walks rows, 16 at a time; what comes
 next is on its way meanwhile. Programs walk side by side, so that all write near each other: with a part of the rows for
 each, memory took 6 % longer.
 
-Codes become floats by bits: 4 of them, as highest bits of a significand, are 1 + code / 16, from which one
-multiplication and addition makes code / s, but for 2^-16 of 1 / s: where the branch is weak, one weight in 500 becomes
-its neighbour on e4m3's grid. What is exact takes more registers than four programs a multiprocessor have.
+Codes become floats by bits: 4 of them, as highest bits of a significand, are 1 + code / 16. What that is too much is
+taken off the sums beforehand, which rounds them to 2^-16 of a code's step: where the branch is weak, some weights
+become their neighbours on the grid of e4m3.
 
 The interpreter runs no Gluon: numbers are tested on a GPU alone. mma.sync and conversions to e4m3 are there from
 compute capability 8.9 on.
@@ -146,7 +146,18 @@ def _factors(
 
 
 @gluon.jit
-def _down(down, slab, stride_down, rank, k, RANK: gl.constexpr, WHOLE: gl.constexpr, WARPS: gl.constexpr):
+def _down(
+    down,
+    smooth,
+    slab,
+    stride_down,
+    rank,
+    k,
+    SMOOTH: gl.constexpr,
+    RANK: gl.constexpr,
+    WHOLE: gl.constexpr,
+    WARPS: gl.constexpr,
+):
     """D of a slab, dealt to rows and columns of an operand."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     ranks = gl.arange(0, RANK, gl.SliceLayout(1, layout))
@@ -156,6 +167,12 @@ def _down(down, slab, stride_down, rank, k, RANK: gl.constexpr, WHOLE: gl.conste
         d = gl.load(places)
     else:
         d = gl.load(places, mask=(ranks < rank)[:, None] & (columns < k)[None, :], other=0.0)
+    if SMOOTH:
+        if WHOLE:
+            s = gl.load(smooth + columns)
+        else:
+            s = gl.load(smooth + columns, mask=columns < k, other=1.0)
+        d = (d.to(gl.float32) * s.to(gl.float32)[None, :]).to(d.dtype)
     # Rows by thread, product, half and pair; columns by warp, thread, product and pair.
     d = d.reshape([4, RANK // 16, 2, 2, WARPS, 4, 8, 2]).permute([1, 2, 0, 3, 6, 4, 5, 7])
     return d.reshape([RANK, 64 * WARPS])
@@ -212,7 +229,7 @@ def specialized_fold_kernel(
     COLUMNS: gl.constexpr = 64 * WARPS
     slab = gl.program_id(0) * COLUMNS
 
-    d = _down(down, slab, stride_down, rank, k, RANK, WHOLE, WARPS)
+    d = _down(down, smooth, slab, stride_down, rank, k, SMOOTH, RANK, WHOLE, WARPS)
     d = gl.convert_layout(d, gl.DotOperandLayout(1, mma, 2))
 
     warp = gl.arange(0, WARPS, gl.SliceLayout(0, by_warp))[None, :]
@@ -221,24 +238,13 @@ def specialized_fold_kernel(
     eight = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(0, by_word)))
     word = slab // 8 + warp[:, :, None] * 8 + eight[None, :][None, :, :]
     code = gl.arange(0, 8, by_code)[None, :][None, :, :][None, :, :, :]
-    reciprocals = gl.full([1, WARPS, 8, 8], 1.0, gl.float32, layout)
-    if SMOOTH:
-        places = smooth + word[:, :, :, None] * 8 + code
-        if WHOLE:
-            s = gl.load(places)
-        else:
-            s = gl.load(places, mask=known[:, :, None][:, :, :, None], other=1.0)
-        reciprocals = gl.div_rn(reciprocals, s.to(gl.float32))
     # Two neighbours are shifted together, the second to the highest bits of a significand.
     second = (code & 1) == 1
     left, right = gl.maximum(15 - 4 * (code & 6), 0), gl.maximum(4 * (code & 6) - 15, 0)
     mask = gl.where(second, high_mask, low_mask)
     bits = gl.where(second, 0x3FC00000, 0x3F840000)
     like = gl.zeros([ROWS, WARPS, 8, 8], gl.float32, layout)
-    times, minus = (
-        reciprocals * gl.where(second, 16.0, 256.0) + like,
-        reciprocals * gl.where(second, -24.0, -264.0) + like,
-    )
+    times, minus = gl.where(second, 16.0, 256.0), gl.where(second, -24.0, -264.0)
     zeros = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
 
     # All ranks in every warp.
@@ -278,6 +284,6 @@ def specialized_fold_kernel(
         floats = ((shifted.to(gl.int32, bitcast=True) & mask) ^ bits).to(gl.float32, bitcast=True)
         inverse = gl.convert_layout(inverse, by_row, assert_trivial=True)
         factor = (scale.to(gl.float32) * inverse[:, None])[:, :, None][:, :, :, None] + like
-        weights = gl.fma(gl.fma(floats, times, minus), factor, sums)
+        weights = gl.fma(floats, times * factor, gl.fma(minus + like, factor, sums))
         result = weights.to(gl.float8e4nv).reshape([ROWS, COLUMNS])
         _store(out, result, first, slab, stride_out, n, width, WHOLE)
