@@ -13,9 +13,8 @@ A program owns a slab of 64 inputs a warp: it keeps D · s in registers and walk
 next is on its way meanwhile. Programs walk side by side, so that all write near each other: with a part of the rows for
 each, memory took 6 % longer.
 
-Codes become floats by bits: 4 of them, as highest bits of a significand, are 1 + code / 16. What that is too much is
-taken off the sums beforehand, which rounds them to 2^-16 of a code's step: where the branch is weak, some weights
-become their neighbours on the grid of e4m3.
+Codes become floats by bits: 4 of them, as highest bits of a significand, are 1 + code / 16, and what that is too much
+leaves them again without rounding.
 
 The interpreter runs no Gluon: numbers are tested on a GPU alone. mma.sync and conversions to e4m3 are there from
 compute capability 8.9 on.
@@ -284,6 +283,6 @@ def specialized_fold_kernel(
         floats = ((shifted.to(gl.int32, bitcast=True) & mask) ^ bits).to(gl.float32, bitcast=True)
         inverse = gl.convert_layout(inverse, by_row, assert_trivial=True)
         factor = (scale.to(gl.float32) * inverse[:, None])[:, :, None][:, :, :, None] + like
-        weights = gl.fma(floats, times * factor, gl.fma(minus + like, factor, sums))
+        weights = gl.fma(floats, times * factor, minus * factor) + sums
         result = weights.to(gl.float8e4nv).reshape([ROWS, COLUMNS])
         _store(out, result, first, slab, stride_out, n, width, WHOLE)
