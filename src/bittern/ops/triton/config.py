@@ -48,7 +48,15 @@ class WholeRowsConfig:
 
     def holds(self, k: int) -> bool:
         """Whether rows of so many inputs, in 16 bits, leave half of a thread's registers free."""
-        return self.block_m * -(-k // self.block_k) * self.block_k <= 128 * 2 * 32 * self.warps
+        return self._registers(k) <= 128
+
+    def holds_smoothed(self, k: int) -> bool:
+        """Whether they do in float32."""
+        return 2 * self._registers(k) <= 128
+
+    def _registers(self, k: int) -> float:
+        """What inputs take, in 16 bits, of each thread's registers."""
+        return self.block_m * -(-k // self.block_k) * self.block_k / (2 * 32 * self.warps)
 
 
 @dataclass(frozen=True)
