@@ -155,7 +155,7 @@ def test_demo_goes_the_whole_way(
 def test_doctor_gives_a_reason_for_every_path(capsys: Capture) -> None:
     result = told(["doctor"], capsys)
     assert result["versions"]["torch"] == torch.__version__ and result["registered_with_diffusers"] is True
-    assert {row["path"] for row in result["paths"]} == {"a4", "a8-int8", "a8-fp8", "a16"}
+    assert {row["path"] for row in result["paths"]} == {"a4", "a8-int8", "a8-fp8", "a8-fp8-folded", "a16"}
     assert all(row["reason"] for row in result["paths"])
     assert any(row["runs"] for row in result["paths"])
     for weight in formats.FORMATS:

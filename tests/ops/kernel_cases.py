@@ -131,7 +131,7 @@ def check(y: Tensor, inputs: list[Tensor], layer: Layer, path: str, more: float 
         allowed += BRANCH
     if path == "a16" and layer.smooth is not None:
         allowed += SMOOTHED
-    if path == "a8-fp8" and HOPPER:
+    if path.startswith("a8-fp8") and HOPPER:
         allowed += HOPPER_FP8
     error = abs(y.cpu().reshape(want.shape).double().numpy() - want)
     assert np.isfinite(error).all()
@@ -168,6 +168,8 @@ def test_prologue(format: str, dtype: torch.dtype, kind: str, m: int, k: int, ra
         (5, 1100, False, (2, 1024, 8)),
         (3, 2048, True, (2, 1024, 8)),
         (1, 64, True, (4, 64, 4)),
+        # Too wide to be held in float32.
+        (5, 2100, True, (2, 128, 1)),
     ],
 )
 def test_prologue_of_whole_rows(
@@ -521,9 +523,9 @@ def test_folded_branches(case: Any, dtype: torch.dtype, kind: str, m: int) -> No
     for zero_rows in (False, True):
         layer = make(case, zero_rows=zero_rows)
         inputs = random_inputs(3, kind, m, case[2], dtype)
-        y = run(inputs, layer, "a8-fp8")
-        check(y, inputs, layer, "a8-fp8", folded=True)
-        assert torch.equal(run(inputs, layer, "a8-fp8"), y)
+        y = run(inputs, layer, "a8-fp8-folded")
+        check(y, inputs, layer, "a8-fp8-folded", folded=True)
+        assert torch.equal(run(inputs, layer, "a8-fp8-folded"), y)
 
 
 @pytest.mark.usefixtures("folding")
@@ -534,7 +536,7 @@ def test_folded_branches_of_all_sizes(dominant: str, size: float) -> None:
     own = getattr(layer, dominant)
     inputs = random_inputs(3, "gaussian", 9, layer.layout.segments, BF16)
     layer = dataclasses.replace(layer, **{dominant: own * size})
-    check(run(inputs, layer, "a8-fp8"), inputs, layer, "a8-fp8", folded=True)
+    check(run(inputs, layer, "a8-fp8-folded"), inputs, layer, "a8-fp8-folded", folded=True)
 
 
 @pytest.mark.usefixtures("folding")
@@ -542,18 +544,27 @@ def test_folded_branches_of_all_sizes(dominant: str, size: float) -> None:
 @pytest.mark.parametrize("odd", [1, 4, 16])
 def test_folded_branches_of_matrices_with_room_between_rows(case: Any, odd: int) -> None:
     """Of rows that begin anywhere; where they do not begin at words of codes, the plain kernel computes them."""
-    layer = moved(make(case))
+    layer = make(case)
     inputs = random_inputs(3, "gaussian", 9, case[2], BF16)
 
     def apart(x: Tensor) -> Tensor:
         wide = torch.full((len(x), x.shape[1] + 3 * odd), 77, dtype=x.dtype, device=x.device)
         return wide[:, odd : odd + x.shape[1]].copy_(x)
 
-    other = dataclasses.replace(layer, **{name: apart(getattr(layer, name)) for name in MATRICES})
-    y = run(inputs, other, "a8-fp8")
-    check(y, inputs, layer, "a8-fp8", folded=True)
-    # The two kernels round at other places, and some weights become their neighbours.
-    assert odd == 1 or torch.equal(run(inputs, layer, "a8-fp8"), y)
+    there = moved(layer)
+    other = dataclasses.replace(there, **{name: apart(getattr(there, name)) for name in MATRICES})
+    y = run(inputs, other, "a8-fp8-folded")
+    check(y, inputs, layer, "a8-fp8-folded", folded=True)
+    # The two kernels add up ranks in other orders, and some weights become their neighbours.
+    assert odd == 1 or torch.equal(run(inputs, layer, "a8-fp8-folded"), y)
+
+
+@pytest.mark.parametrize("m", [7, 70, 300])
+@pytest.mark.parametrize("case", [FOLDED[1], ("ternary", None, (192,), 16, True)])
+def test_layers_whose_branch_is_not_folded_are_those_of_the_other_path(case: Any, m: int) -> None:
+    layer = make(case)
+    inputs = random_inputs(3, "gaussian", m, case[2], BF16)
+    assert torch.equal(run(inputs, layer, "a8-fp8-folded"), run(inputs, layer, "a8-fp8"))
 
 
 @pytest.mark.parametrize("case", FOLDED)

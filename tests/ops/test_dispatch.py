@@ -92,6 +92,8 @@ def test_every_verdict_has_its_reason() -> None:
 def test_reasons_name_what_is_missing() -> None:
     reasons = {v.path: v.reason for v in ops.explain(Scheme(activations=8), "cuda", capability=(8, 6))}
     assert "solved for 8-bit" in reasons["a4"] and "8.6 has no fp8" in reasons["a8-fp8"]
+    folded = {v.path: v for v in ops.explain(Scheme(activations=8), "cuda", capability=(9, 0))}["a8-fp8-folded"]
+    assert not folded.accepted and "less precise beside inputs far beyond the others" in folded.reason
     assert "has no int4 matrix" in {v.path: v.reason for v in ops.explain(Scheme(activations=4), "cpu")}["a4"]
 
 

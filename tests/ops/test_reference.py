@@ -317,12 +317,6 @@ FOLDING = [
 ]
 
 
-@pytest.fixture
-def from_1024(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Branches of many tokens are folded."""
-    monkeypatch.setattr(reference, "FOLDED_FROM", 1024)
-
-
 def any_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches are folded whatever the number of tokens and their rank."""
     monkeypatch.setattr(reference, "FOLDED_FROM", 0)
@@ -340,25 +334,19 @@ def test_a_folded_branch_agrees_with_the_formula_in_float64(
     for zero_rows in (False, True):
         layer = random_layer(0, 33, segments, weight, group, rank, smooth, zero_rows=zero_rows)
         inputs = random_inputs(1, kind, 7, segments, dtype)
-        y = ops.few_bit_linear(inputs, path="a8-fp8", **layer.kwargs())
-        assert_close(y, *expect(inputs, layer, "a8-fp8", folded=True))
+        y = ops.few_bit_linear(inputs, path="a8-fp8-folded", **layer.kwargs())
+        assert_close(y, *expect(inputs, layer, "a8-fp8-folded", folded=True))
 
 
-def test_no_branch_is_folded_by_default() -> None:
-    layer = random_layer(0, 4, (4096,), rank=16)
-    assert not reference.folds_branch(4096, layer.down, layer.up, "int4", layer.layout, "a8-fp8")
-
-
-@pytest.mark.usefixtures("from_1024")
 def test_which_branches_are_folded() -> None:
     layer = random_layer(0, 4, (4096,), rank=64)
 
-    def folds(m: int = 1024, weight: str = "int4", path: str = "a8-fp8", **changed: Any) -> bool:
+    def folds(m: int = 1024, weight: str = "int4", path: str = "a8-fp8-folded", **changed: Any) -> bool:
         given = vars(layer) | changed
         return reference.folds_branch(m, given["down"], given["up"], weight, given["layout"], path)
 
     assert folds() and folds(m=70000)
-    assert not any(folds(path=path) for path in ops.PATHS if path != "a8-fp8")
+    assert not any(folds(path=path) for path in ops.PATHS if path != "a8-fp8-folded")
     assert not folds(m=1023) and not folds(weight="nvfp4") and not folds(weight="ternary")
     assert not folds(down=None, up=None) and not folds(up=layer.up.half()) and not folds(down=layer.down.float())
     for rank, k in ((65, 8192), (49, 3072)):
@@ -368,18 +356,24 @@ def test_which_branches_are_folded() -> None:
     assert not folds(layout=KLayout((4000, 96), 64)) and not folds(layout=KLayout((4096,), 32))
 
 
-@pytest.mark.usefixtures("from_1024")
 @pytest.mark.parametrize("m", [1023, 1024])
 def test_tokens_decide_what_becomes_of_a_branch(m: int) -> None:
     layer = random_layer(0, 20, (1024,), rank=16, smooth=True)
     inputs = random_inputs(1, "gaussian", m, (1024,), torch.float32)
-    y = ops.few_bit_linear(inputs, path="a8-fp8", **layer.kwargs())
-    near, far = (expect(inputs, layer, "a8-fp8", folded=folded)[0] for folded in (m == 1024, m != 1024))
+    y = ops.few_bit_linear(inputs, path="a8-fp8-folded", **layer.kwargs())
+    near, far = (expect(inputs, layer, "a8-fp8-folded", folded=folded)[0] for folded in (m == 1024, m != 1024))
     error = [np.linalg.norm(y.numpy() - want) / np.linalg.norm(want) for want in (near, far)]
     assert error[0] < 1e-4 and error[1] > 1e-2
 
 
-@pytest.mark.usefixtures("from_1024")
+def test_layers_whose_branch_is_not_folded_are_those_of_the_other_path() -> None:
+    for m, case in ((1024, ("ternary", None, 16)), (1024, ("int4", 64, 0)), (1023, ("int4", 64, 16))):
+        layer = random_layer(0, 20, (1024,), *case, smooth=True)
+        inputs = random_inputs(1, "gaussian", m, (1024,), torch.bfloat16)
+        y = ops.few_bit_linear(inputs, path="a8-fp8-folded", **layer.kwargs())
+        assert torch.equal(ops.few_bit_linear(inputs, path="a8-fp8", **layer.kwargs()), y)
+
+
 def test_error_of_a_folded_branch() -> None:
     """Beside the layer in float32: 3.7 %, of inputs and of weights 2.65 each, whatever smoothing does."""
     layer = random_layer(0, 96, (3072,), rank=32, smooth=True)
@@ -389,7 +383,7 @@ def test_error_of_a_folded_branch() -> None:
         # An input that hardly is one has hardly a divisor, and takes no room from the others.
         x[:, :10] *= factor
         layer = dataclasses.replace(layer, smooth=layer.smooth * torch.where(torch.arange(3072) < 10, factor, 1.0))
-        y = ops.few_bit_linear([x], path="a8-fp8", **layer.kwargs())
+        y = ops.few_bit_linear([x], path="a8-fp8-folded", **layer.kwargs())
         want = ops.few_bit_linear([x], path="a16", **layer.kwargs())
         assert 0.03 < ((y - want).norm() / want.norm()).item() <= 0.04
 
@@ -399,13 +393,13 @@ def test_a_folded_branch_does_not_mind_which_factor_is_large(monkeypatch: pytest
     layer = random_layer(0, 150, (128,), rank=16)
     assert layer.down is not None and layer.up is not None
     inputs = random_inputs(1, "gaussian", 7, (128,), torch.float32)
-    y = ops.few_bit_linear(inputs, path="a8-fp8", **layer.kwargs())
+    y = ops.few_bit_linear(inputs, path="a8-fp8-folded", **layer.kwargs())
     by_rank = 2.0 ** torch.arange(-24, 24, 3)
     for sizes in (by_rank, torch.full_like(by_rank, 2.0**20)):
         other = dataclasses.replace(
             layer, down=(layer.down * sizes[:, None]).bfloat16(), up=(layer.up / sizes).bfloat16()
         )
-        assert torch.equal(ops.few_bit_linear(inputs, path="a8-fp8", **other.kwargs()), y)
+        assert torch.equal(ops.few_bit_linear(inputs, path="a8-fp8-folded", **other.kwargs()), y)
 
 
 @pytest.mark.parametrize("dominant", ["scales", "branch", "one input", "nothing"])

@@ -73,16 +73,15 @@ def test_every_number_of_rows_against_the_reference(path: str, case: Any) -> Non
 @pytest.mark.parametrize(
     "case", [*(case for case in LARGE if case[2] == "int4" and case[4] == 32), (1001, (2432,), "int4", None, 24)]
 )
-def test_folded_branches_at_full_size(case: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folded_branches_at_full_size(case: Any, kind: str) -> None:
     """Against the reference, and against the layer in float32, whose outliers have the error of e4m3 here."""
-    monkeypatch.setattr(reference, "FOLDED_FROM", 1024)
     layer = random_gpu_layer(case)
     for m in (1024, 1100, 4608):
         inputs = random_gpu_inputs(m, case[1], kind)
-        plan = linear.plan("a8-fp8", m)
-        y = plan(inputs, *layer.args(), "a8-fp8", ())
-        assert torch.equal(plan(inputs, *layer.args(), "a8-fp8", ()), y)
-        want = reference.few_bit_linear(inputs, *layer.args(), "a8-fp8", ())
+        plan = linear.plan("a8-fp8-folded", m)
+        y = plan(inputs, *layer.args(), "a8-fp8-folded", ())
+        assert torch.equal(plan(inputs, *layer.args(), "a8-fp8-folded", ()), y)
+        want = reference.few_bit_linear(inputs, *layer.args(), "a8-fp8-folded", ())
         exact = reference.few_bit_linear([x.float() for x in inputs], *layer.args(), "a16", ())
         assert relative(y, want) <= 5e-3 and 0.03 < relative(y, exact) <= 0.04
 

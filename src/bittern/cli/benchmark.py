@@ -37,8 +37,8 @@ def benchmark(
         str,
         typer.Option(
             "--path",
-            help="Force an arithmetic on the few-bit side: a16, a8-int8, a8-fp8 or a4; auto takes the best here. "
-            "Refused where nothing is few-bit: a model in 16 bits without --recipe.",
+            help="Force an arithmetic on the few-bit side: a16, a8-int8, a8-fp8, a8-fp8-folded or a4; auto takes the "
+            "best here. Refused where nothing is few-bit: a model in 16 bits without --recipe.",
         ),
     ] = "auto",
     attention: options.Attention = None,

@@ -29,7 +29,10 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch-size", help="Pictures drawn together.", show_default="what fits")
 ]
 ArithmeticPath = Annotated[
-    str, typer.Option("--path", help="Force an arithmetic: a16, a8-int8, a8-fp8 or a4; auto takes the best here.")
+    str,
+    typer.Option(
+        "--path", help="Force an arithmetic: a16, a8-int8, a8-fp8, a8-fp8-folded or a4; auto takes the best here."
+    ),
 ]
 Attention = Annotated[
     str | None,

@@ -75,7 +75,7 @@ def few_bit_linear(
         bias: Added to the output.
         weight: Weight format, "int4", "nvfp4" or "ternary".
         group_size: Inputs under one scale; None for one scale per row and segment.
-        path: The arithmetic: "a16", "a8-int8", "a8-fp8" or "a4".
+        path: The arithmetic: "a16", "a8-int8", "a8-fp8", "a8-fp8-folded" or "a4".
         shift: What the a4 path adds to each segment before unsigned rounding; empty for none.
         gelu_from: The first of the outputs that pass through a GELU (its tanh form) before they are rounded; None
             for none.

@@ -26,16 +26,27 @@ from torch import Tensor
 from bittern.errors import UserError, did_you_mean
 from bittern.scheme import Scheme
 
-Path = Literal["a4", "a8-fp8", "a8-int8", "a16"]
+Path = Literal["a4", "a8-fp8-folded", "a8-fp8", "a8-int8", "a16"]
 Capability = tuple[int, int]
 
 PATHS: tuple[Path, ...] = get_args(Path)
 
-_UNITS = {"a4": (4, "int4"), "a8-fp8": (8, "fp8"), "a8-int8": (8, "int8"), "a16": (16, "16-bit")}
+_UNITS = {
+    "a4": (4, "int4"),
+    "a8-fp8-folded": (8, "fp8"),
+    "a8-fp8": (8, "fp8"),
+    "a8-int8": (8, "int8"),
+    "a16": (16, "16-bit"),
+}
 NEWEST = (99, 9)
 # AMD's devices call themselves "cuda" too, with capabilities of their own counting.
 _IS_ROCM = bool(getattr(torch.version, "hip", None))
-_CAPABILITIES = {"a4": ((7, 5), (8, 9)), "a8-fp8": ((8, 9), NEWEST), "a8-int8": ((7, 5), NEWEST)}
+_CAPABILITIES = {
+    "a4": ((7, 5), (8, 9)),
+    "a8-fp8-folded": ((8, 9), NEWEST),
+    "a8-fp8": ((8, 9), NEWEST),
+    "a8-int8": ((7, 5), NEWEST),
+}
 
 
 @dataclass(frozen=True)
@@ -303,9 +314,9 @@ def explain(
 
 def _candidates(path: str, capability: Capability | None) -> list[Kernel]:
     """The kernels of one path, or of all, best first: native before emulated, then narrow before wide."""
-    order = ("a4", "a8-int8", "a8-fp8", "a16")
+    order = ("a4", "a8-int8", "a8-fp8-folded", "a8-fp8", "a16")
     if capability is not None and capability >= (9, 0):
-        order = ("a4", "a8-fp8", "a8-int8", "a16")
+        order = ("a4", "a8-fp8-folded", "a8-fp8", "a8-int8", "a16")
     kernels = [kernel for kernel in _kernels if path in ("auto", kernel.path)]
     return sorted(kernels, key=lambda kernel: (not kernel.native, order.index(kernel.path)))
 
@@ -327,6 +338,8 @@ def _suits(kernel: Kernel, scheme: Scheme, call: Call) -> tuple[bool, str]:
         return False, f"{name} has no {unit} tensor cores"
     if kernel.path == "a4" and not kernel.native:
         return False, "emulated 4 bits are slower and less precise than 8; path='a4' forces them"
+    if kernel.path == "a8-fp8-folded":
+        return False, "faster, and less precise beside inputs far beyond the others; path='a8-fp8-folded' forces it"
     return True, f"{name} has {unit} tensor cores"
 
 

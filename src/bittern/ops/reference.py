@@ -28,7 +28,7 @@ Rules that make the numbers definite
   codes are codes · (scale · (1 / c)), rounded to integers or to e4m3. Where a row has a single scale the codes
   themselves fit into 8 bits, c is that scale and folding is exact (ternary per row becomes -1, 0, 1).
   A product is ((codes · codes) · activation scale) · c. The int8 sum is exact, whatever the order of the BLAS.
-- a8-fp8 can fold the branch, too, where many tokens share it (`folds_branch`; by default it does not):
+- a8-fp8-folded is a8-fp8, but folds the branch, too, where many tokens share it (`folds_branch`):
   (What + U · (D · s)) / c becomes e4m3 as a whole, D · s rounded to bf16, so that tokens need no branch. c is a power
   of two with room for the largest sum that could be: of |scale| times the largest |code|, and over ranks of the
   largest |U| of 64 rows times the largest |D · s|.
@@ -76,12 +76,8 @@ FORETELLERS = 256
 HEADROOM = 16
 """How much larger than those the others may be."""
 
-FOLDED_FROM: int | None = None
-"""Tokens that share a branch which is folded into the weight; None for no folding.
-
-On an H100 it is faster from 1,024 tokens on. What is in the way: an input whose activations are hundreds of times
-larger than the others' loses what the branch carried in 16 bits.
-"""
+FOLDED_FROM = 1024
+"""Tokens that share a branch which is folded into the weight: on an H100 it is faster from here on."""
 
 INPUTS_PER_RANK = 64
 """At least so many has a branch that is folded: of one with fewer, 16 bits are worth more than an e4m3 keeps."""
@@ -122,6 +118,7 @@ PATHS: dict[str, _Arithmetic] = {
     "a4": _Arithmetic("int4", None),
     "a8-int8": _Arithmetic("int8", "int8"),
     "a8-fp8": _Arithmetic("fp8", "fp8"),
+    "a8-fp8-folded": _Arithmetic("fp8", "fp8"),
     "a16": _Arithmetic(None, None),
 }
 
@@ -373,10 +370,9 @@ def fold_scales(
 
 
 def folds_branch(m: int, down: Tensor | None, up: Tensor | None, weight: str, layout: KLayout, path: str) -> bool:
-    """Whether a8-fp8 folds the branch into the weight: of many tokens, in bf16, with many inputs for each rank."""
+    """Whether the branch is folded into the weight: of many tokens, in bf16, with many inputs for each rank."""
     return (
-        path == "a8-fp8"
-        and FOLDED_FROM is not None
+        path == "a8-fp8-folded"
         and m >= FOLDED_FROM
         and down is not None
         and up is not None

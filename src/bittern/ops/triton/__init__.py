@@ -47,5 +47,6 @@ def kernels() -> tuple[Kernel, ...]:
         Kernel("a4", capability=((8, 0), NEWEST), native=False, **four),
         Kernel("a8-int8", capability=((8, 0), NEWEST), prologue=prologue, **few),
         Kernel("a8-fp8", capability=((8, 9), NEWEST), prologue=prologue, **few),
+        Kernel("a8-fp8-folded", capability=((8, 9), NEWEST), prologue=prologue, **few),
         Kernel("a16", plan=_lazily("plan"), capability=((8, 0), NEWEST), rows=(1, None), **common),
     )

@@ -12,7 +12,14 @@ from bittern.ops.triton.launch import Launch, launch
 from bittern.ops.triton.prologue import quantize_rows
 from bittern.ops.triton.whole_rows import quantize_whole_rows
 
-CODES = {"a8-int8": torch.int8, "a8-fp8": torch.float8_e4m3fn, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CODES = {
+    "a8-int8": torch.int8,
+    "a8-fp8": torch.float8_e4m3fn,
+    "a8-fp8-folded": torch.float8_e4m3fn,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""By path, or by the format of activations."""
 
 
 def scratch_bounds(layout: KLayout) -> list[tuple[int, int]]:

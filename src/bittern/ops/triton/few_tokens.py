@@ -40,7 +40,7 @@ def fused_tiles(
 
 
 class FewTokens(LayerPlan):
-    """Path "a16", "a8-int8" or "a8-fp8"."""
+    """All paths but "a4"."""
 
     def _record(self, recorder: Recorder, call: Call) -> None:
         (m, n), device, group = call.out.shape, call.out.device, call.layout.group_size

@@ -2,7 +2,7 @@
 
     a8    per segment: unpack -> 8-bit weight, 1 / s;  prologue -> codes, scales, low;  then one GEMM
           with a branch up to 1,024 tokens, on Hopper: projection -> low in parts;  whole rows -> codes, scales, low
-          with a branch that is folded (many tokens, e4m3): whole rows -> codes, scales, bounds;  fold -> 8-bit weight
+          a8-fp8-folded with many tokens: whole rows -> codes, scales, bounds;  fold -> 8-bit weight and branch
     a4    the same with codes in groups of 64, weight codes as they are, and scales in the GEMM's loop
     a16   a 16-bit weight, and the vendor's GEMM
 
@@ -49,7 +49,7 @@ IN_PARTS = 1024
 
 
 class EightBits(LayerPlan):
-    """Path "a8-int8" or "a8-fp8"."""
+    """The paths of 8 bits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class EightBits(LayerPlan):
             )
         first = bounds[0][1]
         columns = None
-        if call.path == "a8-fp8" and reachable(call.out, up, call.bias):
+        if call.path != "a8-int8" and reachable(call.out, up, call.bias):
             columns = config.specialized_parts(here, m, n, call.layout.k, count, rank, multiprocessors(device))
         if columns is None:
             tiles = config.gemm_for(here, m, count, call.path == "a8-int8", rank)
