@@ -324,14 +324,21 @@ def prologues(bench: Bench) -> None:
                 ]
                 name = case if s is not None else case + " unsmoothed"
                 bench.time("prologue", name, str(config), calls, floor=floor, predicted=predicted / 1e3)
+        itself = smooth.to(BF16)
         for config in WHOLE_ROWS_CONFIGS:
-            for s in (smooth, None):
+            for kind, s, inverted in (("", smooth, None), (" unsmoothed", None, None), (" inverted", None, itself)):
                 calls = [
-                    lambda x=x, c=c, s=s, config=config: quantize_whole_rows(x, s, c, scales, config)  # noqa: B023
+                    lambda x=x, c=c, s=s, i=inverted, config=config: quantize_whole_rows(
+                        x,
+                        s,
+                        c,
+                        scales,
+                        config,
+                        smooth=i,  # noqa: B023
+                    )
                     for x, c in zip(data, codes, strict=True)
                 ]
-                name = case if s is not None else case + " unsmoothed"
-                bench.time("whole rows", name, str(config), calls, floor=floor, predicted=floor / 0.9)
+                bench.time("whole rows", case + kind, str(config), calls, floor=floor, predicted=floor / 0.9)
 
 
 def unpacks(bench: Bench) -> None:
