@@ -327,17 +327,8 @@ def prologues(bench: Bench) -> None:
         itself = smooth.to(BF16)
         for config in WHOLE_ROWS_CONFIGS:
             for kind, s, inverted in (("", smooth, None), (" unsmoothed", None, None), (" inverted", None, itself)):
-                calls = [
-                    lambda x=x, c=c, s=s, i=inverted, config=config: quantize_whole_rows(
-                        x,
-                        s,
-                        c,
-                        scales,
-                        config,
-                        smooth=i,  # noqa: B023
-                    )
-                    for x, c in zip(data, codes, strict=True)
-                ]
+                run = functools.partial(quantize_whole_rows, scales=scales, config=config, smooth=inverted)
+                calls = [lambda x=x, c=c, s=s, run=run: run(x, s, c) for x, c in zip(data, codes, strict=True)]
                 bench.time("whole rows", case + kind, str(config), calls, floor=floor, predicted=floor / 0.9)
 
 
