@@ -13,7 +13,7 @@ not pay for.
 
 An input is smoothed once, and stays in registers as float32 where there is room: reciprocals from memory have to be
 dealt to threads, and special function units work one out in the time of 8 products. Anew for each use, smoothing of
-4608 x 12288 inputs took 22 to 28 us more than none; so it takes 2 to 6.
+4608 x 12288 inputs took 25 us more than none with the tiles that run; so it takes 2 to 6.
 
 Where the weight's branch is to be folded (`fold_branch`), the first programs work out the bounds that this takes: they
 wait for memory, as the others do, and a launch of their own would be 3 us or more that nothing hides.
