@@ -41,12 +41,7 @@ _UNITS = {
 NEWEST = (99, 9)
 # AMD's devices call themselves "cuda" too, with capabilities of their own counting.
 _IS_ROCM = bool(getattr(torch.version, "hip", None))
-_CAPABILITIES = {
-    "a4": ((7, 5), (8, 9)),
-    "a8-fp8-folded": ((8, 9), NEWEST),
-    "a8-fp8": ((8, 9), NEWEST),
-    "a8-int8": ((7, 5), NEWEST),
-}
+_CAPABILITIES = {"int4": ((7, 5), (8, 9)), "fp8": ((8, 9), NEWEST), "int8": ((7, 5), NEWEST)}
 
 
 @dataclass(frozen=True)
@@ -332,7 +327,7 @@ def _suits(kernel: Kernel, scheme: Scheme, call: Call) -> tuple[bool, str]:
         return True, "a CPU has no narrower arithmetic, and integer sums are exact"
     if call.capability is None:
         return False, f"{call.device} has no {unit} matrix arithmetic that we know of"
-    lowest, highest = _CAPABILITIES[kernel.path]
+    lowest, highest = _CAPABILITIES[unit]
     name = f"compute capability {_dotted(call.capability)}"
     if not lowest <= call.capability <= highest:
         return False, f"{name} has no {unit} tensor cores"
